@@ -1,0 +1,95 @@
+"""The default config, each field with its unit, and the checks that come before anything slow.
+
+A recipe (`configs/NAME.py`) is `get_config()`: a few assignments over `default()`. In a section with
+a `name` (model, loss, optimizer, schedule), a field that is None means "as the named thing has it by
+default"; one that is set but not taken by the named thing is an error, so nothing is ignored.
+
+Durations are text with a unit: "90 epochs", "5000 steps", "1.28e6 examples", "5%" of the run; where
+time makes sense also "10 minutes".
+"""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def _option() -> Any:
+    """A field that is None until it is set; whether its value fits, the named thing says."""
+    return placeholder(object)
+
+
+def default() -> ConfigDict:
+    """The whole tree with its defaults, locked: unknown fields can't be added."""
+    config = ConfigDict()
+    config.seed = 0  # of everything random: initialisation, order, augmentation, dropout
+    config.batch_size = 128  # examples an update, over all devices and hosts
+    config.gradient_accumulation = 1  # parts a batch is computed in, one after the other
+    config.duration = "10 epochs"
+    config.ema_decay = placeholder(float)  # 0 to 1; None: no average of the parameters is kept
+    config.log_every = "50 steps"
+
+    config.data = ConfigDict()
+    config.data.name = "digits"  # digits, fake, or any TFDS name
+    config.data.dir = placeholder(str)  # of TFDS data; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    config.data.train_split = "train"  # TFDS slicing: "train[:90%]", "train+test", ...
+    config.data.eval_split = "test"
+    config.data.image_shape = _option()  # (height, width, channels), for fake only
+    config.data.num_classes = placeholder(int)  # for fake only
+    config.data.num_examples = placeholder(int)  # for fake only
+
+    # In this order: ({"name": "pad_crop", "padding": 4}, {"name": "flip"}); see flaxcls/augment.
+    config.augment = _option()
+
+    config.model = ConfigDict()
+    config.model.name = "digits_cnn"
+    config.model.dtype = "auto"  # of the computation: float32, bfloat16; auto: by the device
+    config.model.widths = _option()  # units or channels a layer or stage
+    config.model.activation = _option()  # relu, sigmoid, tanh, gelu
+    config.model.dropout = _option()  # share of units dropped, 0 to 1
+    config.model.pool = _option()  # max, average
+    config.model.stem = _option()  # imagenet, cifar
+    config.model.depth = _option()  # layers
+    config.model.width = _option()  # multiple of the base width
+    config.model.zero_init_residual = _option()  # start residual branches at zero
+
+    config.loss = ConfigDict()
+    config.loss.name = "softmax_cross_entropy"
+    config.loss.label_smoothing = 0.0  # share of a target given to all classes alike
+    config.loss.class_weights = _option()  # "balanced", or a number a class
+    config.loss.gamma = _option()  # focal
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.1  # peak
+    config.optimizer.learning_rate_batch = placeholder(int)  # examples the rate is meant for; scales it
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.weight_decay_mode = _option()  # l2, decoupled
+    config.optimizer.no_weight_decay = _option()  # regex over parameter paths
+    config.optimizer.gradient_clip_norm = _option()  # global norm
+    config.optimizer.gradient_clip_value = _option()  # each element
+    config.optimizer.momentum = _option()
+    config.optimizer.nesterov = _option()
+    config.optimizer.b1 = _option()
+    config.optimizer.b2 = _option()
+    config.optimizer.eps = _option()
+    config.optimizer.decay = _option()  # rmsprop
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"
+    config.schedule.warmup = _option()  # duration of the linear start
+    config.schedule.cooldown = _option()  # duration of the linear end
+
+    config.eval = ConfigDict()
+    config.eval.every = "1 epochs"
+    config.eval.batch_size = placeholder(int)  # examples; None: as in training
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = "1 epochs"  # or a time: "10 minutes"
+    config.checkpoint.keep = 2  # newest ones; the best one is kept besides
+    config.checkpoint.best_metric = "accuracy"  # accuracy, accuracy_top5, loss
+
+    config.mesh = ConfigDict()
+    config.mesh.fsdp = 1  # devices that parameters are split over
+    config.mesh.cpu_devices = placeholder(int)  # host devices on a CPU; None: one a core, up to 8
+    return config.lock()

@@ -1,0 +1,43 @@
+"""What can go wrong, each kind with the exit code that launchers rely on."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FlaxclsError(Exception):
+    """An error whose message is one sentence for the user; no traceback is shown."""
+
+    exit_code = 1
+
+
+class ConfigError(FlaxclsError):
+    """The config or the command line asks for something that can't be."""
+
+    exit_code = 2
+
+
+class Interrupted(FlaxclsError):
+    """A signal asked the run to end, and it has saved itself; `exit_code` says which."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class DivergedError(FlaxclsError):
+    """The loss or the parameters are no longer finite."""
+
+    exit_code = 43
+
+
+class DataError(FlaxclsError):
+    """The data is missing, broken or not what it says it is."""
+
+    exit_code = 45
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: the closest known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"

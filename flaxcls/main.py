@@ -1,0 +1,46 @@
+"""Trains an image classifier.
+
+    python -m flaxcls.main --config=configs/NAME.py [--workdir=DIR] [--config.batch_size=256 ...]
+
+The same command with the same --workdir goes on where the run was. This file is short on purpose: it
+reads the flags before anything heavy is imported.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from flaxcls import cli
+from flaxcls.errors import ConfigError
+
+FLAGS = flags.FlagValues()
+cli.config_flag(FLAGS)
+flags.DEFINE_string(
+    "workdir", None, "The run's folder; runs/NAME-<date-time> if not given.", flag_values=FLAGS
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    cli.parse(FLAGS, argv, __doc__)
+    if FLAGS.config is None:
+        raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
+
+    from flaxcls import run, train, watch
+
+    recipe = next(a for a in argv if a.startswith("--config=")).removeprefix("--config=")
+    workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(recipe)
+    summary = train.train(FLAGS.config, workdir)
+    print(
+        f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
+        f"{watch.describe(summary['eval'])}\n"
+        f"The run is in {workdir}. To go on:\n"
+        f"  python -m flaxcls.evaluate --run={workdir}            # its exact metrics, again\n"
+        f"  python -m flaxcls.main --config={recipe} --workdir={workdir}  # finds it finished\n"
+        f"  python -m flaxcls.main --config=configs/cifar10_quick.py  # another recipe"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

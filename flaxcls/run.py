@@ -1,0 +1,117 @@
+"""The folder of a run: whose it is, what made it and how it ended.
+
+    config.json      the resolved config; versions, device, commit and sizes beside it
+    metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
+    checkpoints/     the newest steps and the best one
+    summary.json     how it ended
+"""
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from flaxcls.errors import ConfigError
+
+# What a resumed run may change: these say where and how often, not what is computed.
+FREE_FIELDS = ("data.dir", "checkpoint.every", "checkpoint.keep", "eval.batch_size", "mesh")
+PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def new_folder(recipe: str) -> Path:
+    """`runs/NAME-<date-time>` for a recipe's file name."""
+    return Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None if there is none; ConfigError if it can't be read."""
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not readable as JSON: {error}") from error
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON has it: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`; ConfigError if there is no run."""
+    content = read_json(workdir / "config.json")
+    if content is None:
+        raise ConfigError(f"there is no run in {workdir}: it holds no config.json")
+    return ConfigDict(content["config"])
+
+
+def claim(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
+    """Checks that `config` may go on in `workdir`; returns the summary if that run has finished."""
+    if not (workdir / "config.json").exists():
+        return None
+    before, now = dict(_fields(load_config(workdir))), dict(_fields(ConfigDict(plain(config))))
+    for field in sorted(before.keys() | now.keys()):
+        free = any(field == name or field.startswith(name + ".") for name in FREE_FIELDS)
+        if not free and before.get(field) != now.get(field):
+            raise ConfigError(
+                f"the run in {workdir} has config.{field} = {before.get(field)!r}, got "
+                f"{now.get(field)!r}; give another --workdir to start a new run"
+            )
+    summary = read_json(workdir / "summary.json")
+    return summary if summary and summary["finished"] else None
+
+
+def _fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from _fields(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def record(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
+    """Writes config.json: the config, and what else one wants to know of a run years later."""
+    content = {
+        "config": plain(config),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "commit": _commit(),
+        **facts,
+    }
+    write_json(workdir / "config.json", content)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout without installing
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The git commit of the code, with "+" if the checkout differs from it; None without git."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,179 @@
+"""Initialisation, one update and one evaluation batch: pure functions, no I/O, no devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from flaxcls import metrics, models
+from flaxcls.optim import ema_update
+from flaxcls.state import TrainState
+
+Batch = dict[str, jax.Array]
+Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def make_init(
+    model: nn.Module, optimizer: optax.GradientTransformation, *, num_classes: int, ema: bool
+) -> Callable[[jax.Array, jax.Array], TrainState]:
+    """Returns `init(rng, images) -> TrainState`.
+
+    `rng` is uint32 key data; `images` float32 [B, H, W, C] are normalised training images, for the
+    models whose first weights depend on the data.
+    """
+
+    def init(rng: jax.Array, images: jax.Array) -> TrainState:
+        params_key, dropout_key = jax.random.split(jax.random.wrap_key_data(rng))
+        keys = {"params": params_key, "dropout": dropout_key}
+        variables = model.init(keys, images[:1], train=False)
+        variables = models.initialize_from_data(model, variables, images)
+        params, batch_stats = variables["params"], variables.get("batch_stats", {})
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            rng=rng,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=optimizer.init(params),
+            ema={"params": params, "batch_stats": batch_stats} if ema else {},
+            metrics={
+                **zero_metrics(num_classes),
+                "grad_norm": (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)),
+            },
+        )
+
+    return init
+
+
+def zero_metrics(num_classes: int) -> metrics.Metrics:
+    """What the sums of `classification_metrics` start from."""
+    per_class = jax.ShapeDtypeStruct((1, num_classes), jnp.float32)
+    per_example = jax.ShapeDtypeStruct((1,), jnp.float32)
+    return metrics.zeros_like(
+        jax.eval_shape(
+            metrics.classification_metrics, per_class, per_class, per_example, per_example
+        )
+    )
+
+
+def take_metrics(state: TrainState) -> tuple[TrainState, metrics.Metrics]:
+    """The metrics that a state has summed up, and the state with sums of zero."""
+    return state.replace(metrics=metrics.zeros_like(state.metrics)), state.metrics
+
+
+def is_finite(state: TrainState) -> jax.Array:
+    """Whether all floating-point numbers of a state are finite; bool []."""
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def make_train_step(
+    model: nn.Module,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    augment: Callable[[jax.Array, Batch], Batch],
+    *,
+    num_classes: int,
+    ema_decay: float | None,
+    gradient_accumulation: int,
+) -> Callable[[TrainState, Batch], TrainState]:
+    """Returns `train_step(state, batch) -> state`, one update.
+
+    `batch` has "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B]. Its metrics are
+    added to the state's.
+
+    With `gradient_accumulation` = k the batch is computed in k parts and updates once. The gradient
+    is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout the
+    update equals that of the whole batch. BatchNorm normalises each part by its own statistics; its
+    running statistics move once, by the mean over the parts. Dropout draws other masks.
+    """
+
+    def loss_sum(params, batch_stats, key, batch):
+        logits, updates = model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            batch["image"],
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": key},
+        )
+        losses, weights = loss(logits, batch["label"])
+        sums = metrics.classification_metrics(logits, batch["label"], losses, weights)
+        return jnp.sum(losses * weights), (jnp.sum(weights), updates.get("batch_stats", {}), sums)
+
+    def train_step(state: TrainState, batch: Batch) -> TrainState:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        augment_key, dropout_key = jax.random.split(key)
+        batch = {**batch, "label": jax.nn.one_hot(batch["label"], num_classes)}
+        batch = augment(augment_key, batch)
+
+        def part(index, part_batch):
+            (_, (weight, batch_stats, part_sums)), grads = jax.value_and_grad(loss_sum, has_aux=True)(
+                state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch
+            )
+            return {"grads": grads, "weight": weight, "batch_stats": batch_stats, "sums": part_sums}
+
+        total = _sum_over_parts(part, batch, gradient_accumulation)
+        grads = jax.tree.map(lambda g: g / total["weight"], total["grads"])
+        batch_stats = jax.tree.map(lambda s: s / gradient_accumulation, total["batch_stats"])
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema_decay is not None:
+            averaged = {"params": params, "batch_stats": batch_stats}
+            ema = ema_update(state.ema, averaged, state.step, ema_decay)
+        norm = {"grad_norm": (optax.global_norm(grads), jnp.ones((), jnp.int32))}
+        return state.replace(
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=ema,
+            metrics=metrics.add(state.metrics, {**total["sums"], **norm}),
+        )
+
+    return train_step
+
+
+def _sum_over_parts(part: Callable, batch: Batch, parts: int) -> Any:
+    """The sum of `part(index, part_batch)` over the parts of a batch.
+
+    Part i takes the examples i, i + parts, ...: so that a batch that is split over devices in runs
+    of neighbours stays where it is.
+    """
+    if parts == 1:
+        return part(0, batch)
+    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), batch)
+
+    def body(total, index):
+        result = part(index, jax.tree.map(lambda x: jnp.take(x, index, axis=1), split))
+        return jax.tree.map(jnp.add, total, result), None
+
+    shapes = jax.eval_shape(part, 0, jax.tree.map(lambda x: x[:, 0], split))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # XLA:CPU runs convolutions inside a loop on one thread, 12 times slower: there, no loop.
+    unroll = jax.default_backend() == "cpu"
+    total, _ = jax.lax.scan(body, zeros, jnp.arange(parts), unroll=unroll)
+    return total
+
+
+def make_eval_step(
+    model: nn.Module, loss: Loss, normalize: Callable[[jax.Array], jax.Array]
+) -> Callable[[Any, Any, Batch], Any]:
+    """Returns `eval_step(variables, sums, batch) -> sums`.
+
+    `batch` has "image" uint8 [B, H, W, C], "label" int32 [B] and "mask" [B], 0 where an example only
+    fills the batch up and must not count.
+    """
+
+    def eval_step(variables: Any, sums: Any, batch: Batch) -> Any:
+        logits = model.apply(variables, normalize(batch["image"]), train=False)
+        targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+        losses, weights = loss(logits, targets)
+        return metrics.add(
+            sums, metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
+        )
+
+    return eval_step
