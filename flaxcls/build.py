@@ -3,7 +3,8 @@
 Each function raises ConfigError for what can't be, before anything slow happens.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from flaxcls import augment, losses, models, optim, options, schedules
+from flaxcls import augment, losses, models, optim, options, run, schedules
+from flaxcls.config import default
+from flaxcls.data.resident import channel_statistics
 from flaxcls.data.source import SOURCES, Source, open_source, open_tfds
 from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
@@ -30,21 +33,33 @@ def _given(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError for fields out of range that no other function here looks at."""
+    """Raises ConfigError for fields of the wrong type, or out of a range not looked at elsewhere."""
 
     def require(field: str, condition: bool, what: str) -> None:
         if not condition:
             raise ConfigError(f"config.{field} must be {what}, got {get(config, field)!r}")
 
+    for field, standard in run.fields(default()):
+        if standard is not None:
+            kind = type(standard)
+            require(field, options.fits(get(config, field), kind), options.describe(kind))
     batch, parts = config.batch_size, config.gradient_accumulation
     require("seed", config.seed >= 0, "at least 0")
     require("batch_size", batch >= 1, "at least 1")
-    require("gradient_accumulation", parts >= 1 and batch % max(parts, 1) == 0,
-            f"a divisor of config.batch_size, {batch}")
+    require(
+        "gradient_accumulation",
+        parts >= 1 and batch % max(parts, 1) == 0,
+        f"a divisor of config.batch_size, {batch}",
+    )
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
-    require("eval.batch_size", (config.eval.batch_size or 1) >= 1, "at least 1")
-    require("checkpoint.keep", config.checkpoint.keep >= 1, "at least 1")
+    for field in ("eval.batch_size", "checkpoint.keep", "mesh.fsdp", "mesh.cpu_devices"):
+        require(field, get(config, field) is None or get(config, field) >= 1, "at least 1")
+    require(
+        "augment",
+        config.augment is None or isinstance(config.augment, (list, tuple)),
+        "a list such as ({'name': 'flip'},)",
+    )
     for field, choices in (
         ("checkpoint.best_metric", ("accuracy", "accuracy_top5", "loss")),
         ("model.dtype", ("auto", "float32", "bfloat16")),
@@ -59,10 +74,20 @@ def get(config: ConfigDict, path: str) -> Any:
     return config
 
 
+@contextlib.contextmanager
+def _about(field: str) -> Iterator[None]:
+    """Names the field in a ConfigError that does not."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"config.{field}: {error}") from error
+
+
 class Plan(NamedTuple):
     """What a config means for the data it names; made without reading the examples.
 
-    The intervals are of steps; `save_every` may be of seconds.
+    The intervals are of steps; `save_every` may be of seconds. `treatment` says in words what the
+    optimizer does to which parameters.
     """
 
     train_source: Source
@@ -71,6 +96,8 @@ class Plan(NamedTuple):
     steps_per_epoch: float
     total_steps: int
     rate: Callable[[Any], jax.Array]
+    optimizer: optax.GradientTransformation
+    treatment: str
     log_every: Duration
     eval_every: Duration
     save_every: Duration
@@ -82,18 +109,20 @@ def plan(config: ConfigDict) -> Plan:
         source(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
     num_examples, num_classes = len(train_source), len(train_source.class_names)
-    to_steps = partial(schedules.to_steps, batch_size=config.batch_size, num_examples=num_examples)
-    total_steps = to_steps(config.duration)
+    sizes = {"batch_size": config.batch_size, "num_examples": num_examples}
+    with _about("duration"):
+        total_steps = schedules.to_steps(config.duration, **sizes)
     if not total_steps:
         raise ConfigError(f"config.duration must be at least a step, got {config.duration!r}")
-    to_steps = partial(to_steps, total_steps=total_steps)
+    sizes["total_steps"] = total_steps
 
     def interval(field: str, may_be_time: bool = False) -> Duration:
-        duration = parse_duration(get(config, field))
-        if not (may_be_time and duration.unit == "seconds"):
-            duration = Duration(to_steps(get(config, field)), "steps")
+        with _about(field):
+            duration = parse_duration(get(config, field))
+            if not (may_be_time and duration.unit == "seconds"):
+                duration = Duration(schedules.in_steps(get(config, field), **sizes), "steps")
         if duration.value < 1:
-            raise ConfigError(f"config.{field} is less than a step or second, {get(config, field)!r}")
+            raise ConfigError(f"config.{field} must be at least a step, got {get(config, field)!r}")
         return duration
 
     if config.checkpoint.best_metric == "accuracy_top5" and num_classes <= 10:
@@ -101,15 +130,27 @@ def plan(config: ConfigDict) -> Plan:
             "config.checkpoint.best_metric accuracy_top5 needs more than 10 classes, "
             f"{config.data.name} has {num_classes}"
         )
+    if None in train_source.image_shape:
+        raise ConfigError(
+            f"{config.data.name} has images of different sizes: they need the streaming input, which "
+            "is not available yet"
+        )
+    _check_normalization(config, train_source.image_shape[-1])
     augment.check(config.augment or ())
-    loss(config, None, num_classes)
+    loss(config, _given_class_weights(config, num_classes))
+    network = model(config, train_source)
+    rate = schedule(config, total_steps, partial(schedules.to_steps, **sizes))
+    params = models.shapes(network, train_source.image_shape)["params"]
+    transformation, treatment = optimizer(config, network, params, rate)
     return Plan(
         train_source=train_source,
         eval_source=eval_source,
-        network=model(config, train_source),
+        network=network,
         steps_per_epoch=num_examples / config.batch_size,
         total_steps=total_steps,
-        rate=schedule(config, total_steps, to_steps),
+        rate=rate,
+        optimizer=transformation,
+        treatment=treatment,
         log_every=interval("log_every"),
         eval_every=interval("eval.every"),
         save_every=interval("checkpoint.every", may_be_time=True),
@@ -118,11 +159,33 @@ def plan(config: ConfigDict) -> Plan:
 
 def source(config: ConfigDict, split: str) -> Source:
     """The data that a split such as `train[:90%]` names."""
-    given = _given(config.data, "train_split", "eval_split", "dir")
+    given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
     opener = SOURCES.get(config.data.name, open_tfds)
     known = options.accepted(opener, ("split", "data_dir"))
     options.check("config.data", config.data.name, given, known)
     return open_source(config.data.name, split, data_dir=config.data.dir, **given)
+
+
+def normalization(config: ConfigDict, images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation a channel, as given or those of the training images, uint8."""
+    mean, std = config.data.mean, config.data.std
+    if mean is None or std is None:
+        mean, std = (statistic.tolist() for statistic in channel_statistics(images))
+    return list(map(float, mean)), list(map(float, std))
+
+
+def _check_normalization(config: ConfigDict, channels: int) -> None:
+    given = (config.data.mean, config.data.std)
+    if given == (None, None):
+        return
+    for values in given:
+        if not options.fits(values, tuple[float, ...]) or len(values) != channels:
+            raise ConfigError(
+                f"config.data.mean and config.data.std must both be given, {channels} numbers each, "
+                f"got {given}"
+            )
+    if min(config.data.std) <= 0:
+        raise ConfigError(f"config.data.std must be above 0, got {config.data.std}")
 
 
 def model(config: ConfigDict, like: Source) -> nn.Module:
@@ -130,24 +193,52 @@ def model(config: ConfigDict, like: Source) -> nn.Module:
     dtype = config.model.dtype
     if dtype == "auto":  # XLA:CPU computes bfloat16 in float32, only slower
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    given = _given(config.model, "dtype")
+    options.check("config.model", config.model.name, given, models.options(config.model.name))
     module = models.build(
-        config.model.name,
-        num_classes=len(like.class_names),
-        dtype=jnp.dtype(dtype),
-        **_given(config.model, "dtype"),
+        config.model.name, num_classes=len(like.class_names), dtype=jnp.dtype(dtype), **given
     )
     models.check_image_shape(module, like.image_shape)
     return module
 
 
-def loss(config: ConfigDict, labels: np.ndarray | None, num_classes: int) -> Callable:
-    """The loss; class weights that are "balanced" come from the training split's `labels`."""
-    given = _given(config.loss)
-    if given.get("class_weights") == "balanced":
-        del given["class_weights"]
-        if labels is not None:
-            given["class_weights"] = losses.balanced_class_weights(labels, num_classes)
-    return losses.build(config.loss.name, **given)
+def _check_options(
+    config: ConfigDict,
+    section: str,
+    given: Mapping[str, Any],
+    table: Mapping[str, Callable],
+    common: Callable,
+) -> None:
+    """The options of a section: those of the named entry of `table`, and those that all take."""
+    name = config[section].name
+    entry = options.look_up(f"config.{section}.name", name, table)
+    known = {**options.accepted(common, ("name",)), **options.accepted(entry)}
+    options.check(f"config.{section}", name, given, known)
+
+
+def _given_class_weights(config: ConfigDict, num_classes: int) -> Sequence[float] | None:
+    weights = config.loss.class_weights
+    if weights is None or weights == "balanced":
+        return None
+    if not options.fits(weights, tuple[float, ...]) or len(weights) != num_classes:
+        raise ConfigError(
+            f"config.loss.class_weights must be 'balanced' or {num_classes} numbers, got {weights!r}"
+        )
+    return weights
+
+
+def class_weights(config: ConfigDict, labels: np.ndarray, num_classes: int) -> list[float] | None:
+    """The weight of each class: as given, or balanced by the training split's `labels`; or None."""
+    if config.loss.class_weights == "balanced":
+        return losses.balanced_class_weights(labels, num_classes).tolist()
+    return _given_class_weights(config, num_classes)
+
+
+def loss(config: ConfigDict, weights: Sequence[float] | None) -> Callable:
+    """The loss with these class weights."""
+    given = _given(config.loss, "class_weights")
+    _check_options(config, "loss", given, losses.LOSSES, losses.build)
+    return losses.build(config.loss.name, class_weights=weights, **given)
 
 
 def schedule(
@@ -157,12 +248,14 @@ def schedule(
     learning_rate = config.optimizer.learning_rate
     if config.optimizer.learning_rate_batch:
         learning_rate *= config.batch_size / config.optimizer.learning_rate_batch
+    given = _given(config.schedule)
+    _check_options(config, "schedule", given, schedules.SCHEDULES, schedules.build)
     return schedules.build(
         config.schedule.name,
         learning_rate=learning_rate,
         total_steps=total_steps,
         to_steps=to_steps,
-        **_given(config.schedule),
+        **given,
     )
 
 
@@ -170,10 +263,12 @@ def optimizer(
     config: ConfigDict, network: nn.Module, params: Any, rate: Callable[[Any], jax.Array]
 ) -> tuple[optax.GradientTransformation, str]:
     """The optimizer and what it does to which parameters, in words; `params` may be shapes."""
+    given = _given(config.optimizer, "learning_rate", "learning_rate_batch")
+    _check_options(config, "optimizer", given, optim.RULES, optim.build)
     return optim.build(
         config.optimizer.name,
         schedule=rate,
         params=params,
         frozen=models.frozen(network),
-        **_given(config.optimizer, "learning_rate", "learning_rate_batch"),
+        **given,
     )

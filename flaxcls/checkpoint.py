@@ -56,7 +56,7 @@ class Checkpoints:
         """
         self._policy.best_step = facts["progress"]["best"].get("step")
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), facts=ocp.args.JsonSave(facts)
+            state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(facts)
         )
         self._manager.save(step, args=arguments)
 

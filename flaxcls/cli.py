@@ -1,20 +1,18 @@
-"""What the commands share: reading flags, saying errors in one sentence, exit codes."""
+"""What the commands share: reading flags and recipes, saying errors in one sentence, exit codes."""
 
+import ast
+import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
+from flaxcls import options
 from flaxcls.errors import ConfigError, FlaxclsError, did_you_mean
-
-
-def config_flag(flag_values: flags.FlagValues) -> None:
-    """Defines `--config=FILE` with overrides such as `--config.batch_size=256`."""
-    config_flags.DEFINE_config_file(
-        "config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=flag_values
-    )
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
@@ -25,42 +23,94 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> Non
     if "--help" in argv or "-h" in argv:
         print(usage.strip(), "\n\nFlags:", flag_values.get_help(), sep="")
         sys.exit(0)
-    _check_config_file(argv)
     try:
         rest = flag_values(list(argv))[1:]
     except flags.Error as error:
         raise ConfigError(_one_line(error)) from error
-    except (AttributeError, KeyError) as error:
-        raise ConfigError(_unknown_field(flag_values, argv) or _one_line(error)) from error
-    except (TypeError, ValueError, IndexError) as error:
-        raise ConfigError(f"the config or one of its overrides is wrong: {_one_line(error)}") from error
     if rest:
         raise ConfigError(f"{rest[0]!r} is not a flag; flags are written --name=value")
 
 
-def _check_config_file(argv: Sequence[str]) -> None:
-    for name in (argument.removeprefix("--config=") for argument in argv if "--config=" in argument):
-        path = Path(name)
-        if not path.is_file():
-            others = [str(other) for other in path.parent.glob("*.py")]
-            raise ConfigError(f"there is no config file {name}{did_you_mean(name, others)}")
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides such as "batch_size=256", of `--config.batch_size=256`, and the other arguments."""
+    prefix = "--config."
+    overrides = [text.removeprefix(prefix) for text in argv if text.startswith(prefix)]
+    return overrides, [text for text in argv if not text.startswith(prefix)]
 
 
-def _unknown_field(flag_values: flags.FlagValues, argv: Sequence[str]) -> str | None:
-    """The sentence about the first override, `--config.a.b=c`, of a field that does not exist."""
-    recipe = next(argument for argument in argv if argument.startswith("--config="))
-    fresh = flags.FlagValues()
-    config_flag(fresh)
-    fresh([argv[0], recipe])
-    for argument in argv:
-        if argument.startswith("--config."):
-            section, path = fresh["config"].value, argument.removeprefix("--config.").split("=")[0]
-            for name in path.split("."):
-                if not isinstance(section, ConfigDict) or name not in section:
-                    known = list(section) if isinstance(section, ConfigDict) else []
-                    return f"config.{path} is not a config field{did_you_mean(name, known)}"
-                section = section[name]
-    return None
+def load_config(recipe: str, overrides: Sequence[str]) -> ConfigDict:
+    """What `get_config()` of the file `recipe` returns, changed by overrides "field=value".
+
+    Values are written as in Python; text needs no quotes. Raises ConfigError for whatever is wrong.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        others = [str(other) for other in path.parent.glob("*.py")]
+        raise ConfigError(f"there is no config file {recipe}{did_you_mean(recipe, others)}")
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(path.read_text(), str(path), "exec"), namespace)
+        config = namespace["get_config"]() if "get_config" in namespace else None
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
+        raise ConfigError(f"{path}{line}: {_what_is_wrong(error)}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(
+            f"{path} must define get_config(), returning flaxcls.config.default() changed"
+        )
+    for override in overrides:
+        _override(config, override)
+    return config
+
+
+def _override(config: ConfigDict, override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"--config.{path} needs a value, as in --config.{path}=VALUE")
+    field, section = f"config.{path}", config
+    *sections, name = path.split(".")
+    for part in path.split("."):
+        if not isinstance(section, ConfigDict):
+            raise ConfigError(
+                f"{field} is not a config field: config.{'.'.join(sections)} has none"
+            )
+        if part not in section:
+            raise ConfigError(f"{field} is not a config field{did_you_mean(part, section)}")
+        parent, section = section, section[part]
+    section = parent
+    kind = section.get_type(name)
+    if issubclass(kind, ConfigDict):
+        raise ConfigError(f"{field} is a section; its fields are {', '.join(section[name])}")
+    value = _read(text, kind)
+    if kind is not object and value is not None and not options.fits(value, kind):
+        raise ConfigError(f"{field} must be {options.describe(kind)}, got {text!r}")
+    section[name] = value
+
+
+def _read(text: str, kind: type) -> Any:
+    """The value that `text` writes for a field of a type; text that is no Python is itself."""
+    words = {"None": None} if kind is str else {"None": None, "true": True, "false": False}
+    if kind is str or text in words:
+        return words.get(text, text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """One line about an error in a recipe."""
+    message = _one_line(error)
+    # ConfigDict says it in many words, listing all fields.
+    unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', message)
+    close = re.search(r'Did you mean "(\w+)"', message)
+    if unknown:
+        hint = f", did you mean '{close[1]}'?" if close else ""
+        return f"{unknown[1]!r} is not a config field{hint}"
+    return f"{type(error).__name__}: {message}"
 
 
 def _one_line(error: BaseException) -> str:

@@ -31,9 +31,13 @@ def default() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits, fake, or any TFDS name
-    config.data.dir = placeholder(str)  # of TFDS data; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+    config.data.dir = placeholder(
+        str
+    )  # of TFDS data; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets
     config.data.train_split = "train"  # TFDS slicing: "train[:90%]", "train+test", ...
     config.data.eval_split = "test"
+    config.data.mean = _option()  # to normalise with, a number a channel, in units of [0, 1];
+    config.data.std = _option()  # None: those of the training split
     config.data.image_shape = _option()  # (height, width, channels), for fake only
     config.data.num_classes = placeholder(int)  # for fake only
     config.data.num_examples = placeholder(int)  # for fake only
@@ -50,21 +54,27 @@ def default() -> ConfigDict:
     config.model.pool = _option()  # max, average
     config.model.stem = _option()  # imagenet, cifar
     config.model.depth = _option()  # layers
-    config.model.width = _option()  # multiple of the base width
+    config.model.width = _option()  # wrn: multiple of 16 channels; resnet: channels at first
+    config.model.batch_norm_momentum = _option()  # of the running statistics, 0 to 1
     config.model.zero_init_residual = _option()  # start residual branches at zero
 
     config.loss = ConfigDict()
     config.loss.name = "softmax_cross_entropy"
     config.loss.label_smoothing = 0.0  # share of a target given to all classes alike
     config.loss.class_weights = _option()  # "balanced", or a number a class
-    config.loss.gamma = _option()  # focal
+    config.loss.gamma = _option()  # focal: how strongly easy examples fade
+    config.loss.target_threshold = _option()  # sigmoid: soft targets above it count as 1
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.1  # peak
-    config.optimizer.learning_rate_batch = placeholder(int)  # examples the rate is meant for; scales it
+    config.optimizer.learning_rate_batch = placeholder(
+        int
+    )  # examples the rate is meant for; scales it
     config.optimizer.weight_decay = 0.0
     config.optimizer.weight_decay_mode = _option()  # l2, decoupled
+    config.optimizer.weight_decay_factors = _option()  # (regex, factor) pairs
+    config.optimizer.learning_rate_factors = _option()  # (regex, factor) pairs
     config.optimizer.no_weight_decay = _option()  # regex over parameter paths
     config.optimizer.gradient_clip_norm = _option()  # global norm
     config.optimizer.gradient_clip_value = _option()  # each element
@@ -73,12 +83,28 @@ def default() -> ConfigDict:
     config.optimizer.b1 = _option()
     config.optimizer.b2 = _option()
     config.optimizer.eps = _option()
-    config.optimizer.decay = _option()  # rmsprop
+    config.optimizer.decay = _option()  # rmsprop: of the mean square
+    config.optimizer.trust_coefficient = _option()  # lars
+    config.optimizer.newton_schulz_steps = _option()  # muon
+    config.optimizer.exclude = _option()  # muon: regex of kernels left to the rest's rule
+    config.optimizer.renormalize = _option()  # muon: keep the norm of kernels
+    config.optimizer.rest = _option()  # muon: adam or sgd for all but the kernels
+    config.optimizer.rest_learning_rate = _option()  # multiple of the kernels'
+    config.optimizer.rest_momentum = _option()
 
     config.schedule = ConfigDict()
     config.schedule.name = "cosine"
     config.schedule.warmup = _option()  # duration of the linear start
+    config.schedule.warmup_start = _option()  # share of the peak that it starts from
     config.schedule.cooldown = _option()  # duration of the linear end
+    config.schedule.final = _option()  # share of the peak at the end
+    config.schedule.boundaries = _option()  # step: durations after which the rate drops
+    config.schedule.factor = _option()  # step: what it is multiplied by
+    config.schedule.peak = _option()  # one_cycle: duration until the peak
+    config.schedule.start = _option()  # one_cycle: share of the peak at the start
+    config.schedule.power = _option()  # polynomial
+    config.schedule.decay = _option()  # exponential: factor
+    config.schedule.every = _option()  # exponential: duration for a factor
 
     config.eval = ConfigDict()
     config.eval.every = "1 epochs"

@@ -1,63 +1,40 @@
-"""Exact metrics of a model on a whole split.
+"""Prints the exact metrics of a saved run.
 
     python -m flaxcls.evaluate --run=DIR [--split=test] [--checkpoint=last|best|STEP]
 
-needs the folder of a run and its data, nothing else.
+needs the run's folder and the data, nothing else.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
-import flax.linen as nn
-import jax
-import numpy as np
 from absl import flags
-from jax.sharding import Mesh
 
-from flaxcls import augment, metrics, sharding
-from flaxcls.data import resident
-from flaxcls.step import make_eval_step, zero_metrics
-
-
-class Evaluator:
-    """Evaluates variables on a whole split: every example counts once, whatever the batch size.
-
-    Args:
-      images, labels: uint8 [N, H, W, C] and int32 [N].
-      batch_size: examples at a time; rounded up to a multiple of the devices.
-      mean, std: the run's normalisation, one number a channel.
-    """
-
-    def __init__(
-        self,
-        mesh: Mesh,
-        network: nn.Module,
-        loss: Callable,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-    ):
-        self._mesh, self._size = mesh, len(images)
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._data = sharding.replicate(mesh, {"image": images, "label": labels})
-        step = make_eval_step(network, loss, lambda x: augment.normalize(x, mean, std))
-
-        def eval_step(variables, sums, data, batch):
-            return step(variables, sums, resident.gather(data, batch))
-
-        place = sharding.everywhere(mesh)
-        self._step = jax.jit(eval_step, donate_argnums=1, out_shardings=place)
-        self._zeros = jax.jit(lambda: zero_metrics(network.num_classes), out_shardings=place)
-
-    def __call__(self, variables: Any) -> dict[str, float]:
-        """{"accuracy", "loss", "count", and "accuracy_top5" with more than 10 classes}."""
-        sums = self._zeros()
-        for batch in resident.evaluation_batches(self._size, self._batch_size):
-            sums = self._step(variables, sums, self._data, sharding.split_batch(self._mesh, batch))
-        return {**metrics.compute(sums), "count": int(jax.device_get(sums["accuracy"][1]))}
-
+from flaxcls import cli
+from flaxcls.errors import ConfigError
 
 FLAGS = flags.FlagValues()
+flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+flags.DEFINE_string("split", None, "The split; the run's own if not given.", flag_values=FLAGS)
+flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "Where the data lies, if it has moved.", flag_values=FLAGS)
+
+
+def main(argv: Sequence[str]) -> None:
+    cli.parse(FLAGS, argv, __doc__)
+    if FLAGS.run is None:
+        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+
+    from flaxcls.evaluator import evaluate_run
+    from flaxcls.watch import describe
+
+    step, split, results = evaluate_run(
+        Path(FLAGS.run), split=FLAGS.split, checkpoint=FLAGS.checkpoint, data_dir=FLAGS.data_dir
+    )
+    for name, row in results.items():
+        weights = "" if name == "eval" else f", {name}"
+        print(f"{FLAGS.run}, step {step}, {split}{weights}: {describe(row)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

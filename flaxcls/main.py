@@ -15,22 +15,24 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError
 
 FLAGS = flags.FlagValues()
-cli.config_flag(FLAGS)
+flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=FLAGS)
 flags.DEFINE_string(
     "workdir", None, "The run's folder; runs/NAME-<date-time> if not given.", flag_values=FLAGS
 )
 
 
 def main(argv: Sequence[str]) -> int:
+    overrides, argv = cli.split_overrides(argv)
     cli.parse(FLAGS, argv, __doc__)
     if FLAGS.config is None:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
 
+    config, recipe = cli.load_config(FLAGS.config, overrides), FLAGS.config
+
     from flaxcls import run, train, watch
 
-    recipe = next(a for a in argv if a.startswith("--config=")).removeprefix("--config=")
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(recipe)
-    summary = train.train(FLAGS.config, workdir)
+    summary = train.train(config, workdir)
     print(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
         f"{watch.describe(summary['eval'])}\n"

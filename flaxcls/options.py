@@ -17,7 +17,9 @@ from flaxcls.errors import ConfigError, did_you_mean
 def look_up(where: str, name: str, table: Mapping[str, Any]) -> Any:
     """The entry of `table` called `name`; a ConfigError that names the closest one if there is none."""
     if name not in table:
-        raise ConfigError(f"{where} is {name!r}, which is not known{did_you_mean(str(name), table)}")
+        raise ConfigError(
+            f"{where} is {name!r}, which is not known{did_you_mean(str(name), table)}"
+        )
     return table[name]
 
 

@@ -1,9 +1,9 @@
 """The folder of a run: whose it is, what made it and how it ended.
 
-    config.json      the resolved config; versions, device, commit and sizes beside it
-    metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
-    checkpoints/     the newest steps and the best one
-    summary.json     how it ended
+config.json      the resolved config; versions, device, commit and sizes beside it
+metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
+checkpoints/     the newest steps and the best one
+summary.json     how it ended
 """
 
 import importlib.metadata
@@ -64,7 +64,7 @@ def claim(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
     """Checks that `config` may go on in `workdir`; returns the summary if that run has finished."""
     if not (workdir / "config.json").exists():
         return None
-    before, now = dict(_fields(load_config(workdir))), dict(_fields(ConfigDict(plain(config))))
+    before, now = dict(fields(load_config(workdir))), dict(fields(ConfigDict(plain(config))))
     for field in sorted(before.keys() | now.keys()):
         free = any(field == name or field.startswith(name + ".") for name in FREE_FIELDS)
         if not free and before.get(field) != now.get(field):
@@ -76,10 +76,11 @@ def claim(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
     return summary if summary and summary["finished"] else None
 
 
-def _fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The paths and values of all fields: ("model.name", "dense"), ..."""
     for name, value in section.items():
         if isinstance(value, ConfigDict):
-            yield from _fields(value, f"{path}{name}.")
+            yield from fields(value, f"{path}{name}.")
         else:
             yield f"{path}{name}", value
 

@@ -40,9 +40,23 @@ def cpu_devices(batch_size: int) -> int:
 
 def set_up_devices(count: int | None, batch_size: int) -> None:
     """Chooses the number of CPU host devices; must come before the first use of a device."""
+    count = count or cpu_devices(batch_size)
+    # XLA:CPU takes this for the number of threads, which is that of the cores without it. A device
+    # that waits for the others in a collective holds a thread; with as few threads as devices runs
+    # hung for good, 4 of 6 on 2 busy cores (jax 0.10.2), and none with at least 4 threads.
+    os.environ.setdefault("NPROC", str(max(8, 4 * count)))
     # In a process that already uses its devices (a notebook, a test) their number is settled.
     with contextlib.suppress(RuntimeError):
-        jax.config.update("jax_num_cpu_devices", count or cpu_devices(batch_size))
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def keep_pace(result: Any) -> Any:
+    """On a CPU waits until `result` is computed, elsewhere does nothing; returns it.
+
+    Running ahead of a CPU gains nothing, while every program that waits in XLA's queue brings the
+    collectives nearer to running out of threads (see `set_up_devices`).
+    """
+    return jax.block_until_ready(result) if jax.default_backend() == "cpu" else result
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

@@ -109,9 +109,9 @@ def make_train_step(
         batch = augment(augment_key, batch)
 
         def part(index, part_batch):
-            (_, (weight, batch_stats, part_sums)), grads = jax.value_and_grad(loss_sum, has_aux=True)(
-                state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch
-            )
+            (_, (weight, batch_stats, part_sums)), grads = jax.value_and_grad(
+                loss_sum, has_aux=True
+            )(state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch)
             return {"grads": grads, "weight": weight, "batch_stats": batch_stats, "sums": part_sums}
 
         total = _sum_over_parts(part, batch, gradient_accumulation)

@@ -3,7 +3,6 @@
 import math
 import signal
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from flaxcls.checkpoint import Checkpoints
 from flaxcls.data import resident
 from flaxcls.data.decode import materialize
 from flaxcls.errors import DivergedError, Interrupted
-from flaxcls.evaluate import Evaluator
+from flaxcls.evaluator import Evaluator
 from flaxcls.schedules import Duration
 from flaxcls.state import TrainState
 from flaxcls.step import is_finite, make_init, make_train_step, take_metrics
@@ -37,9 +36,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if finished := run.claim(workdir, config):
         return finished
     began = time.perf_counter()
-    sharding.set_up_devices(config.mesh.cpu_devices, config.batch_size)
+    part = config.batch_size // config.gradient_accumulation
+    sharding.set_up_devices(config.mesh.cpu_devices, part)
     mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_batch_size(mesh, config.batch_size // config.gradient_accumulation)
+    sharding.check_batch_size(mesh, part)
     plan = build.plan(config)
     trainer = Trainer(config, plan, mesh)
     print(_introduction(config, plan, mesh, trainer))
@@ -126,10 +126,11 @@ class Trainer:
 
         # The data.
         images, labels = materialize(source)
-        mean, std = (tuple(map(float, each)) for each in resident.channel_statistics(images))
+        mean, std = build.normalization(config, images)
         pipeline = resident.Resident(images, labels, batch_size=config.batch_size, seed=config.seed)
         self._data, self._batch = sharding.replicate(mesh, pipeline.arrays), pipeline.batch
-        loss = build.loss(config, labels, num_classes)
+        class_weights = build.class_weights(config, labels, num_classes)
+        loss = build.loss(config, class_weights)
         self._evaluator = Evaluator(
             mesh,
             network,
@@ -145,18 +146,15 @@ class Trainer:
             "image_shape": source.image_shape,
             "mean": mean,
             "std": std,
+            "class_weights": class_weights,
             "fingerprint": source.fingerprint,
         }
 
         # The state: shapes, then places; the arrays come with `init` or from a checkpoint.
         self._sample = augment.normalize(jnp.asarray(images[:SAMPLE]), mean, std)
         self._rng = jax.random.key_data(jax.random.key(config.seed))
-        variables = jax.eval_shape(
-            partial(network.init, train=False), jax.random.key(0), self._sample[:1]
-        )
-        optimizer, self.treatment = build.optimizer(config, network, variables["params"], plan.rate)
         with_ema = config.ema_decay is not None
-        init = make_init(network, optimizer, num_classes=num_classes, ema=with_ema)
+        init = make_init(network, plan.optimizer, num_classes=num_classes, ema=with_ema)
         self.shapes = jax.eval_shape(init, self._rng, self._sample)
         self.places = sharding.shardings(mesh, self.shapes)
 
@@ -164,18 +162,18 @@ class Trainer:
         train_step = make_train_step(
             network,
             loss,
-            optimizer,
+            plan.optimizer,
             augment.build(config.augment or (), mean=mean, std=std),
             num_classes=num_classes,
             ema_decay=config.ema_decay,
             gradient_accumulation=config.gradient_accumulation,
         )
+
+        def update(state, data, batch):
+            return train_step(state, resident.gather(data, batch))
+
         self._init = jax.jit(init, out_shardings=self.places)
-        self._train_step = jax.jit(
-            lambda state, data, batch: train_step(state, resident.gather(data, batch)),
-            donate_argnums=0,
-            out_shardings=self.places,
-        )
+        self._train_step = jax.jit(update, donate_argnums=0, out_shardings=self.places)
         self._take_metrics = jax.jit(
             take_metrics, donate_argnums=0, out_shardings=(self.places, None)
         )
@@ -202,7 +200,7 @@ class Trainer:
 
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
         """One step; `state` is used up."""
-        return self._train_step(state, self._data, batch)
+        return sharding.keep_pace(self._train_step(state, self._data, batch))
 
     def take_metrics(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The means since the last time, and the state that starts anew; `state` is used up."""
@@ -234,7 +232,7 @@ def _introduction(config: ConfigDict, plan: build.Plan, mesh: Mesh, trainer: Tra
         f"evaluate on ({test.split}), {len(train.class_names)} classes\n"
         f"model: {config.model.name}, {count:,} parameters\n"
         f"devices: {sharding.describe(mesh)}\n"
-        f"optimizer: {trainer.treatment}\n"
+        f"optimizer: {plan.treatment}\n"
         f"length: {plan.total_steps:,} steps of {config.batch_size} images, "
         f"{plan.total_steps / plan.steps_per_epoch:g} epochs"
     )
@@ -272,8 +270,8 @@ class Due:
     def __call__(self, step: int) -> bool:
         if step == self._total_steps:
             return True
-        if self._interval.unit == "steps":
-            return step % self._interval.value == 0
+        if self._interval.unit == "steps":  # an epoch need not be a whole number of them
+            return step // self._interval.value > (step - 1) // self._interval.value
         due = time.monotonic() - self._last >= self._interval.value
         if due:
             self._last = time.monotonic()

@@ -95,7 +95,9 @@ class Watch:
         """Prints a line that stays."""
         self._console.print(text, markup=False)
 
-    def training(self, step: int, epoch: float, row: dict[str, float], lap: tuple[float, float]) -> None:
+    def training(
+        self, step: int, epoch: float, row: dict[str, float], lap: tuple[float, float]
+    ) -> None:
         """A row of training metrics, and the live line; `lap` is the stopwatch's."""
         self._write(step, epoch, {"train": row})
         steps_per_second, data_wait = lap

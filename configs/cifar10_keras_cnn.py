@@ -1,0 +1,18 @@
+"""TensorFlow's convolutional tutorial (32-64-64 channels) on CIFAR-10, as it trains it."""
+
+from flaxcls.config import default
+
+
+def get_config():
+    config = default()
+    config.batch_size = 32
+    config.duration = "10 epochs"
+    config.log_every = "200 steps"
+    config.data.name = "cifar10"
+    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # only scaled to [0, 1]
+    config.model.name = "keras_cnn"
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.eps = 1e-7
+    config.schedule.name = "constant"
+    return config

@@ -1,0 +1,113 @@
+"""Augmentation on the device: pure functions of (key, batch), applied to whole batches.
+
+A pipeline is a list of mappings, as in a config:
+
+    [{"name": "pad_crop", "padding": 4}, {"name": "flip"}, {"name": "normalize"},
+     {"name": "cutout", "size": 8}]
+
+`normalize` stands for the run's mean and standard deviation; where it is not listed it comes last.
+What is listed before it sees images in [0, 255]; what is listed after it sees normalised ones, in
+which 0 is the mean.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from flaxcls.augment.base import Augmentation, Batch
+from flaxcls.augment.color import ColorJitter, normalize
+from flaxcls.augment.geometry import Flip, PadCrop, Rotation
+from flaxcls.augment.mixing import CutMix, Mix, MixUp
+from flaxcls.augment.noise import Cutout, RandomErasing, SaltAndPepper
+from flaxcls.errors import ConfigError, did_you_mean
+
+__all__ = ["AUGMENTATIONS", "Augmentation", "Batch", "build", "check", "normalize"]
+
+AUGMENTATIONS: dict[str, type[Augmentation]] = {
+    "pad_crop": PadCrop,
+    "flip": Flip,
+    "rotation": Rotation,
+    "color_jitter": ColorJitter,
+    "salt_and_pepper": SaltAndPepper,
+    "random_erasing": RandomErasing,
+    "cutout": Cutout,
+    "mixup": MixUp,
+    "cutmix": CutMix,
+    "mix": Mix,
+}
+
+
+def build(
+    specs: Sequence[Mapping[str, Any]], *, mean: Sequence[float], std: Sequence[float]
+) -> Callable[[jax.Array, Batch], Batch]:
+    """The function `(key, batch) -> batch` that applies `specs` in order.
+
+    `mean` and `std` hold one number a channel, in units of [0, 1]. The batch has "image" uint8 or
+    float32 [B, H, W, C] in [0, 255], "label" float32 [B, K], "index" and "epoch" int32 [B]; the
+    result's images are float32, normalised. The op at position n is keyed by `fold_in(key, n)`.
+    Raises `ConfigError` as `check` does.
+    """
+    if len(mean) != len(std) or not all(value > 0 for value in std):
+        raise ConfigError(
+            "the normalisation needs as many means as standard deviations, and these above 0, "
+            f"got mean {tuple(mean)} and std {tuple(std)}"
+        )
+    before, after = _parse(specs)
+
+    def augment(key: jax.Array, batch: Batch) -> Batch:
+        for position, augmentation in before:
+            batch = augmentation(jax.random.fold_in(key, position), batch)
+        batch = {**batch, "image": normalize(batch["image"], mean, std)}
+        for position, augmentation in after:
+            batch = augmentation(jax.random.fold_in(key, position), batch)
+        return batch
+
+    return augment
+
+
+def check(specs: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `ConfigError` if `build` could not make a pipeline of `specs`."""
+    _parse(specs)
+
+
+Placed = list[tuple[int, Augmentation]]
+
+
+def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[Placed, Placed]:
+    """The augmentations before and after `normalize`, each with its position in `specs`."""
+    before: Placed = []
+    after: Placed = []
+    normalized = False
+    for position, spec in enumerate(specs):
+        name, options = _name_and_options(spec, position)
+        if name == "normalize":
+            if options or normalized:
+                problem = "is listed twice" if normalized else f"takes no options, got {options}"
+                raise ConfigError(f"the augmentation `normalize` {problem}")
+            normalized = True
+            continue
+        augmentation = AUGMENTATIONS[name](**options)
+        augmentation.check_order(normalized)
+        (after if normalized else before).append((position, augmentation))
+    return before, after
+
+
+def _name_and_options(spec: Mapping[str, Any], position: int) -> tuple[str, dict[str, Any]]:
+    if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
+        raise ConfigError(
+            f"augmentation {position} must be a mapping such as {{'name': 'flip'}}, got {spec!r}"
+        )
+    options = dict(spec)
+    name = options.pop("name")
+    if name == "normalize":
+        return name, options
+    if name not in AUGMENTATIONS:
+        known = [*AUGMENTATIONS, "normalize"]
+        raise ConfigError(f"unknown augmentation '{name}'{did_you_mean(name, known)}")
+    fields = [field.name for field in dataclasses.fields(AUGMENTATIONS[name])]
+    for option in options:
+        if option not in fields:
+            raise ConfigError(f"`{name}` has no option '{option}'{did_you_mean(option, fields)}")
+    return name, options

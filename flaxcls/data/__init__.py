@@ -1,0 +1,1 @@
+"""Where the examples come from: the only folder that imports TFDS and the image decoders."""

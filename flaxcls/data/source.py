@@ -1,0 +1,178 @@
+"""A Source is one split of a data set: random access to its examples, and what is known of them.
+
+`open_source` is the way in. Importing this module costs nothing: TFDS, OpenCV and the data
+themselves are loaded by the source that needs them.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from flaxcls.errors import ConfigError
+
+
+class Example(NamedTuple):
+    """One example: encoded bytes or uint8 [H, W, C], and its class (not yet checked)."""
+
+    image: bytes | np.ndarray
+    label: int
+
+
+class Source:
+    """One split (or slices of splits) of a data set, in a fixed order, safe to read in threads.
+
+    Attributes:
+      name: what the user calls the data set.
+      split: the split as it was asked for, e.g. "train[:90%]".
+      class_names: the name of every class; an example's label is an index into them.
+      image_shape: (height, width, channels) of every image, None where it varies.
+      fingerprint: 16 hex digits that say which data these are: equal on every host, different
+        when examples, their order or their number differ.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        split: str,
+        class_names: Sequence[str],
+        image_shape: tuple[int | None, int | None, int],
+        fingerprint: str,
+    ):
+        self.name = name
+        self.split = split
+        self.class_names = tuple(class_names)
+        self.image_shape = image_shape
+        self.fingerprint = fingerprint
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Example:
+        raise NotImplementedError
+
+    def labels(self) -> np.ndarray:
+        """Every example's label, int32 [N]; reads the whole split where nothing better is known."""
+        return np.fromiter((self[i].label for i in range(len(self))), np.int32, len(self))
+
+    def where(self, index: int) -> str:
+        """How an error message names an example."""
+        return f"example {index} of {self.name} '{self.split}'"
+
+
+def open_source(
+    name: str, split: str, *, data_dir: str | Path | None = None, **options: Any
+) -> Source:
+    """Opens a split of a data set of SOURCES or, under any other name, of TFDS.
+
+    Args:
+      name: "digits", "fake", or a TFDS name such as "cifar10", "cifar10:3.0.2", "ds/config".
+      split: TFDS's slicing: "train", "train[:90%]", "train[100:-50]", "train+test", ...
+      data_dir: where TFDS keeps its data (else $TFDS_DATA_DIR, else ~/tensorflow_datasets).
+      **options: keyword arguments of the function in SOURCES; TFDS takes none.
+
+    Raises:
+      ConfigError: unknown name or split, an empty slice, or a data set without images and classes.
+      DataError: the prepared files are missing or broken.
+    """
+    if name in SOURCES:
+        return SOURCES[name](split, **options)
+    return open_tfds(name, split, data_dir=data_dir, **options)
+
+
+def open_digits(split: str) -> Source:
+    """scikit-learn's 1,797 handwritten digits, 8x8x1: "train" (1,437) and "test" (360)."""
+    from flaxcls.data.embedded import Digits
+
+    return Digits(split)
+
+
+def open_fake(
+    split: str,
+    *,
+    image_shape: tuple[int, int, int] = (32, 32, 3),
+    num_classes: int = 10,
+    num_examples: int = 1024,
+) -> Source:
+    """Made-up images that can be learned: "train", and "validation", "test" a quarter as large."""
+    from flaxcls.data.fake import Fake
+
+    return Fake(split, image_shape=image_shape, num_classes=num_classes, num_examples=num_examples)
+
+
+def open_tfds(name: str, split: str, *, data_dir: str | Path | None = None) -> Source:
+    """A data set of TFDS, read without TensorFlow; prepared first where it isn't yet."""
+    from flaxcls.data.tfds import open_prepared
+
+    return open_prepared(name, split, data_dir)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {"digits": open_digits, "fake": open_fake}
+
+
+class Slice(NamedTuple):
+    """The examples `start` to `stop` (exclusive) of one split."""
+
+    split: str
+    start: int
+    stop: int
+
+
+def resolve_split(spec: str, shard_lengths: Mapping[str, Sequence[int]]) -> list[Slice]:
+    """What a split in TFDS's language means for these splits; TFDS itself parses it.
+
+    Args:
+      spec: e.g. "train", "train[:90%]", "train[10%:20%]", "train[100:-50]", "train+test".
+      shard_lengths: the number of examples in every shard of every split.
+
+    Raises:
+      ConfigError: an unknown split, a malformed or an empty slice, one beyond 100 % or the end.
+    """
+    if spec in shard_lengths:
+        slices = [Slice(spec, 0, sum(shard_lengths[spec]))]
+    else:
+        slices = _parse_split(spec, shard_lengths)
+    for part in slices:
+        if part.start >= part.stop:
+            size = sum(shard_lengths[part.split])
+            raise ConfigError(f"split '{spec}' is empty: '{part.split}' has {size} examples")
+    return slices
+
+
+def _parse_split(spec: str, shard_lengths: Mapping[str, Sequence[int]]) -> list[Slice]:
+    from tensorflow_datasets.core import ReadInstruction
+
+    sizes = {name: sum(lengths) for name, lengths in shard_lengths.items()}
+    for name in (part.partition("[")[0].strip() for part in spec.split("+")):
+        if name not in (*sizes, "all"):
+            raise ConfigError(f"unknown split '{name}'; there is {', '.join(sizes)}")
+    infos = {
+        name: SimpleNamespace(num_examples=sizes[name], shard_lengths=list(lengths))
+        for name, lengths in shard_lengths.items()
+    }
+    try:
+        parts = ReadInstruction.from_spec(spec).to_absolute(infos)
+    except (ValueError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[-1].partition(". ")[0]
+        raise ConfigError(f"split '{spec}' is not a slice of the data: {reason}") from error
+    return [
+        Slice(
+            part.splitname, part.from_ or 0, sizes[part.splitname] if part.to is None else part.to
+        )
+        for part in parts
+    ]
+
+
+def take_slices(indices: Mapping[str, np.ndarray], slices: Sequence[Slice]) -> np.ndarray:
+    """The concatenation of the slices of every split's array."""
+    return np.concatenate([indices[part.split][part.start : part.stop] for part in slices])
+
+
+def fingerprint(**facts: Any) -> str:
+    """16 hex digits of the SHA-256 of JSON facts; key order does not matter."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

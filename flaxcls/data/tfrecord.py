@@ -1,0 +1,156 @@
+"""Random access to TFRECORD files, TFDS's default format, which has no index of its own.
+
+A file is a sequence of records: uint64 length, uint32 checksum, data, uint32 checksum
+(https://www.tensorflow.org/tutorials/load_data/tfrecord). One pass over the lengths finds where
+every record begins; the offsets are kept in a small .npy file, so that the pass is made once.
+"""
+
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from flaxcls.errors import DataError
+
+_LENGTH = struct.Struct("<Q")
+_HEADER, _FOOTER = 12, 4  # bytes around a record's data
+
+
+class FilePart(Protocol):
+    """`take` records of a file from number `skip` on: what TFDS calls a file instruction."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class TfRecords:
+    """The records of a sequence of file parts. Reading is safe in threads.
+
+    Raises:
+      DataError: a file is missing, cut short, or has another number of records than it should.
+    """
+
+    def __init__(self, parts: Sequence[FilePart]):
+        self._paths = [Path(part.filename) for part in parts]
+        with ThreadPoolExecutor(16) as threads:  # waiting for disks, not computing
+            bounds = list(threads.map(_part_offsets, parts))
+        self._file = np.repeat(np.arange(len(parts)), [part.take for part in parts])
+        self._begin = np.concatenate([offsets[:-1] for offsets in bounds])
+        self._end = np.concatenate([offsets[1:] for offsets in bounds])
+
+    def __len__(self) -> int:
+        return len(self._begin)
+
+    def __getitem__(self, index: int) -> bytes:
+        path = self._paths[self._file[index]]
+        begin, size = int(self._begin[index]), int(self._end[index] - self._begin[index])
+        descriptor = os.open(path, os.O_RDONLY)  # a data set may have more files than we may open
+        try:
+            record = os.pread(descriptor, size, begin)
+        finally:
+            os.close(descriptor)
+        if len(record) < size or _LENGTH.unpack_from(record)[0] != size - _HEADER - _FOOTER:
+            raise DataError(f"{path} has changed since it was opened: no record at byte {begin}")
+        return record[_HEADER:-_FOOTER]
+
+
+def _part_offsets(part: FilePart) -> np.ndarray:
+    offsets = record_offsets(Path(part.filename))
+    check_count(part, len(offsets) - 1)
+    return offsets[part.skip : part.skip + part.take + 1]
+
+
+def check_count(part: FilePart, found: int) -> None:
+    """Raises DataError unless a file has as many records as the data set's metadata say."""
+    if found != part.examples_in_shard:
+        raise DataError(
+            f"{part.filename} holds {found} records where dataset_info.json says "
+            f"{part.examples_in_shard}: it is damaged, or from another version of the data set"
+        )
+
+
+def record_offsets(path: Path) -> np.ndarray:
+    """Where every record of a file begins, and the last one ends: int64 [records + 1].
+
+    Cached beside the file or, where that is read-only, in $XDG_CACHE_HOME/flaxcls
+    (~/.cache/flaxcls), until the file's size or time of modification changes.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    version = np.array([status.st_size, status.st_mtime_ns])
+    places = _index_places(path)
+    for place in places:
+        offsets = _load_index(place, version)
+        if offsets is not None:
+            return offsets
+    offsets = _scan(path)
+    for place in places:
+        if _store_index(place, np.concatenate([version, offsets])):
+            break
+    return offsets
+
+
+def _scan(path: Path) -> np.ndarray:
+    begins = [0]
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while begins[-1] < size:
+            length = os.pread(file.fileno(), _LENGTH.size, begins[-1])
+            if len(length) < _LENGTH.size:
+                break
+            begins.append(begins[-1] + _HEADER + _LENGTH.unpack(length)[0] + _FOOTER)
+    if begins[-1] != size:
+        raise DataError(
+            f"{path} is cut short or not a TFRECORD file: record {len(begins) - 2} should end "
+            f"at byte {begins[-1]}, the file ends at {size}"
+        )
+    return np.array(begins)
+
+
+def _index_places(path: Path) -> tuple[Path, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxcls"
+    key = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
+    return path.with_name(f".{path.name}.offsets.npy"), cache / f"{key}.offsets.npy"
+
+
+def _load_index(place: Path, version: np.ndarray) -> np.ndarray | None:
+    """The offsets in an index file, unless it is missing, broken or of another version."""
+    try:
+        index = np.load(place)
+    except (OSError, ValueError, EOFError):
+        return None
+    if index.dtype != np.int64 or index.ndim != 1 or not np.array_equal(index[:2], version):
+        return None
+    offsets = index[2:]
+    sound = (
+        len(offsets) > 0
+        and offsets[0] == 0
+        and offsets[-1] == version[0]
+        and np.all(np.diff(offsets) >= _HEADER + _FOOTER)
+    )
+    return offsets if sound else None
+
+
+def _store_index(place: Path, index: np.ndarray) -> bool:
+    """Writes an index file whole or not at all; False where nothing can be written."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if not place.parent.stat().st_mode & 0o222:  # read-only means that to root, too
+            return False
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".index-") as folder:
+            whole = Path(folder) / place.name
+            np.save(whole, index)
+            os.replace(whole, place)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,85 @@
+"""Metrics as (sum, count) pairs, which add up over batches, devices and hosts.
+
+A dict of pairs of scalars lives on the devices and only `compute`, on the host, divides: so the
+mean over a set is that over its examples, however batched. Counts of examples are int32 and exact.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+def classification_metrics(
+    logits: jax.Array,
+    targets: jax.Array,
+    losses: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array | None = None,
+) -> Metrics:
+    """The pairs of one batch: "loss", "accuracy" and, with more than 10 classes, "accuracy_top5".
+
+    Args:
+      logits: float [B, K].
+      targets: soft targets float [B, K], whose largest entry is taken for the truth (the first one
+        if several are), or labels int [B].
+      losses: float32 [B], the loss of each example.
+      weights: float32 [B], what each example weighs in the loss. Accuracies are not weighted.
+      mask: bool or 0/1 [B]; an example with 0 counts nowhere, even if its loss is NaN. None: all 1.
+    """
+    num_classes = logits.shape[-1]
+    labels = targets if targets.ndim == 1 else jnp.argmax(targets, axis=-1)
+    counted = jnp.ones(labels.shape, bool) if mask is None else mask.astype(bool)
+    count = jnp.sum(counted, dtype=jnp.int32)
+    rank = rank_of_label(logits, labels)
+
+    def right_in_top(k: int) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(counted & (rank < k), dtype=jnp.int32), count
+
+    metrics = {
+        "loss": (
+            jnp.sum(jnp.where(counted, losses * weights, 0), dtype=jnp.float32),
+            jnp.sum(jnp.where(counted, weights, 0), dtype=jnp.float32),
+        ),
+        "accuracy": right_in_top(1),
+    }
+    if num_classes > 10:
+        metrics["accuracy_top5"] = right_in_top(5)
+    return metrics
+
+
+def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """How many classes come before the label's, int32 [B]: 0 is the best; K where nothing is right.
+
+    Equal logits come in the order of their classes, as in `argmax`; so a network that always gives
+    the same logits is right as often as one that always answers 0 to k-1. An example with a NaN
+    among its logits, or with a label out of range, is never right.
+    """
+    classes = jnp.arange(logits.shape[-1])
+    label = labels[:, None]
+    own = jnp.sum(jnp.where(classes == label, logits, 0), axis=-1, keepdims=True)
+    before = (logits > own) | ((logits == own) & (classes < label))
+    valid = (labels >= 0) & (labels < logits.shape[-1]) & ~jnp.isnan(logits).any(axis=-1)
+    return jnp.where(valid, jnp.sum(before, axis=-1, dtype=jnp.int32), logits.shape[-1])
+
+
+def zeros_like(metrics: Any) -> Metrics:
+    """What to start adding from: `metrics` are pairs of arrays or of shapes (`jax.eval_shape`)."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+
+def add(first: Metrics, second: Metrics) -> Metrics:
+    """The pairs of two disjoint sets of examples together."""
+    return jax.tree.map(jnp.add, first, second)
+
+
+def compute(metrics: Metrics) -> dict[str, float]:
+    """The means as Python floats, NaN where nothing was counted. Fetches from the device, once."""
+    pairs = jax.device_get(metrics)
+    return {
+        name: float(total) / float(count) if count else math.nan
+        for name, (total, count) in pairs.items()
+    }

@@ -1,0 +1,115 @@
+"""The networks: `build` makes one by its name in MODELS."""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ..errors import ConfigError, did_you_mean
+from .convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
+from .dense import DenseNetwork
+from .layers import title
+from .quick import Quick
+from .resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
+
+_partial = functools.partial
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "dense": DenseNetwork,
+    "keras_cnn": KerasCNN,
+    "keras_small": KerasSmall,
+    "torch_convnet": TorchConvNet,
+    "digits_cnn": DigitsCNN,
+    "quick": Quick,
+    "cifar_resnet20": _partial(CifarResNet, depth=20),
+    "cifar_resnet32": _partial(CifarResNet, depth=32),
+    "cifar_resnet44": _partial(CifarResNet, depth=44),
+    "cifar_resnet56": _partial(CifarResNet, depth=56),
+    "cifar_resnet110": _partial(CifarResNet, depth=110),
+    "wrn": WideResNet,
+    "wrn16_8": _partial(WideResNet, depth=16, width=8),
+    "wrn28_10": _partial(WideResNet, depth=28, width=10),
+    "wrn40_4": _partial(WideResNet, depth=40, width=4),
+    "resnet18": _partial(ResNet, stage_sizes=(2, 2, 2, 2), block=BasicBlock),
+    "resnet34": _partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BasicBlock),
+    "resnet50": _partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock),
+    "resnet101": _partial(ResNet, stage_sizes=(3, 4, 23, 3), block=BottleneckBlock),
+    "resnet152": _partial(ResNet, stage_sizes=(3, 8, 36, 3), block=BottleneckBlock),
+}
+
+
+def build(name: str, *, num_classes: int, dtype: jnp.dtype = jnp.float32, **options) -> nn.Module:
+    """The network of that name: `module.apply(variables, image, train=...)` gives the logits.
+
+    Images are normalised float32 [B,H,W,C], logits float32 [B,K]. `dtype` is what is computed in;
+    parameters and BatchNorm statistics are float32. Dropout needs `rngs={"dropout": key}`.
+    Raises ConfigError for an unknown name or option, or an option out of range.
+    """
+    _check_options(name, options)
+    if num_classes < 1:
+        raise ConfigError(f"`num_classes` of {name} must be at least 1, got {num_classes}")
+    # A list (of a JSON config) would make the module unhashable.
+    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return MODELS[name](num_classes=num_classes, dtype=dtype, name=name, **hashable)
+
+
+def options(name: str) -> dict[str, inspect.Parameter]:
+    """What a user may choose for that network, by keyword: annotation and default of each."""
+    if name not in MODELS:
+        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, MODELS)}")
+    entry = MODELS[name]
+    fixed = {"num_classes", "dtype", "parent", "name", *getattr(entry, "keywords", {})}
+    parameters = inspect.signature(entry).parameters
+    return {key: value for key, value in parameters.items() if key not in fixed}
+
+
+def _check_options(name: str, given: dict) -> None:
+    known = options(name)
+    for option in given:
+        if option not in known:
+            hint = did_you_mean(option, known) if known else "; it has none"
+            raise ConfigError(f"{name} has no option `{option}`{hint}")
+
+
+def check_image_shape(module: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raises ConfigError, in one sentence, when the network can't take images of (H, W, C).
+
+    Networks say what they need in `minimum_image_size` and `image_size_multiple`, if anything.
+    """
+    height, width, _ = shape
+    minimum = getattr(module, "minimum_image_size", 1)
+    multiple = getattr(module, "image_size_multiple", 1)
+    if min(height, width) < minimum:
+        needs = f"images of at least {minimum}x{minimum} pixels"
+    elif height % multiple or width % multiple:
+        needs = f"images whose height and width are multiples of {multiple} pixels"
+    else:
+        return
+    raise ConfigError(f"{title(module)} needs {needs}, got {height}x{width}")
+
+
+def shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> dict:
+    """The shapes of the variables for images of (H, W, C); costs no memory and little time."""
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)
+
+
+def initialize_from_data(module: nn.Module, variables: dict, images: jax.Array) -> dict:
+    """The variables, with what the network derives from training images before the first step.
+
+    `images` are float32 [N,H,W,C], normalised as for training. Most networks derive nothing.
+    """
+    method = getattr(module, "initialize_from_data", None)
+    return method(variables, images) if method else variables
+
+
+def frozen(module: nn.Module) -> str | None:
+    """A regular expression for the paths ("layer/kernel") of parameters that are not trained."""
+    return getattr(module, "frozen", None)
+
+
+def parameter_count(params) -> int:
+    """The number of numbers in a tree of parameters (arrays or their shapes)."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

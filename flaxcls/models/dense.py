@@ -1,0 +1,33 @@
+"""Fully connected networks."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .layers import ACTIVATIONS, require_known, require_positive, require_rate
+
+
+class DenseNetwork(nn.Module, kw_only=True):
+    """Pixels -> hidden layers -> logits. The first layer sees the image as one vector."""
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+    widths: tuple[int, ...] = (512, 256)
+    activation: str = "relu"
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        require_positive(self, "widths")
+        require_known(self, "activation", ACTIVATIONS)
+        require_rate(self, "dropout")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Image [B,H,W,C] float32 -> logits [B,K] float32."""
+        x = x.reshape(len(x), -1)
+        for i, width in enumerate(self.widths):
+            x = nn.Dense(width, dtype=self.dtype, name=f"hidden{i + 1}")(x)
+            x = ACTIVATIONS[self.activation](x)
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)

@@ -1,0 +1,239 @@
+"""Residual networks: ImageNet's (v1.5), CIFAR's of the first paper, and Wide ResNets."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .layers import (
+    Conv,
+    batch_norm,
+    he_normal_fan_out,
+    require,
+    require_known,
+    require_positive,
+    require_rate,
+    title,
+    torch_kernel_init,
+)
+
+Factory = Callable[..., nn.Module]
+
+
+def _conv(dtype: jnp.dtype) -> Factory:
+    """Convolutions without bias. Callers say the padding, as in PyTorch: SAME would put the odd
+    pixel of a stride-2 window on the other side, and weights couldn't be exchanged."""
+    return functools.partial(Conv, use_bias=False, dtype=dtype, kernel_init=he_normal_fan_out)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (He et al. 2015, arXiv:1512.03385)."""
+
+    width: int
+    strides: int
+    conv: Factory
+    norm: Factory
+    zero_init_residual: bool
+
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = self.conv(self.width, (3, 3), self.strides, padding=1, name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
+        y = self.norm(name="norm2", scale_init=_last_scale(self.zero_init_residual))(y)
+        return nn.relu(y + _shortcut(self, x, self.width))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3, 1x1 with 4 x `width` channels out; the 3x3 has the stride ("v1.5")."""
+
+    width: int
+    strides: int
+    conv: Factory
+    norm: Factory
+    zero_init_residual: bool
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = self.width * self.expansion
+        y = self.conv(self.width, (1, 1), name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = self.conv(self.width, (3, 3), self.strides, padding=1, name="conv2")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = self.conv(features, (1, 1), name="conv3")(y)
+        y = self.norm(name="norm3", scale_init=_last_scale(self.zero_init_residual))(y)
+        return nn.relu(y + _shortcut(self, x, features))
+
+
+def _last_scale(zero: bool) -> Callable[..., jax.Array]:
+    return nn.initializers.zeros if zero else nn.initializers.ones
+
+
+def _shortcut(block: nn.Module, x: jax.Array, features: int) -> jax.Array:
+    """The identity, or a projection where the shape changes."""
+    if block.strides == 1 and x.shape[-1] == features:
+        return x
+    x = block.conv(features, (1, 1), block.strides, padding=0, name="shortcut_conv")(x)
+    return block.norm(name="shortcut_norm")(x)
+
+
+STEMS = {"imagenet": "7x7 stride 2, then max-pool 3x3 stride 2", "cifar": "3x3 stride 1"}
+
+
+class ResNet(nn.Module, kw_only=True):
+    """ResNet v1.5: the weights of torchvision's networks of the same names fit.
+
+    `stem` "cifar" is for images of about 32 pixels. `zero_init_residual` starts each block as
+    the identity (Goyal et al. 2017, arXiv:1706.02677). `width` is that of the first stage.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+    stage_sizes: tuple[int, ...]
+    block: type[nn.Module]
+    stem: str = "imagenet"
+    width: int = 64
+    zero_init_residual: bool = False
+
+    def __post_init__(self):
+        require_known(self, "stem", STEMS)
+        require_positive(self, "width")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Image [B,H,W,C] float32 -> logits [B,K] float32."""
+        conv = _conv(self.dtype)
+        norm = batch_norm(train, self.dtype)
+        if self.stem == "imagenet":
+            x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(x)
+            x = nn.relu(norm(name="norm1")(x))
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        else:
+            x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
+            x = nn.relu(norm(name="norm1")(x))
+        for stage, size in enumerate(self.stage_sizes):
+            for i in range(size):
+                x = self.block(
+                    width=self.width * 2**stage,
+                    strides=2 if stage > 0 and i == 0 else 1,
+                    conv=conv,
+                    norm=norm,
+                    zero_init_residual=self.zero_init_residual,
+                    name=f"stage{stage + 1}_block{i + 1}",
+                )(x)
+        return _head(x, self.num_classes)
+
+
+def _head(x: jax.Array, num_classes: int) -> jax.Array:
+    """Global average and logits, in float32."""
+    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    return nn.Dense(num_classes, kernel_init=torch_kernel_init, name="head")(x)
+
+
+class CifarResNet(nn.Module, kw_only=True):
+    """The CIFAR ResNets of He et al. 2015 (arXiv:1512.03385, 4.2): depth 6n + 2, 16-32-64 wide.
+
+    Shortcuts have no parameters ("option A"): every other pixel, new channels zero.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+    depth: int
+
+    def __post_init__(self):
+        require_depth(self, 2)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Image [B,H,W,C] float32 -> logits [B,K] float32."""
+        conv = functools.partial(_conv(self.dtype), kernel_size=(3, 3), padding=1)
+        norm = batch_norm(train, self.dtype)
+        x = nn.relu(norm(name="norm1")(conv(16, name="conv1")(x)))
+        for stage, width in enumerate((16, 32, 64)):
+            for i in range((self.depth - 2) // 6):
+                strides = 2 if stage > 0 and i == 0 else 1
+                name = f"stage{stage + 1}_block{i + 1}"
+                y = conv(width, strides=strides, name=f"{name}_conv1")(x)
+                y = nn.relu(norm(name=f"{name}_norm1")(y))
+                y = norm(name=f"{name}_norm2")(conv(width, name=f"{name}_conv2")(y))
+                x = nn.relu(y + _subsample(x, width, strides))
+        return _head(x, self.num_classes)
+
+
+def _subsample(x: jax.Array, features: int, strides: int) -> jax.Array:
+    """Every `strides`-th pixel, with zero channels on both sides up to `features`."""
+    before = (features - x.shape[-1]) // 2
+    after = features - x.shape[-1] - before
+    return jnp.pad(x[:, ::strides, ::strides], ((0, 0), (0, 0), (0, 0), (before, after)))
+
+
+class WideResNet(nn.Module, kw_only=True):
+    """Wide ResNet (Zagoruyko & Komodakis 2016, arXiv:1605.07146): depth 6n + 4, pre-activation."""
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+    depth: int = 28
+    width: int = 10
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        require_depth(self, 4)
+        require_positive(self, "width")
+        require_rate(self, "dropout")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Image [B,H,W,C] float32 -> logits [B,K] float32."""
+        conv = _conv(self.dtype)
+        norm = batch_norm(train, self.dtype)
+        dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
+        x = conv(16, (3, 3), padding=1, name="conv1")(x)
+        for stage in range(3):
+            for i in range((self.depth - 4) // 6):
+                x = WideBlock(
+                    width=16 * self.width * 2**stage,
+                    strides=2 if stage > 0 and i == 0 else 1,
+                    conv=conv,
+                    norm=norm,
+                    dropout=dropout,
+                    name=f"stage{stage + 1}_block{i + 1}",
+                )(x)
+        x = nn.relu(norm(name="norm1")(x))
+        return _head(x, self.num_classes)
+
+
+class WideBlock(nn.Module):
+    """norm-relu-3x3-norm-relu-dropout-3x3; a projection sees the first activation."""
+
+    width: int
+    strides: int
+    conv: Factory
+    norm: Factory
+    dropout: Factory
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.relu(self.norm(name="norm1")(x))
+        if self.strides != 1 or x.shape[-1] != self.width:
+            x = self.conv(self.width, (1, 1), self.strides, padding=0, name="shortcut_conv")(y)
+        y = self.conv(self.width, (3, 3), self.strides, padding=1, name="conv1")(y)
+        y = self.dropout()(nn.relu(self.norm(name="norm2")(y)))
+        return x + self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
+
+
+def require_depth(module: nn.Module, rest: int) -> None:
+    """Raises ConfigError unless `depth` is `rest` + 6n: 3 stages of n blocks of 2 layers."""
+    depth = module.depth
+    require(
+        depth > rest and (depth - rest) % 6 == 0,
+        f"`depth` of {title(module)} must be {rest} plus a multiple of 6, got {depth}",
+    )

@@ -1,0 +1,174 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcls.augment import AUGMENTATIONS, build, check, normalize
+from flaxcls.errors import ConfigError
+
+KEY = jax.random.key(7)
+NORMALIZE = {"name": "normalize"}
+OPTIONS = {
+    "pad_crop": {"padding": 2},
+    "flip": {},
+    "rotation": {"degrees": 30},
+    "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "salt_and_pepper": {"fraction": 0.1},
+    "random_erasing": {"probability": 0.8, "fill": 17},
+    "cutout": {"size": 4},
+    "mixup": {"alpha": 1.0},
+    "cutmix": {},
+    "mix": {},
+}
+MIXING = ("mixup", "cutmix", "mix")
+# One jitted function for each op, so that tests with equal shapes share a compilation.
+JITTED = {name: jax.jit(cls(**OPTIONS[name])) for name, cls in AUGMENTATIONS.items()}
+
+every_op = pytest.mark.parametrize("name", AUGMENTATIONS)
+
+
+def constants(channels):
+    return {"mean": (0.4,) * channels, "std": (0.25,) * channels}
+
+
+@every_op
+def test_uint8_and_float_images_give_the_same(make_batch, name):
+    apply = JITTED[name]
+    batch = make_batch()
+    whole = apply(KEY, batch)
+    exact = apply(KEY, {**batch, "image": batch["image"].astype(jnp.float32)})
+    assert exact["image"].dtype == jnp.float32
+    assert whole["image"].dtype == (jnp.float32 if name in MIXING else jnp.uint8)
+    difference = np.asarray(whole["image"], float) - np.asarray(exact["image"], float)
+    assert np.abs(difference).max() <= 0.5 + 1e-3
+    np.testing.assert_array_equal(whole["label"], exact["label"])
+    assert (np.asarray(exact["image"]) != np.asarray(batch["image"])).any()
+
+
+@every_op
+def test_every_op_takes_small_grey_images_that_are_not_square(make_batch, name):
+    batch = make_batch(4, 9, 14, channels=1)
+    result = JITTED[name](KEY, batch)
+    assert jax.tree.map(jnp.shape, result) == jax.tree.map(jnp.shape, batch)
+    image = np.asarray(result["image"])
+    assert np.isfinite(image).all() and image.min() >= 0 and image.max() <= 255
+    np.testing.assert_allclose(result["label"].sum(axis=-1), 1, atol=1e-6)
+
+
+@every_op
+def test_every_op_is_determined_by_its_key(make_batch, name):
+    apply = JITTED[name]
+    batch = make_batch()
+    first, again = apply(KEY, batch)["image"], apply(jax.random.clone(KEY), batch)["image"]
+    np.testing.assert_array_equal(first, again)
+    others = [apply(jax.random.key(seed), batch)["image"] for seed in range(3)]
+    assert any((np.asarray(first) != np.asarray(other)).any() for other in others)
+
+
+@every_op
+def test_a_sharded_batch_gives_the_same_as_one_device(make_batch, name):
+    devices = jax.devices()
+    if len(devices) == 1:
+        pytest.skip("needs several devices")
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    batch = make_batch(2 * len(devices))
+    expected = JITTED[name](KEY, batch)
+    sharded = jax.device_put(batch, sharding)
+    compiled = JITTED[name].lower(KEY, sharded).compile()
+    result = compiled(KEY, sharded)
+    np.testing.assert_allclose(result["image"], expected["image"], rtol=1e-6, atol=1e-4)
+    np.testing.assert_allclose(result["label"], expected["label"], atol=1e-6)
+    assert "all-gather" not in compiled.as_text()
+
+
+def test_a_pipeline_without_normalize_ends_with_it(make_batch):
+    batch = make_batch(channels=1)
+    result = build([], **constants(1))(KEY, batch)
+    np.testing.assert_allclose(result["image"], normalize(batch["image"], (0.4,), (0.25,)))
+    assert set(result) == set(batch)
+
+
+def test_ops_after_normalize_see_normalized_images(make_batch):
+    batch = make_batch(channels=1)
+    cutout = {"name": "cutout", "size": 20}
+    before, after = (
+        build(specs, **constants(1))(KEY, batch)["image"]
+        for specs in ([cutout], [NORMALIZE, cutout])
+    )
+    np.testing.assert_allclose(before[0], -0.4 / 0.25, rtol=1e-6)
+    np.testing.assert_array_equal(after[0], 0)
+
+
+def test_each_op_has_a_key_of_its_own(make_batch):
+    twice = [{"name": "flip"}, {"name": "flip"}]
+    batch = make_batch(64)
+    result = build(twice, **constants(3))(KEY, batch)["image"]
+    unflipped = normalize(batch["image"], **constants(3))
+    kept = np.isclose(result, unflipped).all(axis=(1, 2, 3)).mean()
+    assert 0.25 < kept < 0.75
+
+
+def test_a_long_pipeline_runs_in_one_jit(make_batch):
+    names = ["pad_crop", "flip", "color_jitter"]
+    specs = [{"name": name, **OPTIONS[name]} for name in names]
+    specs += [NORMALIZE, {"name": "random_erasing", "fill": "noise"}]
+    result = jax.jit(build(specs, **constants(3)))(KEY, make_batch(4))
+    assert result["image"].dtype == jnp.float32 and np.isfinite(result["image"]).all()
+
+
+@pytest.mark.parametrize(
+    "specs, message",
+    [
+        ([{"name": "pad_crops"}], "unknown augmentation 'pad_crops', did you mean 'pad_crop'?"),
+        ([{"name": "pad_crop", "pading": 4}], "`pad_crop` has no option 'pading', did you mean"),
+        ([{"name": "normalize", "mean": 0}], "`normalize` takes no options, got {'mean': 0}"),
+        ([NORMALIZE, NORMALIZE], "`normalize` is listed twice"),
+        (["flip"], "augmentation 0 must be a mapping such as {'name': 'flip'}, got 'flip'"),
+        ([{"size": 4}], "augmentation 0 must be a mapping"),
+        (
+            [{"name": "pad_crop", "padding": -1}],
+            "`padding` of `pad_crop` must be an integer between 0 and 256, got -1",
+        ),
+        ([{"name": "pad_crop", "padding": True}], "must be an integer between 0 and 256, got True"),
+        ([{"name": "pad_crop", "padding": 4.0}], "must be an integer between 0 and 256, got 4.0"),
+        ([{"name": "cutout", "size": "8"}], "between 1 and 1024, got '8'"),
+        ([{"name": "flip", "mode": "up"}], "must be 'random' or 'alternating', got 'up'"),
+        ([{"name": "rotation", "degrees": None}], "a number between 0 and 180, got None"),
+        ([{"name": "rotation", "fill": float("nan")}], "`fill` of `rotation` must be a number"),
+        ([{"name": "rotation", "fill": 300}], "must be a number between 0 and 255, got 300"),
+        ([{"name": "mixup", "alpha": 0}], "`alpha` of `mixup` must be a number between 0.01"),
+        (
+            [{"name": "random_erasing", "area": (0.3, 0.1)}],
+            "`area` of `random_erasing` must be two numbers (low, high) between 0 and 1, got",
+        ),
+        ([{"name": "random_erasing", "area": 0.3}], "two numbers (low, high)"),
+        ([{"name": "random_erasing", "area": (0.1, 1.3)}], "two numbers (low, high)"),
+        ([{"name": "random_erasing", "area": (0.1, False)}], "two numbers (low, high)"),
+        ([{"name": "random_erasing", "fill": "red"}], "must be a number or 'noise', got 'red'"),
+        ([{"name": "random_erasing", "fill": "noise"}], "list `normalize` before it"),
+        (
+            [NORMALIZE, {"name": "color_jitter", "hue": 0.1}],
+            "`color_jitter` needs images in [0, 255]: list it before `normalize`",
+        ),
+        ([NORMALIZE, {"name": "salt_and_pepper"}], "list it before `normalize`"),
+    ],
+)
+def test_mistakes_are_named_by_check_and_build_alike(specs, message):
+    for attempt in (check, lambda specs: build(specs, **constants(3))):
+        with pytest.raises(ConfigError) as error:
+            attempt(specs)
+        assert message in str(error.value)
+
+
+def test_integers_and_lists_are_taken_for_numbers_and_pairs():
+    erasing = AUGMENTATIONS["random_erasing"](probability=1, area=[0, 0.5])
+    assert erasing.probability == 1.0 and isinstance(erasing.probability, float)
+    assert erasing.area == (0.0, 0.5)
+    hash(erasing)
+
+
+@pytest.mark.parametrize("mean, std", [((0.5,), (0.5, 0.5)), ((0.5,), (0.0,))])
+def test_impossible_normalisation_constants_are_refused(mean, std):
+    with pytest.raises(ConfigError, match="as many means as standard deviations, and these above"):
+        build([], mean=mean, std=std)

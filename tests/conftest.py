@@ -1,0 +1,160 @@
+"""Eight CPU devices, compiled programs shared between the tests' processes, and short runs."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+# Before JAX is imported, here and in the processes that tests start. Who sets the cache's folder
+# keeps it, and has the second run of the tests much faster.
+_own_cache = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _own_cache:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="flaxcls-tests-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import orbax.checkpoint as ocp  # noqa: E402
+import pytest  # noqa: E402
+
+from flaxcls import config as configs  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_unconfigure(config):
+    if _own_cache:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture
+def tiny_config():
+    """The config of a run of seconds: 12 steps on 96 made-up images of 8x8, with changes by path."""
+
+    def make(**changes):
+        config = configs.default()
+        config.batch_size = 16
+        config.duration = "12 steps"
+        config.log_every = "3 steps"
+        config.eval.every = "6 steps"
+        config.checkpoint.every = "4 steps"
+        config.data.name = "fake"
+        config.data.image_shape = (8, 8, 1)
+        config.data.num_classes = 5
+        config.data.num_examples = 96
+        config.model.name = "dense"
+        config.model.widths = (16,)
+        config.optimizer.momentum = 0.9
+        for path, value in changes.items():
+            section, names = config, path.split("__")
+            for name in names[:-1]:
+                section = section[name]
+            section[names[-1]] = value
+        return config
+
+    return make
+
+
+RECIPE = """
+from flaxcls.config import default
+
+
+def get_config():
+    config = default()
+    config.batch_size = 16
+    config.duration = "12 steps"
+    config.log_every = "3 steps"
+    config.eval.every = "6 steps"
+    config.checkpoint.every = "4 steps"
+    config.data.name = "digits"
+    config.data.train_split = "train[:96]"
+    config.data.eval_split = "test[:50]"
+    config.model.name = "dense"
+    config.model.widths = (16,)
+    config.optimizer.momentum = 0.9
+    config.mesh.cpu_devices = 2
+    return config
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """The file of a recipe that runs for seconds: 12 steps of a dense network on 96 digits."""
+    path = tmp_path / "tiny.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def start(*arguments, module="flaxcls.main", **options):
+    """Starts `python -m MODULE ARGUMENTS` in the checkout."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen(command, cwd=ROOT, **options)
+
+
+@pytest.fixture
+def start_main():
+    """Starts a real process; what is left of them is killed at the end of the test."""
+    processes = []
+
+    def starter(*arguments, **options):
+        processes.append(start(*arguments, **options))
+        return processes[-1]
+
+    yield starter
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture
+def run_main(start_main):
+    """Runs a command to its end: a CompletedProcess with text, and `seconds`."""
+
+    def runner(*arguments, timeout=240, **options):
+        began = time.perf_counter()
+        process = start_main(*arguments, **options)
+        stdout, stderr = process.communicate(timeout=timeout)
+        result = subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+        result.seconds = time.perf_counter() - began
+        return result
+
+    return runner
+
+
+@pytest.fixture
+def saved_arrays():
+    """All arrays of a checkpoint by path, read by Orbax alone: step, parameters, optimizer, ..."""
+
+    def read(workdir, step):
+        path = (Path(workdir) / "checkpoints" / str(step) / "state").resolve()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            shapes = checkpointer.metadata(path).item_metadata.tree
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+            tree = checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+        leaves = jax.tree.leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+    return read
+
+
+@pytest.fixture
+def assert_same_arrays():
+    """Fails unless two dicts of arrays are bitwise the same."""
+
+    def check(first, second):
+        assert first.keys() == second.keys()
+        for name, array in first.items():
+            np.testing.assert_array_equal(array, second[name], err_msg=name)
+
+    return check

@@ -1,0 +1,103 @@
+"""Layers against Flax's own, and initialisers against their definitions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcls.models import layers
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3)])
+@pytest.mark.parametrize("window", [2, 3])
+@pytest.mark.parametrize(
+    ("pool", "reference"), [(layers.max_pool, nn.max_pool), (layers.average_pool, nn.avg_pool)]
+)
+def test_pooling_and_its_gradient_equal_flax(pool, reference, window, shape):
+    x = normal(0, *shape)
+    expected, expected_pullback = jax.vjp(
+        lambda x: reference(x, (window, window), (window, window)), x
+    )
+    actual, pullback = jax.vjp(lambda x: pool(x, window), x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    cotangent = normal(1, *expected.shape)
+    np.testing.assert_allclose(pullback(cotangent)[0], expected_pullback(cotangent)[0], rtol=1e-6)
+
+
+def test_equal_maxima_share_the_gradient_of_max_pool():
+    x = jnp.array([[1.0, 3.0], [3.0, 0.0]])[None, :, :, None]
+    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[0.0, 0.5], [0.5, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("channels", "features", "kernel", "strides", "padding", "matmul"),
+    [
+        (3, 8, (3, 3), 1, "SAME", True),
+        (1, 32, (2, 3), 1, "VALID", True),
+        (3, 8, (3, 3), 1, ((2, 0), (1, 3)), True),
+        (3, 8, (3, 3), 2, 1, False),
+        (3, 33, (3, 3), 1, 1, False),
+        (4, 8, (3, 3), 1, 1, False),
+    ],
+)
+def test_conv_equals_flax_with_the_same_parameters(
+    channels, features, kernel, strides, padding, matmul
+):
+    x = normal(0, 2, 7, 6, channels)
+    reference = nn.Conv(features, kernel, strides, padding)
+    module = layers.Conv(features, kernel, strides, padding)
+    variables = reference.init(jax.random.key(1), x)
+    assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
+        jnp.shape, jax.eval_shape(module.init, jax.random.key(1), x)
+    )
+
+    def run(module, variables, x):
+        y, pullback = jax.vjp(module.apply, variables, x)
+        return y, pullback(jnp.cos(y))
+
+    expected = run(reference, variables, x)
+    program = jax.jit(run, static_argnums=0).lower(module, variables, x).compile()
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        program(variables, x),
+        expected,
+    )
+    if jax.default_backend() == "cpu":
+        assert ("convolution(" not in program.as_text()) is matmul
+    assert "conditional(" not in program.as_text()  # the choice is made before compiling
+
+
+@pytest.mark.parametrize("options", [{"feature_group_count": 3}, {"kernel_dilation": 2}])
+def test_conv_with_groups_or_dilation_equals_flax(options):
+    x = normal(0, 2, 7, 6, 3)
+    reference, module = nn.Conv(6, (3, 3), **options), layers.Conv(6, (3, 3), **options)
+    variables = reference.init(jax.random.key(1), x)
+    np.testing.assert_array_equal(module.apply(variables, x), reference.apply(variables, x))
+
+
+def test_the_matrix_product_is_for_cpu_only():
+    module = layers.Conv(8, (3, 3))
+    x = jnp.zeros((2, 8, 8, 3))
+    apply = jax.jit(lambda x: module.init_with_output(jax.random.key(0), x)[0])
+    exported = jax.export.export(apply, platforms=["tpu"])(x)
+    assert "stablehlo.convolution" in exported.mlir_module()
+    assert "stablehlo.dot_general" not in exported.mlir_module()
+
+
+def test_torch_initialisers_are_uniform_within_one_over_root_fan_in():
+    kernel = layers.torch_kernel_init(jax.random.key(0), (3, 3, 16, 200))
+    bias = layers.torch_bias_init(144)(jax.random.key(1), (20_000,))
+    for values in (kernel, bias):
+        assert np.abs(values).max() <= 1 / 12
+        np.testing.assert_allclose(np.std(values), 1 / 12 / np.sqrt(3), rtol=0.02)
+
+
+def test_he_normal_fan_out_has_variance_two_over_fan_out():
+    kernel = layers.he_normal_fan_out(jax.random.key(0), (3, 3, 100, 32))
+    np.testing.assert_allclose(np.var(kernel), 2 / (9 * 32), rtol=0.03)

@@ -1,0 +1,235 @@
+"""Every network of MODELS: size, options, dtypes, image sizes and errors."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flaxcls import models
+from flaxcls.errors import ConfigError
+from flaxcls.models.resnet import BottleneckBlock, ResNet
+
+
+def shapes(module, image_shape):
+    """The shapes of (logits, variables) for one image, without computing anything."""
+    image = jnp.zeros((1, *image_shape))
+    return jax.eval_shape(
+        lambda key: module.init_with_output(key, image, train=False), jax.random.key(0)
+    )
+
+
+# Published: torchvision's documentation, He et al. 2015 table 6 (0.27M .. 1.7M), Zagoruyko &
+# Komodakis 2016 table 5 (36.5M, 8.9M, 11.0M), the summaries printed by the tutorials.
+@pytest.mark.parametrize(
+    ("name", "image_shape", "num_classes", "options", "count"),
+    [
+        ("dense", (28, 28, 1), 10, {}, 535_818),
+        ("keras_cnn", (32, 32, 3), 10, {}, 122_570),
+        ("keras_small", (32, 32, 3), 10, {}, 42_442),
+        ("torch_convnet", (32, 32, 3), 10, {}, 2_122_186),
+        ("cifar_resnet20", (32, 32, 3), 10, {}, 269_722),
+        ("cifar_resnet32", (32, 32, 3), 10, {}, 464_154),
+        ("cifar_resnet44", (32, 32, 3), 10, {}, 658_586),
+        ("cifar_resnet56", (32, 32, 3), 10, {}, 853_018),
+        ("cifar_resnet110", (32, 32, 3), 10, {}, 1_727_962),
+        ("wrn", (32, 32, 3), 10, {}, 36_479_194),
+        ("wrn28_10", (32, 32, 3), 10, {}, 36_479_194),
+        ("wrn40_4", (32, 32, 3), 10, {}, 8_949_210),
+        ("wrn16_8", (32, 32, 3), 10, {}, 10_961_370),
+        ("resnet18", (32, 32, 3), 10, {"stem": "cifar"}, 11_173_962),
+        ("resnet18", (224, 224, 3), 1000, {}, 11_689_512),
+        ("resnet34", (224, 224, 3), 1000, {}, 21_797_672),
+        ("resnet50", (224, 224, 3), 1000, {}, 25_557_032),
+        ("resnet101", (224, 224, 3), 1000, {}, 44_549_160),
+        ("resnet152", (224, 224, 3), 1000, {}, 60_192_808),
+    ],
+)
+def test_parameter_count_is_the_published_one(name, image_shape, num_classes, options, count):
+    module = models.build(name, num_classes=num_classes, **options)
+    logits, variables = shapes(module, image_shape)
+    assert models.parameter_count(variables["params"]) == count
+    assert logits.shape == (1, num_classes)
+
+
+SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50"}
+SMALL |= {name for name in models.MODELS if not name.startswith(("cifar_", "wrn", "resnet"))}
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_logits_parameters_and_statistics_are_float32_when_computing_in_bfloat16(name):
+    module = models.build(name, num_classes=7, dtype=jnp.bfloat16)
+    logits, variables = shapes(module, (32, 32, 3))
+    assert (logits.shape, logits.dtype) == ((1, 7), jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("name", sorted(SMALL - {"dense"}))
+def test_dtype_is_what_the_convolutions_compute_in(name):
+    module = models.build(name, num_classes=7, dtype=jnp.bfloat16)
+    image = jnp.zeros((1, 32, 32, 3))
+    _, variables = shapes(module, (32, 32, 3))
+    text = str(jax.make_jaxpr(lambda v: module.apply(v, image, train=False))(variables))
+    convolutions = [line for line in text.splitlines() if "= conv_general_dilated" in line]
+    assert convolutions
+    assert all(":bf16[" in line for line in convolutions)
+
+
+def fits(module, size):
+    """Whether no layer's output is empty for an image of that size."""
+    image = jnp.zeros((1, size, size, 3))
+
+    def run(key):
+        _, state = module.init_with_output(key, image, train=False, capture_intermediates=True)
+        return state
+
+    try:
+        leaves = jax.tree.leaves(jax.eval_shape(run, jax.random.key(0)))
+    except (ValueError, TypeError, ZeroDivisionError):
+        return False
+    return all(leaf.size > 0 for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "minimum"),
+    [
+        ("dense", {}, 1),
+        ("keras_cnn", {}, 18),
+        ("keras_small", {}, 10),
+        ("torch_convnet", {}, 4),
+        ("digits_cnn", {}, 2),
+        ("quick", {}, 9),
+        ("quick", {"widths": (8, 8)}, 5),
+        ("cifar_resnet20", {}, 1),
+        ("wrn16_8", {}, 1),
+        ("resnet18", {}, 1),
+        ("resnet18", {"stem": "cifar"}, 1),
+    ],
+)
+def test_the_minimum_image_size_is_the_least_that_leaves_no_layer_empty(name, options, minimum):
+    module = models.build(name, num_classes=3, **options)
+    assert fits(module, minimum)
+    models.check_image_shape(module, (minimum, minimum, 3))
+    if minimum > 1:
+        assert not fits(module, minimum - 1)
+        with pytest.raises(ConfigError, match=f"{name} needs images of at least"):
+            models.check_image_shape(module, (minimum, minimum - 1, 3))
+
+
+def test_check_image_shape_is_one_sentence():
+    module = models.build("keras_cnn", num_classes=10)
+    with pytest.raises(ConfigError) as error:
+        models.check_image_shape(module, (8, 8, 1))
+    assert str(error.value) == "keras_cnn needs images of at least 18x18 pixels, got 8x8"
+
+
+def test_check_image_shape_knows_multiples():
+    class Patches:
+        name = "patches"
+        image_size_multiple = 16
+
+    models.check_image_shape(Patches(), (32, 48, 3))
+    with pytest.raises(ConfigError, match="multiples of 16 pixels, got 32x40"):
+        models.check_image_shape(Patches(), (32, 40, 3))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_option_has_an_annotation_and_a_default_that_builds(name):
+    options = models.options(name)
+    for parameter in options.values():
+        assert isinstance(parameter.annotation, type) or parameter.annotation == tuple[int, ...]
+        assert parameter.default is not inspect.Parameter.empty
+    models.build(name, num_classes=2, **{key: p.default for key, p in options.items()})
+
+
+def test_options_leave_out_what_a_name_fixes():
+    assert set(models.options("wrn")) == {"depth", "width", "dropout"}
+    assert set(models.options("wrn28_10")) == {"dropout"}
+    assert set(models.options("resnet50")) == {"stem", "width", "zero_init_residual"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("resnet51", {}, "unknown model 'resnet51', did you mean 'resnet"),
+        ("resnet50", {"stm": "cifar"}, "resnet50 has no option `stm`, did you mean 'stem'"),
+        ("wrn28_10", {"depth": 40}, "wrn28_10 has no option `depth`"),
+        ("cifar_resnet20", {"width": 2}, "cifar_resnet20 has no option `width`; it has none"),
+        ("resnet50", {"stem": "imagnet"}, "`stem` of resnet50 can't be 'imagnet', did you mean"),
+        ("resnet50", {"width": 0}, "`width` of resnet50 must be a whole number above 0, got 0"),
+        ("wrn", {"depth": 27}, "`depth` of wrn must be 4 plus a multiple of 6, got 27"),
+        ("wrn", {"depth": 4}, "`depth` of wrn must be 4 plus a multiple of 6, got 4"),
+        ("wrn", {"dropout": 1.0}, "`dropout` of wrn must be at least 0 and below 1, got 1.0"),
+        ("dense", {"widths": (8, 0)}, "must be whole numbers above 0, got (8, 0)"),
+        ("dense", {"activation": "swish"}, "`activation` of dense can't be 'swish'"),
+        ("keras_cnn", {"pool": "mean"}, "`pool` of keras_cnn can't be 'mean'; known: average, max"),
+        ("keras_small", {"dropout": -0.1}, "`dropout` of keras_small must be"),
+        ("quick", {"widths": ()}, "`widths` of quick must be whole numbers above 0, got ()"),
+        ("quick", {"batch_norm_momentum": 1.0}, "`batch_norm_momentum` of quick must be"),
+    ],
+)
+def test_a_bad_option_is_one_sentence(name, options, message):
+    with pytest.raises(ConfigError) as error:
+        models.build(name, num_classes=10, **options)
+    assert message in str(error.value)
+
+
+def test_num_classes_must_be_positive():
+    with pytest.raises(ConfigError, match="`num_classes` of dense must be at least 1, got 0"):
+        models.build("dense", num_classes=0)
+
+
+def test_a_list_option_makes_a_hashable_module():
+    module = models.build("dense", num_classes=2, widths=[4, 3])
+    assert hash(module) == hash(models.build("dense", num_classes=2, widths=(4, 3)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dense", {"widths": (8,)}),
+        ("keras_small", {}),
+        ("digits_cnn", {}),
+        ("wrn", {"depth": 10, "width": 1}),
+    ],
+)
+def test_dropout_acts_in_training_only(name, options):
+    module = models.build(name, num_classes=3, dropout=0.5, **options)
+    image = jax.random.normal(jax.random.key(0), (2, 10, 10, 1))
+    variables = jax.jit(lambda key: module.init(key, image, train=False))(jax.random.key(1))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def logits(train, seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        output, _ = module.apply(variables, image, train=train, mutable=["batch_stats"], rngs=rngs)
+        return output
+
+    assert jnp.array_equal(logits(False, 0), logits(False, 1))
+    assert not jnp.array_equal(logits(True, 0), logits(True, 1))
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_zero_init_residual_starts_every_block_as_its_shortcut(zero):
+    module = ResNet(
+        num_classes=3,
+        stage_sizes=(2,),
+        block=BottleneckBlock,
+        width=4,
+        stem="cifar",
+        zero_init_residual=zero,
+    )
+    image = jnp.zeros((1, 4, 4, 3))
+    variables = jax.jit(lambda key: module.init(key, image, train=False))(jax.random.key(0))
+    for block in ("stage1_block1", "stage1_block2"):
+        params = variables["params"][block]
+        assert bool((params["norm3"]["scale"] == 0).all()) is zero
+        assert bool((params["norm2"]["scale"] == 1).all())
+
+
+def test_only_quick_freezes_and_learns_from_data():
+    module = models.build("digits_cnn", num_classes=3)
+    assert models.frozen(module) is None
+    variables = {"params": {}}
+    assert models.initialize_from_data(module, variables, jnp.zeros((1, 8, 8, 1))) is variables
+    assert models.frozen(models.build("quick", num_classes=3)) == r"^whiten/kernel$"

@@ -1,0 +1,140 @@
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flaxcls import cli
+from flaxcls.errors import ConfigError
+
+
+def load(recipe, *overrides):
+    return cli.load_config(str(recipe), overrides)
+
+
+def test_help_answers_at_once_and_imports_no_jax(run_main):
+    for module in ("flaxcls.main", "flaxcls.evaluate"):
+        result = run_main("--help", module=module)
+        assert result.returncode == 0 and not result.stderr
+        assert f"python -m {module}" in result.stdout
+        assert result.seconds < 3
+    code = "import sys, flaxcls, flaxcls.main; sys.exit('jax' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=Path(cli.__file__).parents[1]).returncode
+        == 0
+    )
+
+
+def test_import_of_the_package_is_fast():
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", "import flaxcls"], cwd=Path(cli.__file__).parents[1], check=True
+    )
+    assert time.perf_counter() - began < 1.5
+
+
+def test_overrides_are_read_as_the_type_of_their_field(recipe):
+    config = load(
+        recipe,
+        "batch_size=64",
+        "optimizer.learning_rate=1",
+        "optimizer.weight_decay=5e-4",
+        "optimizer.nesterov=true",
+        "ema_decay=0.9",
+        "duration=3 epochs",
+        "data.train_split=train[:50%]",
+        "data.dir=None",
+        "model.widths=(8, 9)",
+        "model.activation=tanh",
+        'augment=({"name": "flip"},)',
+    )
+    assert config.batch_size == 64
+    assert config.optimizer.learning_rate == 1.0
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.optimizer.weight_decay == 5e-4
+    assert config.optimizer.nesterov is True
+    assert config.ema_decay == 0.9
+    assert config.duration == "3 epochs"
+    assert config.data.train_split == "train[:50%]"
+    assert config.data.dir is None
+    assert config.model.widths == (8, 9)
+    assert config.model.activation == "tanh"
+    assert config.augment == ({"name": "flip"},)
+
+
+def test_last_override_of_a_field_counts(recipe):
+    assert load(recipe, "seed=1", "seed=2").seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bath_size=3", "config.bath_size is not a config field, did you mean 'batch_size'?"),
+        ("model.widht=3", "config.model.widht is not a config field, did you mean 'width'?"),
+        ("modell.width=3", "config.modell.width is not a config field, did you mean 'model'?"),
+        ("seed.x=3", "config.seed.x is not a config field: config.seed has none"),
+        ("model=dense", "config.model is a section; its fields are activation, "),
+        ("batch_size=12.5", "config.batch_size must be int, got '12.5'"),
+        ("batch_size=True", "config.batch_size must be int, got 'True'"),
+        ("batch_size=many", "config.batch_size must be int, got 'many'"),
+        (
+            "optimizer.learning_rate=high",
+            "config.optimizer.learning_rate must be float, got 'high'",
+        ),
+        ("seed", "--config.seed needs a value, as in --config.seed=VALUE"),
+    ],
+)
+def test_wrong_override_is_told_in_one_sentence(recipe, override, message):
+    with pytest.raises(ConfigError) as error:
+        load(recipe, override)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", "line 1: invalid syntax"),
+        (
+            "\n\ndef get_config():\n    return 1 / 0\n",
+            "line 4: ZeroDivisionError: division by zero",
+        ),
+        ("import nothing_of_that_name\n", "line 1: ModuleNotFoundError: No module named"),
+        ("x = 1\n", "must define get_config()"),
+        ("def get_config():\n    return 3\n", "must define get_config()"),
+        (
+            "from flaxcls.config import default\n\n\ndef get_config():\n    config = default()\n"
+            "    config.bath_size = 3\n    return config\n",
+            "line 6: 'bath_size' is not a config field, did you mean 'batch_size'?",
+        ),
+        (
+            "from flaxcls.config import default\n\n\ndef get_config():\n    config = default()\n"
+            "    config.batch_size = '3'\n    return config\n",
+            "line 6: TypeError: Could not override field 'batch_size'",
+        ),
+    ],
+)
+def test_wrong_recipe_is_told_in_one_sentence_with_its_line(tmp_path, text, message):
+    path = tmp_path / "wrong.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert message in str(error.value) and str(path) in str(error.value)
+    assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
+
+
+def test_missing_recipe_is_told_with_the_closest_one(recipe):
+    with pytest.raises(
+        ConfigError, match=r"no config file .*/tinny\.py, did you mean '.*/tiny\.py'"
+    ):
+        load(recipe.with_name("tinny.py"))
+
+
+def test_error_becomes_one_line_and_its_exit_code(monkeypatch, capsys):
+    def fails(argv):
+        raise ConfigError("the sentence")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(fails)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "flaxcls: the sentence\n"

@@ -1,0 +1,137 @@
+"""Evaluation is exact: against NumPy, for any size, batch and number of devices."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from flaxcls import build, evaluator, losses, models
+from flaxcls.data.decode import materialize
+from flaxcls.data.source import open_source
+from flaxcls.errors import ConfigError
+from flaxcls.train import train
+
+MEAN, STD = (0.3,), (0.35,)
+
+
+def mesh_of(devices):
+    types = (AxisType.Auto, AxisType.Auto)
+    devices = jax.devices()[:devices]
+    return jax.make_mesh((len(devices), 1), ("data", "fsdp"), axis_types=types, devices=devices)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return materialize(open_source("digits", "test+train[:1]"))
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A dense network of one layer, its variables, and the logits of images by NumPy."""
+    module = models.build("dense", num_classes=10, widths=(12,))
+    variables = jax.device_get(module.init(jax.random.key(1), np.zeros((1, 8, 8, 1)), train=False))
+
+    def logits(images):
+        x = (images.reshape(len(images), -1) / 255 - MEAN[0]) / STD[0]
+        hidden, head = (variables["params"][name] for name in ("hidden1", "head"))
+        x = np.maximum(x @ hidden["kernel"] + hidden["bias"], 0)
+        return x @ head["kernel"] + head["bias"]
+
+    return module, variables, logits
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("batch_size", [1, 5, 64, 1000])
+@pytest.mark.parametrize("size", [1, 7, 360, 361])
+def test_every_example_counts_once(digits, network, size, batch_size, devices):
+    images, labels = (array[:size] for array in digits)
+    assert len(images) == size
+    module, variables, logits_of = network
+    weights = np.linspace(0.5, 2, 10)
+    loss = losses.build("softmax_cross_entropy", class_weights=weights)
+    evaluate = evaluator.Evaluator(
+        mesh_of(devices), module, loss, images, labels, batch_size=batch_size, mean=MEAN, std=STD
+    )
+    with jax.transfer_guard("disallow"):
+        row = evaluate(jax.device_put(variables, jax.NamedSharding(mesh_of(devices), jax.P())))
+    logits = logits_of(images.astype(float))
+    log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -(log_p[np.arange(size), labels] * weights[labels]).sum() / weights[labels].sum()
+    assert row["count"] == size
+    assert row["accuracy"] * size == pytest.approx((logits.argmax(axis=1) == labels).sum(), abs=1e-6)
+    assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, request):
+    """A finished run with an average of its parameters, on digits."""
+    from flaxcls.config import default
+
+    config = default()
+    config.batch_size, config.duration, config.ema_decay = 32, "20 steps", 0.8
+    config.data.train_split, config.data.eval_split = "train[:200]", "test[:77]"
+    config.eval.every = config.checkpoint.every = "4 steps"
+    config.checkpoint.keep = 2
+    config.optimizer.learning_rate, config.optimizer.momentum = 0.02, 0.9
+    config.loss.class_weights = "balanced"
+    workdir = tmp_path_factory.mktemp("evaluate") / "run"
+    return config, workdir, train(config, workdir)
+
+
+def test_saved_run_evaluates_to_what_training_said(trained):
+    _, workdir, summary = trained
+    step, split, results = evaluator.evaluate_run(workdir)
+    assert (step, split) == (20, "test[:77]")
+    assert results == {"eval": summary["eval"], "ema": summary["ema"]}
+    assert summary["eval"]["count"] == 77
+
+
+def test_best_checkpoint_evaluates_to_the_best_result(trained):
+    _, workdir, summary = trained
+    best = dict(summary["best"])
+    step, _, results = evaluator.evaluate_run(workdir, checkpoint="best")
+    assert step == best.pop("step")
+    assert results[best.pop("weights")] == best
+
+
+def test_older_checkpoint_and_other_split_can_be_evaluated(trained):
+    _, workdir, _ = trained
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    (row,) = (row for row in rows if row["step"] == 16 and "eval" in row)
+    assert evaluator.evaluate_run(workdir, checkpoint="16")[2]["eval"] == row["eval"]
+    assert evaluator.evaluate_run(workdir, split="test")[2]["eval"]["count"] == 360
+    with pytest.raises(ConfigError, match="no checkpoint '3'"):
+        evaluator.evaluate_run(workdir, checkpoint="3")
+    with pytest.raises(ConfigError, match="there is train, test"):
+        evaluator.evaluate_run(workdir, split="validation")
+
+
+def test_folder_of_a_run_is_enough_wherever_it_is(trained, tmp_path, run_main):
+    _, workdir, summary = trained
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(workdir, moved)
+    for name in ("metrics.jsonl", "summary.json", "tensorboard"):
+        path = moved / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = run_main(f"--run={moved}", "--config.x=1", module="flaxcls.evaluate")
+    assert result.returncode == 2
+    result = run_main(f"--run={moved}", module="flaxcls.evaluate")
+    assert result.returncode == 0, result.stderr
+    right = round(summary["eval"]["accuracy"] * 77)
+    assert f"({right} of 77), loss {summary['eval']['loss']:.4f}" in result.stdout
+    assert "step 20, test[:77], ema:" in result.stdout
+
+
+def test_other_classes_than_the_run_was_trained_on_are_refused(trained, tmp_path):
+    _, workdir, _ = trained
+    moved = tmp_path / "run"
+    shutil.copytree(workdir, moved)
+    content = json.loads((moved / "config.json").read_text())
+    content["config"]["data"] |= {"name": "fake", "num_classes": 10, "image_shape": [8, 8, 1]}
+    (moved / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="classes of fake are not those"):
+        evaluator.evaluate_run(moved, split="test")
+    assert build.get(trained[0], "data.name") == "digits"

@@ -1,0 +1,143 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxcls import losses
+from flaxcls.errors import ConfigError, DataError
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(7, 5)) * 3
+LABELS = np.array([0, 1, 2, 3, 4, 2, 2])
+ONE_HOT = np.eye(5)[LABELS]
+SOFT = RNG.dirichlet(np.ones(5), size=7)
+CLASS_WEIGHTS = (0.5, 2.0, 1.0, 3.0, 0.25)
+
+
+def mean_loss(name, targets, logits=LOGITS, **options):
+    values, weights = losses.build(name, **options)(jnp.asarray(logits), jnp.asarray(targets))
+    assert values.shape == weights.shape == (len(logits),)
+    assert values.dtype == weights.dtype == jnp.float32
+    return float(jnp.sum(values * weights) / jnp.sum(weights))
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.mark.parametrize("targets", [ONE_HOT, SOFT])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_softmax_cross_entropy_equals_torch(torch, targets, label_smoothing):
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(LOGITS), torch.tensor(targets), label_smoothing=label_smoothing
+    )
+    actual = mean_loss("softmax_cross_entropy", targets, label_smoothing=label_smoothing)
+    assert actual == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_class_weights_equal_torch_for_hard_labels(torch):
+    expected = torch.nn.functional.cross_entropy(
+        torch.tensor(LOGITS),
+        torch.tensor(LABELS),
+        weight=torch.tensor(CLASS_WEIGHTS, dtype=torch.float64),
+    )
+    actual = mean_loss("softmax_cross_entropy", ONE_HOT, class_weights=CLASS_WEIGHTS)
+    assert actual == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_class_weights_are_those_of_the_targets_before_smoothing():
+    loss = losses.build("softmax_cross_entropy", label_smoothing=0.3, class_weights=CLASS_WEIGHTS)
+    np.testing.assert_allclose(loss(LOGITS, SOFT)[1], SOFT @ CLASS_WEIGHTS, rtol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [ONE_HOT, SOFT])
+def test_sigmoid_cross_entropy_equals_torch(torch, targets):
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.tensor(LOGITS), torch.tensor(targets)
+    )
+    actual = mean_loss("sigmoid_cross_entropy", targets)
+    assert actual == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_sigmoid_cross_entropy_counts_targets_above_the_threshold_as_present():
+    actual = mean_loss("sigmoid_cross_entropy", SOFT, target_threshold=0.2)
+    expected = mean_loss("sigmoid_cross_entropy", (SOFT > 0.2).astype(float))
+    assert actual == expected != mean_loss("sigmoid_cross_entropy", SOFT)
+
+
+def test_squared_error_equals_torch(torch):
+    expected = torch.nn.functional.mse_loss(torch.tensor(LOGITS), torch.tensor(ONE_HOT))
+    assert mean_loss("squared_error", ONE_HOT) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 2.0])
+def test_focal_loss_and_gradient_equal_torch_in_float64(torch, gamma):
+    logits = torch.tensor(LOGITS, requires_grad=True)
+    log_p = torch.log_softmax(logits, -1)
+    expected = -(torch.tensor(SOFT) * (1 - log_p.exp()) ** gamma * log_p).sum(-1).mean()
+    expected.backward()
+    loss = losses.build("focal", gamma=gamma)
+    value, gradient = jax.value_and_grad(lambda x: jnp.mean(loss(x, SOFT)[0]))(jnp.array(LOGITS))
+    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(gradient, logits.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_focal_with_gamma_0_is_the_cross_entropy():
+    assert mean_loss("focal", SOFT, gamma=0.0) == pytest.approx(
+        mean_loss("softmax_cross_entropy", SOFT), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in losses.LOSSES] + [("focal", {"gamma": g}) for g in (0.0, 0.3, 1.0)],
+)
+def test_value_and_gradient_are_finite_where_the_network_is_certain(name, options):
+    loss = losses.build(name, **options)
+    logits = jnp.array([[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0]])
+    targets = jnp.array([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    value, gradient = jax.value_and_grad(lambda x: jnp.sum(loss(x, targets)[0]))(logits)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_bfloat16_logits_are_computed_in_float32():
+    logits = jnp.asarray(LOGITS, jnp.bfloat16)
+    actual = mean_loss("softmax_cross_entropy", SOFT, logits)
+    expected = mean_loss("softmax_cross_entropy", SOFT, logits.astype(jnp.float32))
+    assert actual == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("softmax_crossentropy", {}, "did you mean 'softmax_cross_entropy'"),
+        ("softmax_cross_entropy", {"gamma": 2.0}, "gamma is not used by softmax_cross_entropy"),
+        ("focal", {"gamma": -1.0}, "`gamma`"),
+        ("focal", {"label_smoothing": 1.0}, "`label_smoothing`"),
+        ("focal", {"class_weights": (1.0, -1.0)}, "`class_weights`"),
+        ("sigmoid_cross_entropy", {"target_threshold": 1.0}, "`target_threshold`"),
+    ],
+)
+def test_a_wrong_option_is_refused_when_the_loss_is_built(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        losses.build(name, **options)
+
+
+def test_class_weights_of_another_number_of_classes_are_refused():
+    loss = losses.build("focal", class_weights=(1.0, 2.0))
+    with pytest.raises(ConfigError, match="each of the 5 classes, got 2"):
+        loss(LOGITS, ONE_HOT)
+
+
+def test_balanced_class_weights_equal_scikit_learn():
+    sklearn = pytest.importorskip("sklearn.utils.class_weight")
+    expected = sklearn.compute_class_weight("balanced", classes=np.arange(5), y=LABELS)
+    np.testing.assert_allclose(losses.balanced_class_weights(LABELS, 5), expected, rtol=1e-15)
+
+
+def test_balanced_class_weights_name_the_class_that_has_no_example():
+    with pytest.raises(DataError, match="every class; 5 has none"):
+        losses.balanced_class_weights(LABELS, 6)
+    with pytest.raises(DataError, match="from 0 to 3, got 0 to 4"):
+        losses.balanced_class_weights(LABELS, 4)

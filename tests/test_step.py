@@ -1,0 +1,204 @@
+"""What a step computes: the same on any devices, in any number of parts, bitwise every time."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from flaxcls import augment, build, models
+from flaxcls.step import make_init, make_train_step, take_metrics
+from flaxcls.train import Trainer, train
+
+
+def mesh_of(data, fsdp):
+    devices = jax.devices()[: data * fsdp]
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, fsdp), ("data", "fsdp"), axis_types=types, devices=devices)
+
+
+def after_steps(config, mesh, steps=4):
+    """The state after some steps, and the metrics summed up over them."""
+    trainer = Trainer(config, build.plan(config), mesh)
+    state = trainer.init()
+    with jax.transfer_guard("disallow"):
+        for step in range(steps):
+            state = trainer.update(state, trainer.batch(step))
+    placed = state
+    state, row = trainer.take_metrics(state)
+    return jax.device_get(state), row, trainer, placed
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {}
+
+
+RULES = {
+    "momentum": {"optimizer__name": "sgd", "optimizer__momentum": 0.9},
+    # Adam divides by the gradient's size: with a tiny eps, rounding of tiny gradients is no longer tiny.
+    "adam": {"optimizer__name": "adam", "optimizer__eps": 1e-3, "optimizer__momentum": None},
+}
+
+
+@pytest.mark.parametrize(
+    ("rule", "data", "fsdp"),
+    [("momentum", 8, 1), ("momentum", 4, 2), ("momentum", 1, 8), ("adam", 2, 4)],
+)
+def test_eight_devices_equal_one(tiny_config, on_one_device, rule, data, fsdp):
+    config = tiny_config(
+        model__name="digits_cnn",
+        model__widths=None,
+        ema_decay=0.9,
+        optimizer__learning_rate=0.02,
+        augment=({"name": "pad_crop", "padding": 1},),
+        **RULES[rule],
+    )
+    if rule not in on_one_device:
+        on_one_device[rule] = after_steps(config, mesh_of(1, 1))
+    state, row, *_ = on_one_device[rule]
+    other, other_row, trainer, placed = after_steps(config, mesh_of(data, fsdp))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), state, other)
+    assert other_row == pytest.approx(row, rel=1e-4)
+    start = jax.device_get(trainer.init())
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.params, other.params)
+    assert min(jax.tree.leaves(moved)) > 1e-3  # or the comparison would mean little
+
+    kernel = placed.params["conv3"]["kernel"]  # [3, 3, 64, 64]: large enough to be split
+    assert kernel.sharding.shard_shape(kernel.shape) == (3, 3, 64 // fsdp, 64)
+    assert placed.ema["params"]["conv3"]["kernel"].sharding == kernel.sharding
+    copies = [
+        leaf.sharding.shard_shape(leaf.shape)
+        for leaf in jax.tree.leaves(placed.opt_state)
+        if leaf.shape == kernel.shape
+    ]
+    assert copies and set(copies) == {(3, 3, 64 // fsdp, 64)}
+    assert placed.params["conv3"]["kernel"].sharding.mesh.size == 8
+    scale = placed.params["norm3"]["scale"]
+    assert scale.sharding.shard_shape(scale.shape) == scale.shape
+
+
+def test_hidden_transfer_would_be_noticed(tiny_config):
+    config = tiny_config()
+    trainer = Trainer(config, build.plan(config), mesh_of(8, 1))
+    state = trainer.init()
+    with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
+        trainer.update(state, trainer._batch(0))
+
+
+def test_whole_run_compiles_every_function_once(tiny_config, tmp_path):
+    compiled = []
+
+    def note(event, seconds, **details):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(details.get("fun_name"))
+
+    def compilations(**changes):
+        compiled.clear()
+        jax.clear_caches()
+        train(tiny_config(optimizer__momentum=0.8, **changes), tmp_path / str(len(counts)))
+        counts.append(collections.Counter(compiled))
+
+    counts = []
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        compilations()
+        compilations(duration="24 steps")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+    short, long = counts
+    assert long == short  # twice the steps, logs, evaluations and checkpoints
+    for name in ("init", "update", "take_metrics", "eval_step", "is_finite"):
+        assert long[f"jit({name})"] == 1, name
+
+
+# Accumulation, on the bare step function.
+
+
+def tiny_batch(size=24, classes=5):
+    rng = np.random.default_rng(0)
+    return {
+        "image": jnp.asarray(rng.integers(0, 256, (size, 8, 8, 1), np.uint8)),
+        "label": jnp.asarray(rng.integers(0, classes, size, np.int32)),
+        "index": jnp.arange(size, dtype=jnp.int32),
+        "epoch": jnp.zeros(size, jnp.int32),
+    }
+
+
+def step_in_parts(config, parts, steps=2):
+    """State and metrics after some steps on one batch that is computed in parts."""
+    network = models.build(config.model.name, num_classes=5, **build._given(config.model, "dtype"))
+    params = models.shapes(network, (8, 8, 1))["params"]
+    optimizer, _ = build.optimizer(config, network, params, lambda step: jnp.float32(0.1))
+    init = make_init(network, optimizer, num_classes=5, ema=True)
+    step = make_train_step(
+        network,
+        build.loss(config, config.loss.class_weights),
+        optimizer,
+        augment.build(config.augment or (), mean=(0.5,), std=(0.25,)),
+        num_classes=5,
+        ema_decay=0.9,
+        gradient_accumulation=parts,
+    )
+    step, batch = jax.jit(step), tiny_batch()
+    state = init(jax.random.key_data(jax.random.key(0)), batch["image"].astype(jnp.float32))
+    for _ in range(steps):
+        state = step(state, batch)
+    state, sums = take_metrics(state)
+    return jax.device_get(state), jax.device_get(sums)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {
+            "loss__class_weights": (0.2, 3.0, 1.0, 0.0, 2.0),
+            "loss__label_smoothing": 0.1,
+            "augment": ({"name": "pad_crop", "padding": 1}, {"name": "mixup", "alpha": 0.8}),
+            "optimizer__gradient_clip_norm": 0.5,
+            "optimizer__weight_decay": 0.01,
+        },
+    ],
+    ids=["plain", "weighted, smoothed, mixed, clipped"],
+)
+def test_accumulated_parts_equal_the_large_batch(tiny_config, changes):
+    config = tiny_config(optimizer__momentum=0.9, **changes)
+    state, sums = step_in_parts(config, 1)
+    for parts in (2, 4):
+        other, other_sums = step_in_parts(config, parts)
+        for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(*(jax.tree.leaves(s) for s in (sums, other_sums)), rtol=1e-5)
+
+
+def test_accumulation_with_batch_norm_is_as_documented(tiny_config):
+    config = tiny_config(model__name="digits_cnn", model__widths=None)
+    whole, _ = step_in_parts(config, 1, steps=1)
+    parts, _ = step_in_parts(config, 4, steps=1)
+    first, other = whole.batch_stats["norm1"], parts.batch_stats["norm1"]
+    # The mean of the parts' means is the batch's mean; each moves the statistics as one update does.
+    np.testing.assert_allclose(other["mean"], first["mean"], rtol=1e-5, atol=1e-6)
+    # The parts' variances lack what their means differ by, so that their mean is no larger.
+    assert (other["var"] <= first["var"] + 1e-6).all() and (other["var"] != first["var"]).any()
+    jax.tree.map(lambda x: np.testing.assert_array_equal(np.isfinite(x), True), parts.params)
+
+
+# Evaluation of the same seed.
+
+
+def test_same_seed_gives_bitwise_the_same_run_and_another_seed_does_not(
+    tiny_config, tmp_path, saved_arrays, assert_same_arrays
+):
+    changes = {"augment": ({"name": "pad_crop", "padding": 1},), "model__dropout": 0.2}
+    logs, arrays = [], []
+    for name, seed in (("first", 3), ("second", 3), ("third", 4)):
+        train(tiny_config(seed=seed, **changes), tmp_path / name)
+        logs.append((tmp_path / name / "metrics.jsonl").read_bytes())
+        arrays.append(saved_arrays(tmp_path / name, 12))
+    assert_same_arrays(arrays[0], arrays[1])
+    assert logs[0] == logs[1] and logs[0] != logs[2]
+    name = "params/hidden1/kernel"
+    assert (arrays[0][name] != arrays[2][name]).any()
