@@ -33,7 +33,7 @@ def _given(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
 
 
 def check(config: ConfigDict) -> None:
-    """Raises ConfigError for fields of the wrong type, or out of a range not looked at elsewhere."""
+    """Raises ConfigError for fields of a wrong type or value that nothing else looks at."""
 
     def require(field: str, condition: bool, what: str) -> None:
         if not condition:
@@ -132,11 +132,11 @@ def plan(config: ConfigDict) -> Plan:
         )
     if None in train_source.image_shape:
         raise ConfigError(
-            f"{config.data.name} has images of different sizes: they need the streaming input, which "
-            "is not available yet"
+            f"{config.data.name} has images of different sizes: they need the streaming input, "
+            "which is not available yet"
         )
     _check_normalization(config, train_source.image_shape[-1])
-    augment.check(config.augment or ())
+    _check_augmentation(config, train_source.image_shape, num_classes)
     loss(config, _given_class_weights(config, num_classes))
     network = model(config, train_source)
     rate = schedule(config, total_steps, partial(schedules.to_steps, **sizes))
@@ -181,11 +181,25 @@ def _check_normalization(config: ConfigDict, channels: int) -> None:
     for values in given:
         if not options.fits(values, tuple[float, ...]) or len(values) != channels:
             raise ConfigError(
-                f"config.data.mean and config.data.std must both be given, {channels} numbers each, "
-                f"got {given}"
+                f"config.data.mean and config.data.std must both be given, {channels} numbers "
+                f"each, got {given}"
             )
     if min(config.data.std) <= 0:
         raise ConfigError(f"config.data.std must be above 0, got {config.data.std}")
+
+
+def _check_augmentation(config: ConfigDict, image_shape: tuple[int, ...], num_classes: int) -> None:
+    """Traces the augmentations for images of that shape: some can't take every size."""
+    ones = (1.0,) * image_shape[-1]
+    size = config.batch_size
+    shapes = {
+        "image": jax.ShapeDtypeStruct((size, *image_shape), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((size, num_classes), jnp.float32),
+        "index": jax.ShapeDtypeStruct((size,), jnp.int32),
+        "epoch": jax.ShapeDtypeStruct((size,), jnp.int32),
+    }
+    augmentation = augment.build(config.augment or (), mean=ones, std=ones)
+    jax.eval_shape(augmentation, jax.random.key(0), shapes)
 
 
 def model(config: ConfigDict, like: Source) -> nn.Module:
@@ -222,7 +236,8 @@ def _given_class_weights(config: ConfigDict, num_classes: int) -> Sequence[float
         return None
     if not options.fits(weights, tuple[float, ...]) or len(weights) != num_classes:
         raise ConfigError(
-            f"config.loss.class_weights must be 'balanced' or {num_classes} numbers, got {weights!r}"
+            f"config.loss.class_weights must be 'balanced' or {num_classes} numbers, "
+            f"got {weights!r}"
         )
     return weights
 

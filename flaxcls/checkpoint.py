@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved in the background, committed atomically; the only file that knows Orbax.
+"""Checkpoints of a run, saved in the background; the only file that knows Orbax.
 
 A checkpoint holds the whole training state and, as JSON, all else that using or resuming it needs:
 the resolved config, class names, normalisation, best metrics so far. Orbax writes a step into a
@@ -65,7 +65,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def find(self, which: str) -> int:
-        """The step that `which` ("last", "best" or a number) means; ConfigError if there is none."""
+        """The step that "last", "best" or a number means; ConfigError if there is none."""
         steps = self.steps()
         if not steps:
             raise ConfigError(f"there is no checkpoint in {self._manager.directory}")

@@ -32,7 +32,7 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> Non
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The overrides such as "batch_size=256", of `--config.batch_size=256`, and the other arguments."""
+    """The overrides, "batch_size=256" of `--config.batch_size=256`, and the other arguments."""
     prefix = "--config."
     overrides = [text.removeprefix(prefix) for text in argv if text.startswith(prefix)]
     return overrides, [text for text in argv if not text.startswith(prefix)]

@@ -1,8 +1,9 @@
-"""The default config, each field with its unit, and the checks that come before anything slow.
+"""The default config, each field with its unit.
 
-A recipe (`configs/NAME.py`) is `get_config()`: a few assignments over `default()`. In a section with
-a `name` (model, loss, optimizer, schedule), a field that is None means "as the named thing has it by
-default"; one that is set but not taken by the named thing is an error, so nothing is ignored.
+A recipe (`configs/NAME.py`) is `get_config()`: a few assignments over `default()`. In a section
+with a `name` (model, loss, optimizer, schedule), a field that is None means "as the named thing
+has it by default"; one that is set but not taken by the named thing is an error, so nothing is
+ignored.
 
 Durations are text with a unit: "90 epochs", "5000 steps", "1.28e6 examples", "5%" of the run; where
 time makes sense also "10 minutes".

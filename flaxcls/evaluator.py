@@ -74,8 +74,8 @@ def evaluate_run(
       checkpoint: "last", "best" or a step.
       data_dir: where the data lies now; None: as in the run.
 
-    Returns the step, the split and the metrics, those of the parameters as "eval" and of their average,
-    where the run kept one, as "ema".
+    Returns the step, the split and the metrics: those of the parameters as "eval" and those of
+    their average, where the run kept one, as "ema".
     """
     config = run.load_config(workdir)
     if data_dir:

@@ -2,8 +2,8 @@
 
     python -m flaxcls.main --config=configs/NAME.py [--workdir=DIR] [--config.batch_size=256 ...]
 
-The same command with the same --workdir goes on where the run was. This file is short on purpose: it
-reads the flags before anything heavy is imported.
+The same command with the same --workdir goes on where the run was. Fields and their defaults are in
+flaxcls/config.py; recipes are in configs/.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
 
     config, recipe = cli.load_config(FLAGS.config, overrides), FLAGS.config
 
-    from flaxcls import run, train, watch
+    from flaxcls import run, train, watch  # JAX, which takes seconds: not for --help
 
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(recipe)
     summary = train.train(config, workdir)
@@ -37,9 +37,9 @@ def main(argv: Sequence[str]) -> int:
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
         f"{watch.describe(summary['eval'])}\n"
         f"The run is in {workdir}. To go on:\n"
-        f"  python -m flaxcls.evaluate --run={workdir}            # its exact metrics, again\n"
-        f"  python -m flaxcls.main --config={recipe} --workdir={workdir}  # finds it finished\n"
-        f"  python -m flaxcls.main --config=configs/cifar10_quick.py  # another recipe"
+        f"  evaluate:  python -m flaxcls.evaluate --run={workdir}\n"
+        f"  resume:    the same command with --workdir={workdir} (this run is complete)\n"
+        f"  next:      python -m flaxcls.main --config=configs/cifar10_quick.py, or another recipe"
     )
     return 0
 

@@ -31,8 +31,8 @@ def cpu_devices(batch_size: int) -> int:
     """How many host devices serve a CPU best: one a core, at most 8, and a divisor of the batch.
 
     XLA:CPU parallelises many operations of a training step badly inside one device; the same step
-    with its batch split over two devices ran 1.5 times as many images/s on 2 cores (3x3 convolutions
-    of 32 to 256 channels, batch 500, jax 0.10.2).
+    with its batch split over two devices did 1.5 times as many images/s on 2 cores (the network
+    `quick`, batch 500, jax 0.10.2).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(d for d in range(1, min(cores or 1, 8) + 1) if batch_size % d == 0)
@@ -75,8 +75,8 @@ def check_batch_size(mesh: Mesh, size: int) -> None:
     """ConfigError unless a batch, or its part in gradient accumulation, splits over the devices."""
     if size % mesh.size:
         raise ConfigError(
-            f"config.batch_size (divided by config.gradient_accumulation) must be a multiple of the "
-            f"{mesh.size} devices, got {size}"
+            f"config.batch_size (divided by config.gradient_accumulation) must be a multiple of "
+            f"the {mesh.size} devices, got {size}"
         )
 
 

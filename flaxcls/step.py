@@ -85,9 +85,9 @@ def make_train_step(
     added to the state's.
 
     With `gradient_accumulation` = k the batch is computed in k parts and updates once. The gradient
-    is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout the
-    update equals that of the whole batch. BatchNorm normalises each part by its own statistics; its
-    running statistics move once, by the mean over the parts. Dropout draws other masks.
+    is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout
+    the update equals that of the whole batch. BatchNorm normalises each part by its own statistics;
+    its running statistics move once, by the mean over the parts. Dropout draws other masks.
     """
 
     def loss_sum(params, batch_stats, key, batch):
@@ -124,7 +124,7 @@ def make_train_step(
         if ema_decay is not None:
             averaged = {"params": params, "batch_stats": batch_stats}
             ema = ema_update(state.ema, averaged, state.step, ema_decay)
-        norm = {"grad_norm": (optax.global_norm(grads), jnp.ones((), jnp.int32))}
+        norm = {"grad_norm": (optax.tree.norm(grads), jnp.ones((), jnp.int32))}
         return state.replace(
             step=state.step + 1,
             params=params,
@@ -164,8 +164,8 @@ def make_eval_step(
 ) -> Callable[[Any, Any, Batch], Any]:
     """Returns `eval_step(variables, sums, batch) -> sums`.
 
-    `batch` has "image" uint8 [B, H, W, C], "label" int32 [B] and "mask" [B], 0 where an example only
-    fills the batch up and must not count.
+    `batch` has "image" uint8 [B, H, W, C], "label" int32 [B] and "mask" [B], 0 where an example
+    only fills the batch up and must not count.
     """
 
     def eval_step(variables: Any, sums: Any, batch: Batch) -> Any:

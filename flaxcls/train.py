@@ -15,14 +15,14 @@ from flaxcls import augment, build, metrics, models, run, sharding
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.data import resident
 from flaxcls.data.decode import materialize
-from flaxcls.errors import DivergedError, Interrupted
+from flaxcls.errors import DataError, DivergedError, Interrupted
 from flaxcls.evaluator import Evaluator
 from flaxcls.schedules import Duration
 from flaxcls.state import TrainState
 from flaxcls.step import is_finite, make_init, make_train_step, take_metrics
 from flaxcls.watch import Stopwatch, Watch
 
-SAMPLE = 5000  # training images that a model may look at before its first step
+SAMPLE = 2000  # training images that a model may look at before its first step
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}
 
 
@@ -48,8 +48,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
     start = checkpoints.find("last") if checkpoints.steps() else 0
     if start:
-        state = checkpoints.state(start, trainer.shapes, trainer.places)
-        progress = checkpoints.facts(start)["progress"]
+        facts = checkpoints.facts(start)
+        if facts["fingerprint"] != trainer.facts["fingerprint"]:
+            raise DataError(f"the training data are not those that the run in {workdir} began with")
+        state, progress = checkpoints.state(start, trainer.shapes, trainer.places), facts["progress"]
     else:
         run.record(workdir, config, trainer.facts)
         state = trainer.init()
@@ -66,7 +68,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     with watch, Signals() as signals, jax.transfer_guard("disallow"):
         for step in range(start + 1, plan.total_steps + 1):
             with stopwatch.waiting():
-                batch = sharding.split_batch(mesh, trainer.batch(step - 1))
+                batch = trainer.batch(step - 1)
             state = trainer.update(state, batch)
 
             epoch, improved = step / plan.steps_per_epoch, False

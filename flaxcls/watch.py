@@ -41,7 +41,7 @@ class Stopwatch:
         self._lap_paused += time.perf_counter() - start
 
     def lap(self, steps: int) -> tuple[float, float]:
-        """Ends a stretch of `steps` steps: its steps a second, its share of time waiting for data."""
+        """Ends a stretch of `steps` steps: its steps a second, and share of time waiting for data."""
         seconds = time.perf_counter() - self._lap_start - self._lap_paused
         waited = self._lap_waited
         self._steps, self._seconds = self._steps + steps, self._seconds + seconds

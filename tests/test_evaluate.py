@@ -61,7 +61,9 @@ def test_every_example_counts_once(digits, network, size, batch_size, devices):
     log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     expected = -(log_p[np.arange(size), labels] * weights[labels]).sum() / weights[labels].sum()
     assert row["count"] == size
-    assert row["accuracy"] * size == pytest.approx((logits.argmax(axis=1) == labels).sum(), abs=1e-6)
+    assert row["accuracy"] * size == pytest.approx(
+        (logits.argmax(axis=1) == labels).sum(), abs=1e-6
+    )
     assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
 

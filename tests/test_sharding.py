@@ -66,7 +66,9 @@ def test_batch_is_split_in_order_over_both_axes():
 @pytest.mark.parametrize("batch_size", [1, 7, 12, 128])
 def test_cpu_devices_divide_the_batch_and_do_not_exceed_the_cores(monkeypatch, batch_size):
     for cores in (1, 2, 3, 64):
-        monkeypatch.setattr("os.sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False)
+        monkeypatch.setattr(
+            "os.sched_getaffinity", lambda pid, n=cores: set(range(n)), raising=False
+        )
         count = sharding.cpu_devices(batch_size)
         assert 1 <= count <= min(cores, 8) and batch_size % count == 0
     assert sharding.cpu_devices(128) == 8

@@ -1,0 +1,107 @@
+"""Every option is reachable from the config, every field is of use, and every recipe fits."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from flaxcls import augment, build, cli, losses, models, optim, options, run, schedules
+from flaxcls import config as configs
+from flaxcls.data.source import SOURCES
+from flaxcls.step import make_init, make_train_step
+
+ROOT = Path(__file__).parent.parent
+
+# What the builders are given by the program, not by the config's section.
+PASSED = {
+    "loss": ("name", "options"),
+    "optimizer": ("name", "schedule", "params", "frozen", "plan", "options"),
+    "schedule": ("name", "learning_rate", "total_steps", "to_steps", "run", "options"),
+}
+# What the program itself reads of a section.
+READ = {
+    "data": {"name", "dir", "train_split", "eval_split", "mean", "std"},
+    "model": {"name", "dtype"},
+    "loss": {"name"},
+    "optimizer": {"name", "learning_rate", "learning_rate_batch"},
+    "schedule": {"name"},
+}
+
+
+def taken(section):
+    """The options that something with a name in the section takes, in all."""
+    if section == "data":
+        return set().union(*(options.accepted(f, ("split",)) for f in SOURCES.values()))
+    if section == "model":
+        return set().union(*(models.options(name) for name in models.MODELS))
+    common, table = {
+        "loss": (losses.build, losses.LOSSES),
+        "optimizer": (optim.build, optim.RULES),
+        "schedule": (schedules.build, schedules.SCHEDULES),
+    }[section]
+    hidden = PASSED[section] + ("logits", "targets")
+    return set().union(*(options.accepted(f, hidden) for f in (common, *table.values())))
+
+
+@pytest.mark.parametrize("section", READ)
+def test_options_of_a_section_are_exactly_what_something_takes(section):
+    assert set(configs.default()[section]) == taken(section) | READ[section]
+
+
+def test_default_is_locked_and_typed():
+    config = configs.default()
+    with pytest.raises(AttributeError):
+        config.bath_size = 3
+    with pytest.raises(AttributeError):
+        config.model.widht = 3
+    with pytest.raises(TypeError):
+        config.batch_size = "3"
+
+
+def test_config_survives_json(tiny_config):
+    config = tiny_config(augment=({"name": "pad_crop", "padding": 1},))
+    plain = run.plain(config)
+    assert plain["model"]["widths"] == [16] and plain["augment"][0]["name"] == "pad_crop"
+
+
+# The data of the recipes, as they are known: no recipe's test reads them.
+SHAPES = {
+    "digits": ((8, 8, 1), 10, 1437),
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "imagenet2012": ((224, 224, 3), 1000, 100_000),
+}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
+def test_recipe_builds_and_fits_together(path):
+    config = cli.load_config(str(path), [])
+    config.data.image_shape, config.data.num_classes, config.data.num_examples = SHAPES.get(
+        config.data.name, ((224, 224, 3), 1000, 100_000)
+    )
+    config.data.name, config.data.train_split, config.data.eval_split = "fake", "train", "test"
+    build.check(config)
+    plan = build.plan(config)
+    assert plan.total_steps > 0 and plan.treatment
+    augment.check(config.augment or ())
+    assert all(plan.rate(step) >= 0 for step in (0, plan.total_steps - 1))
+
+    shape, num_classes = plan.train_source.image_shape, len(plan.train_source.class_names)
+    init = make_init(plan.network, plan.optimizer, num_classes=num_classes, ema=True)
+    step = make_train_step(
+        plan.network,
+        build.loss(config, None),
+        plan.optimizer,
+        augment.build(config.augment or (), mean=(0.5,) * shape[-1], std=(0.25,) * shape[-1]),
+        num_classes=num_classes,
+        ema_decay=0.9,
+        gradient_accumulation=config.gradient_accumulation,
+    )
+    key = jax.random.key_data(jax.random.key(0))
+    size = config.batch_size
+    images = jax.ShapeDtypeStruct((size, *shape), jnp.uint8)
+    number = jax.ShapeDtypeStruct((size,), jnp.int32)
+    batch = {"image": images, "label": number, "index": number, "epoch": number}
+    sample = jax.ShapeDtypeStruct((min(size, 500), *shape), jnp.float32)
+    state = jax.eval_shape(init, key, sample)
+    assert jax.eval_shape(step, state, batch) == state  # nothing changes its shape or dtype

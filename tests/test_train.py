@@ -1,0 +1,240 @@
+"""Whole runs, inside this process: the run's folder, intervals, restarts."""
+
+import json
+import math
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from flaxcls import train as training
+from flaxcls.checkpoint import Checkpoints
+from flaxcls.errors import ConfigError, DivergedError, Interrupted
+from flaxcls.train import Due, train
+from flaxcls.schedules import Duration
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The config, folder and summary of a finished run with an average of the parameters."""
+    from flaxcls.config import default
+
+    config = default()
+    config.batch_size, config.duration, config.log_every = 16, "12 steps", "3 steps"
+    config.eval.every, config.checkpoint.every = "6 steps", "4 steps"
+    config.checkpoint.best_metric, config.checkpoint.keep = "loss", 3
+    config.data.name, config.data.image_shape, config.data.num_classes = "fake", (8, 8, 1), 11
+    config.data.num_examples = 96
+    config.ema_decay = 0.9
+    config.model.name = "dense"
+    config.model.widths = (16,)
+    workdir = tmp_path_factory.mktemp("train") / "run"
+    return config, workdir, train(config, workdir)
+
+
+def test_summary_says_how_it_ended(finished):
+    _, workdir, summary = finished
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert summary["step"] == 12 and summary["finished"]
+    assert summary["seconds"] > 0 and summary["images_per_second"] > 0
+    assert 0 <= summary["data_wait"] <= 1
+    for name in ("eval", "ema"):
+        assert summary[name].keys() == {"accuracy", "accuracy_top5", "loss", "count"}
+        assert summary[name]["count"] == 24
+    assert summary["best"].keys() == {
+        "step",
+        "weights",
+        "accuracy",
+        "accuracy_top5",
+        "loss",
+        "count",
+    }
+
+
+def test_config_file_says_what_made_the_run(finished):
+    config, workdir, _ = finished
+    content = json.loads((workdir / "config.json").read_text())
+    assert content["config"]["model"]["widths"] == [16]
+    assert content["config"]["data"]["name"] == config.data.name
+    assert content["versions"]["jax"] == jax.__version__ and content["versions"]["python"]
+    assert content["device"] == {"kind": jax.devices()[0].device_kind, "count": 8}
+    assert content["class_names"] == [f"class_{i}" for i in range(11)]
+    assert len(content["mean"]) == len(content["std"]) == 1 and 0 < content["mean"][0] < 1
+    assert content["image_shape"] == [8, 8, 1] and len(content["fingerprint"]) == 16
+    assert "commit" in content
+
+
+def test_rows_come_at_their_steps(finished):
+    _, workdir, summary = finished
+    rows = rows_of(workdir)
+    assert [row["step"] for row in rows if "train" in row] == [3, 6, 9, 12]
+    assert [row["step"] for row in rows if "eval" in row] == [6, 12]
+    row = rows[0]
+    assert row["epoch"] == 0.5
+    assert {"loss", "accuracy", "accuracy_top5", "learning_rate", "grad_norm"} <= row[
+        "train"
+    ].keys()
+    assert all(math.isfinite(value) for value in row["train"].values())
+    assert rows[-1]["eval"] == summary["eval"] and rows[-1]["ema"] == summary["ema"]
+    losses = {
+        (row["step"], name): row[name]["loss"]
+        for row in rows
+        for name in ("eval", "ema")
+        if name in row
+    }
+    best = min(losses, key=losses.get)
+    assert best == (summary["best"]["step"], summary["best"]["weights"])
+    assert losses[best] == summary["best"]["loss"]
+
+
+def test_checkpoint_is_self_sufficient(finished):
+    config, workdir, summary = finished
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    facts = checkpoints.facts(12)
+    checkpoints.close()
+    assert facts["config"]["model"]["name"] == config.model.name
+    assert facts["class_names"] == [f"class_{i}" for i in range(11)]
+    assert len(facts["mean"]) == len(facts["std"]) == 1
+    assert facts["progress"]["best"] == summary["best"]
+    assert facts["fingerprint"]
+
+
+def test_lost_summary_is_written_again_without_training(finished, tmp_path):
+    import shutil
+
+    config, workdir, summary = finished
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    (copy / "summary.json").unlink()
+    before = (copy / "metrics.jsonl").read_bytes()
+    again = train(config, copy)
+    assert {k: again[k] for k in ("step", "eval", "ema", "best")} == {
+        k: summary[k] for k in ("step", "eval", "ema", "best")
+    }
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_newest_checkpoints_and_the_best_are_kept(tiny_config, tmp_path):
+    # Learning backwards, from the second evaluation on.
+    config = tiny_config(
+        duration="20 steps",
+        eval__every="2 steps",
+        checkpoint__every="2 steps",
+        checkpoint__keep=2,
+        checkpoint__best_metric="loss",
+        schedule__name="constant",
+        schedule__warmup="12 steps",
+        optimizer__learning_rate=20.0,
+        optimizer__gradient_clip_norm=1.0,
+    )
+    summary = train(config, tmp_path / "run")
+    best = summary["best"]["step"]
+    assert best < 18, "the test needs a best result in the past"
+    assert saved_steps(tmp_path / "run") == [best, 18, 20]
+
+
+def test_best_result_is_saved_even_between_the_intervals(tiny_config, tmp_path):
+    train(tiny_config(checkpoint__every="1000 seconds", eval__every="6 steps"), tmp_path / "run")
+    first = rows_of(tmp_path / "run")[2]
+    assert first["step"] == 6 and "eval" in first
+    assert set(saved_steps(tmp_path / "run")) <= {6, 12} and 12 in saved_steps(tmp_path / "run")
+
+
+def test_intervals_by_steps_and_by_time(monkeypatch):
+    due = Due(Duration(2.5, "steps"), total_steps=11)
+    assert [step for step in range(1, 12) if due(step)] == [3, 5, 8, 10, 11]
+    now = [100.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
+    due, said = Due(Duration(60, "seconds"), total_steps=10), []
+    for step in range(1, 11):
+        now[0] += 25
+        if due(step):
+            said.append(step)
+    assert said == [3, 6, 9, 10]
+
+
+def test_time_based_checkpoints_are_saved_while_training(tiny_config, tmp_path):
+    config = tiny_config(
+        duration="30 steps",
+        checkpoint__every="0.001 minutes",
+        checkpoint__keep=100,
+        eval__every="100%",
+    )
+    with pytest.raises(ConfigError, match="config.checkpoint.every must be at least"):
+        train(config, tmp_path / "run")
+    config.checkpoint.every = "1 seconds"
+    train(config, tmp_path / "run")
+    assert saved_steps(tmp_path / "run")[-1] == 30
+
+
+def test_other_seed_or_model_is_refused_for_a_run(finished):
+    config, workdir, _ = finished
+    other = config.copy_and_resolve_references()
+    other.seed = 9
+    with pytest.raises(ConfigError, match="config.seed = 0, got 9; give another --workdir"):
+        train(other, workdir)
+    free = config.copy_and_resolve_references()
+    free.checkpoint.every, free.data.dir = "1 minutes", "/elsewhere"
+    assert train(free, workdir)["finished"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+def test_signal_saves_and_the_run_goes_on_bitwise(
+    tiny_config, tmp_path, monkeypatch, saved_arrays, assert_same_arrays, number, code
+):
+    config = tiny_config(ema_decay=0.9, checkpoint__every="100%")
+    train(config, tmp_path / "whole")
+    update, calls = training.Trainer.update, []
+
+    def update_and_signal(self, state, batch):
+        calls.append(number)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return update(self, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "update", update_and_signal)
+        with pytest.raises(Interrupted, match="stopped after step 5 of 12 and saved") as stopped:
+            train(config, tmp_path / "stopped")
+    assert stopped.value.exit_code == code
+    assert saved_steps(tmp_path / "stopped") == [5]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(config, tmp_path / "stopped")
+    logs = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "stopped")]
+    assert logs[0] == logs[1]
+    arrays = [saved_arrays(tmp_path / name, 12) for name in ("whole", "stopped")]
+    assert_same_arrays(*arrays)
+
+
+@pytest.mark.parametrize(
+    ("save_every", "message"),
+    [
+        ("1 steps", "the state after step 2 is not finite; the checkpoint of step 1 is good"),
+        ("1 epochs", "the loss of steps 1 to 3 is not finite; no checkpoint was saved yet"),
+    ],
+)
+def test_divergence_names_the_steps_and_the_last_good_checkpoint(
+    tiny_config, tmp_path, save_every, message
+):
+    config = tiny_config(optimizer__learning_rate=1e30, checkpoint__every=save_every)
+    with pytest.raises(DivergedError, match=message):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_balanced_class_weights_are_kept_for_the_evaluation(tiny_config, tmp_path):
+    config = tiny_config(loss__class_weights="balanced", data__train_split="train[:43]")
+    train(config, tmp_path / "run")
+    counts = np.bincount(np.arange(43) % 5, minlength=5)
+    content = json.loads((tmp_path / "run/config.json").read_text())
+    np.testing.assert_allclose(content["class_weights"], 43 / (5 * counts))

@@ -1,0 +1,121 @@
+import json
+import os
+import pty
+import time
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from flaxcls.watch import Stopwatch, Watch, describe
+
+ROW = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 0.1}
+
+
+def steps_in(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_rows_after_the_restart_are_cut(tmp_path):
+    with Watch(tmp_path, 0, 40, 8) as watch:
+        for step in (10, 20, 30):
+            watch.training(step, step / 10, ROW, (100.0, 0.1))
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    with path.open("a") as file:
+        file.write('{"step": 40, "tra')  # torn off by a kill
+    with Watch(tmp_path, 20, 40, 8) as watch:
+        assert steps_in(path) == [10, 20]
+        watch.training(30, 3.0, ROW, (50.0, 0.2))
+    assert path.read_bytes() == whole
+
+
+def test_rows_hold_nothing_that_depends_on_the_clock(tmp_path):
+    with Watch(tmp_path, 0, 40, 8) as watch:
+        watch.training(10, 1.0, ROW, (123.4, 0.5))
+        watch.evaluation(10, 1.0, {"eval": {"accuracy": 0.5, "loss": 1.0, "count": 4}})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": 10, "epoch": 1.0, "train": ROW},
+        {"step": 10, "epoch": 1.0, "eval": {"accuracy": 0.5, "loss": 1.0, "count": 4}},
+    ]
+
+
+def test_tensorboard_file_holds_the_scalars(tmp_path):
+    with Watch(tmp_path, 0, 40, 8) as watch:
+        watch.training(10, 1.0, ROW, (100.0, 0.25))
+        watch.evaluation(10, 1.0, {"ema": {"accuracy": 0.5, "loss": 1.0, "count": 4}})
+    (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    data, scalars = path.read_bytes(), {}
+    while data:  # TFRecord: length, checksum, data, checksum
+        length = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + length])
+        scalars |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        data = data[16 + length :]
+    assert scalars["train/loss"] == (10, 0.5)
+    assert scalars["train/learning_rate"] == (10, pytest.approx(0.1))
+    assert scalars["ema/accuracy"] == (10, 0.5)
+    assert scalars["time/images_per_second"] == (10, 800)
+    assert scalars["time/data_wait"] == (10, 0.25)
+
+
+def test_lines_are_plain_when_not_a_terminal(tmp_path, capsys):
+    with Watch(tmp_path, 0, 40, 8) as watch:
+        watch.say("[bold]a line[/bold] that is longer than any terminal " + "x" * 200)
+        watch.training(10, 2.5, ROW, (100.0, 0.25))
+        watch.training(20, 5.0, ROW, (0.01, 0.25))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("[bold]a line[/bold]") and lines[0].endswith("x" * 200)
+    assert lines[1:] == [
+        "step 10/40  epoch 2.50  loss 0.5000  accuracy 75.00 %  lr 0.1  800 images/s  "
+        "data wait 25 %  ETA 0:00",
+        "step 20/40  epoch 5.00  loss 0.5000  accuracy 75.00 %  lr 0.1  0 images/s  "
+        "data wait 25 %  ETA 33:20",
+    ]
+
+
+def test_terminal_shows_one_live_line(recipe, tmp_path, start_main):
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
+    process = start_main(
+        f"--config={recipe}", f"--workdir={tmp_path / 'run'}", stdout=slave, stderr=slave,
+        env=environment,
+    )  # fmt: skip
+    os.close(slave)
+    output = b""
+    while True:
+        try:
+            part = os.read(master, 4096)
+        except OSError:  # what Linux says at the end
+            break
+        if not part:
+            break
+        output += part
+    os.close(master)
+    assert process.wait(60) == 0, output
+    text = output.decode()
+    assert (
+        "\x1b[?25l" in text and "\x1b[?25h" in text
+    )  # the cursor hidden while it is live, and back
+    assert "\x1b[2K" in text  # the line is erased and drawn again
+    assert "step 12/12" in text and "images/s" in text and "ETA" in text
+    assert "eval: accuracy" in text and "Traceback" not in text
+
+
+def test_description_says_how_many_were_right():
+    row = {"accuracy": 355 / 360, "loss": 0.0512, "count": 360, "accuracy_top5": 1.0}
+    assert describe(row) == (
+        "accuracy 98.61 % (355 of 360), top-5 accuracy 100.00 % (360 of 360), loss 0.0512"
+    )
+
+
+def test_stopwatch_leaves_pauses_out_and_shares_the_wait():
+    stopwatch = Stopwatch()
+    with stopwatch.waiting():
+        time.sleep(0.1)
+    time.sleep(0.1)
+    with stopwatch.pause():
+        time.sleep(0.5)
+    steps_per_second, data_wait = stopwatch.lap(4)
+    assert 4 / 0.35 < steps_per_second < 4 / 0.2
+    assert 0.25 < data_wait < 0.65
+    assert (stopwatch.steps_per_second, stopwatch.data_wait) == (steps_per_second, data_wait)
