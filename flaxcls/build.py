@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from flaxcls import augment, losses, models, optim, options, run, schedules
 from flaxcls.config import default
 from flaxcls.data.resident import channel_statistics
-from flaxcls.data.source import SOURCES, Source, open_source, open_tfds
+from flaxcls.data import SOURCES, open_source, open_tfds
+from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
 

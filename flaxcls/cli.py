@@ -1,7 +1,9 @@
 """What the commands share: reading flags and recipes, saying errors in one sentence, exit codes."""
 
 import ast
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from flaxcls import options
-from flaxcls.errors import ConfigError, FlaxclsError, did_you_mean
+from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, did_you_mean
 
 
 def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
@@ -118,12 +120,16 @@ def _one_line(error: BaseException) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command and exits: its own code, or that of the error, told in one sentence."""
+    """Runs a command and exits: its own code, or that of the error, told in one sentence.
+
+    A signal to end ends the process at once, unless `main` takes it over while it has something to
+    save: Python's KeyboardInterrupt becomes an ImportError or a crash inside of JAX's native code.
+    """
+    for number in SIGNAL_EXIT_CODES:
+        signal.signal(number, lambda received, frame: os._exit(SIGNAL_EXIT_CODES[received]))
     try:
         code = main(sys.argv)
     except FlaxclsError as error:
         print(f"flaxcls: {error}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:
-        code = 130
     sys.exit(code)

@@ -1,7 +1,10 @@
 """What can go wrong, each kind with the exit code that launchers rely on."""
 
 import difflib
+import signal
 from collections.abc import Iterable
+
+SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}  # of being asked to end
 
 
 class FlaxclsError(Exception):

@@ -15,7 +15,7 @@ from flaxcls import augment, build, metrics, models, run, sharding
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.data import resident
 from flaxcls.data.decode import materialize
-from flaxcls.errors import DataError, DivergedError, Interrupted
+from flaxcls.errors import SIGNAL_EXIT_CODES, DataError, DivergedError, Interrupted
 from flaxcls.evaluator import Evaluator
 from flaxcls.schedules import Duration
 from flaxcls.state import TrainState
@@ -23,7 +23,6 @@ from flaxcls.step import is_finite, make_init, make_train_step, take_metrics
 from flaxcls.watch import Stopwatch, Watch
 
 SAMPLE = 2000  # training images that a model may look at before its first step
-EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -36,10 +35,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if finished := run.claim(workdir, config):
         return finished
     began = time.perf_counter()
-    part = config.batch_size // config.gradient_accumulation
-    sharding.set_up_devices(config.mesh.cpu_devices, part)
-    mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_batch_size(mesh, part)
+    mesh = mesh_for(config)
     plan = build.plan(config)
     trainer = Trainer(config, plan, mesh)
     print(_introduction(config, plan, mesh, trainer))
@@ -50,7 +46,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if start:
         facts = checkpoints.facts(start)
         if facts["fingerprint"] != trainer.facts["fingerprint"]:
-            raise DataError(f"the training data are not those that the run in {workdir} began with")
+            raise DataError(f"the training data are not those that {workdir} began with")
         state, progress = checkpoints.state(start, trainer.shapes, trainer.places), facts["progress"]
     else:
         run.record(workdir, config, trainer.facts)
@@ -97,7 +93,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 raise Interrupted(
                     f"stopped after step {step} of {plan.total_steps} and saved; the same command "
                     f"with --workdir={workdir} goes on",
-                    EXIT_CODES[signals.received],
+                    SIGNAL_EXIT_CODES[signals.received],
                 )
     checkpoints.close()
     summary = {
@@ -111,6 +107,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
     run.write_json(workdir / "summary.json", summary)
     return summary
+
+
+def mesh_for(config: ConfigDict) -> Mesh:
+    """The devices that a config asks for, checked against its batch."""
+    part = config.batch_size // config.gradient_accumulation
+    sharding.set_up_devices(config.mesh.cpu_devices, part)
+    mesh = sharding.make_mesh(config.mesh.fsdp)
+    sharding.check_batch_size(mesh, part)
+    return mesh
 
 
 class Trainer:
@@ -286,7 +291,7 @@ class Signals:
     received: int | None = None
 
     def __enter__(self) -> "Signals":
-        self._before = {number: signal.signal(number, self._note) for number in EXIT_CODES}
+        self._before = {number: signal.signal(number, self._note) for number in SIGNAL_EXIT_CODES}
         return self
 
     def _note(self, number: int, frame: Any) -> None:

@@ -24,8 +24,9 @@ import orbax.checkpoint as ocp  # noqa: E402
 import pytest  # noqa: E402
 
 from flaxcls import config as configs  # noqa: E402
+from flaxcls import sharding  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 8)
+sharding.set_up_devices(8, 8)
 jax.devices()
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +37,18 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """A command that runs inside this process takes Ctrl-C over; give it back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def tiny_config():
-    """The config of a run of seconds: 12 steps on 96 made-up images of 8x8, with changes by path."""
+    """The config of a run of seconds, 12 steps on 96 made-up images of 8x8; changes by path."""
 
     def make(**changes):
         config = configs.default()

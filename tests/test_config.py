@@ -8,7 +8,7 @@ import pytest
 
 from flaxcls import augment, build, cli, losses, models, optim, options, run, schedules
 from flaxcls import config as configs
-from flaxcls.data.source import SOURCES
+from flaxcls.data import SOURCES
 from flaxcls.step import make_init, make_train_step
 
 ROOT = Path(__file__).parent.parent

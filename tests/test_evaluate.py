@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from flaxcls import build, evaluator, losses, models
 from flaxcls.data.decode import materialize
-from flaxcls.data.source import open_source
+from flaxcls.data import open_source
 from flaxcls.errors import ConfigError
 from flaxcls.train import train
 

@@ -198,15 +198,19 @@ def test_a_run_that_is_all_warm_up_is_fine(name):
     [
         ("cosin", {}, "did you mean 'cosine'"),
         ("cosine", {"power": 2.0}, "power is not used by cosine"),
-        ("cosine", {"final": 2.0}, "`final` of cosine must be between 0 and 1, got 2.0"),
+        (
+            "cosine",
+            {"final": 2.0},
+            "final must be float at least 0 and at most 1 for cosine, got 2.0",
+        ),
         ("cosine", {"warmup": "60%", "cooldown": "50%"}, "must fit into the run"),
-        ("cosine", {"warmup_start": -1.0}, "`warmup_start`"),
+        ("cosine", {"warmup_start": -1.0}, "warmup_start must be float at least 0 and at most 1"),
         ("cosine", {"warmup": "10 minutes"}, "is a time"),
         ("cosine", {"learning_rate": float("nan")}, "`learning_rate`"),
         ("one_cycle", {"warmup": "5%"}, "`warmup` must be None"),
         ("one_cycle", {"peak": "101 steps"}, "within the run"),
         ("exponential", {"every": "0 steps"}, "at least one step"),
-        ("step", {"factor": -1.0}, "`factor` of step must be at least 0"),
+        ("step", {"factor": -1.0}, "factor must be float at least 0 for step"),
     ],
 )
 def test_a_wrong_option_is_refused_when_the_schedule_is_built(name, options, message):

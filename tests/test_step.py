@@ -38,7 +38,7 @@ def on_one_device():
 
 RULES = {
     "momentum": {"optimizer__name": "sgd", "optimizer__momentum": 0.9},
-    # Adam divides by the gradient's size: with a tiny eps, rounding of tiny gradients is no longer tiny.
+    # Adam divides by the size of the gradient: a larger eps keeps rounding small where it is tiny.
     "adam": {"optimizer__name": "adam", "optimizer__eps": 1e-3, "optimizer__momentum": None},
 }
 
@@ -179,7 +179,7 @@ def test_accumulation_with_batch_norm_is_as_documented(tiny_config):
     whole, _ = step_in_parts(config, 1, steps=1)
     parts, _ = step_in_parts(config, 4, steps=1)
     first, other = whole.batch_stats["norm1"], parts.batch_stats["norm1"]
-    # The mean of the parts' means is the batch's mean; each moves the statistics as one update does.
+    # The mean of the means of the parts is that of the batch, and the statistics move once.
     np.testing.assert_allclose(other["mean"], first["mean"], rtol=1e-5, atol=1e-6)
     # The parts' variances lack what their means differ by, so that their mean is no larger.
     assert (other["var"] <= first["var"] + 1e-6).all() and (other["var"] != first["var"]).any()

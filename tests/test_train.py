@@ -11,9 +11,9 @@ import pytest
 
 from flaxcls import train as training
 from flaxcls.checkpoint import Checkpoints
-from flaxcls.errors import ConfigError, DivergedError, Interrupted
-from flaxcls.train import Due, train
+from flaxcls.errors import ConfigError, DataError, DivergedError, Interrupted
 from flaxcls.schedules import Duration
+from flaxcls.train import Due, train
 
 
 def rows_of(workdir):
@@ -238,3 +238,12 @@ def test_balanced_class_weights_are_kept_for_the_evaluation(tiny_config, tmp_pat
     counts = np.bincount(np.arange(43) % 5, minlength=5)
     content = json.loads((tmp_path / "run/config.json").read_text())
     np.testing.assert_allclose(content["class_weights"], 43 / (5 * counts))
+
+
+def test_run_does_not_go_on_with_other_data(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config()
+    train(config, tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+    monkeypatch.setattr("flaxcls.data.fake.fingerprint", lambda **facts: "0" * 16)
+    with pytest.raises(DataError, match="the training data are not those"):
+        train(config, tmp_path / "run")

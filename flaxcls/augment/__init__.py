@@ -10,7 +10,6 @@ What is listed before it sees images in [0, 255]; what is listed after it sees n
 which 0 is the mean.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,9 @@ from flaxcls.augment.color import ColorJitter, normalize
 from flaxcls.augment.geometry import Flip, PadCrop, Rotation
 from flaxcls.augment.mixing import CutMix, Mix, MixUp
 from flaxcls.augment.noise import Cutout, RandomErasing, SaltAndPepper
-from flaxcls.errors import ConfigError, did_you_mean
+from flaxcls.errors import ConfigError
+from flaxcls.options import accepted, look_up
+from flaxcls.options import check as check_options
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Batch", "build", "check", "normalize"]
 
@@ -88,7 +89,9 @@ def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[Placed, Placed]:
                 raise ConfigError(f"the augmentation `normalize` {problem}")
             normalized = True
             continue
-        augmentation = AUGMENTATIONS[name](**options)
+        where = f"config.augment[{position}]"
+        op = look_up(f"{where}.name", name, {**AUGMENTATIONS, "normalize": None})
+        augmentation = op(**check_options(where, name, options, accepted(op)))
         augmentation.check_order(normalized)
         (after if normalized else before).append((position, augmentation))
     return before, after
@@ -100,14 +103,4 @@ def _name_and_options(spec: Mapping[str, Any], position: int) -> tuple[str, dict
             f"augmentation {position} must be a mapping such as {{'name': 'flip'}}, got {spec!r}"
         )
     options = dict(spec)
-    name = options.pop("name")
-    if name == "normalize":
-        return name, options
-    if name not in AUGMENTATIONS:
-        known = [*AUGMENTATIONS, "normalize"]
-        raise ConfigError(f"unknown augmentation '{name}'{did_you_mean(name, known)}")
-    fields = [field.name for field in dataclasses.fields(AUGMENTATIONS[name])]
-    for option in options:
-        if option not in fields:
-            raise ConfigError(f"`{name}` has no option '{option}'{did_you_mean(option, fields)}")
-    return name, options
+    return options.pop("name"), options

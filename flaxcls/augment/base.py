@@ -1,10 +1,6 @@
-"""What every augmentation is: a frozen dataclass whose fields say their type and range."""
+"""What every augmentation is: a frozen dataclass whose fields are its options."""
 
-import dataclasses
-import math
-import types
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union, get_args, get_origin
-from typing import get_type_hints as type_hints
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +10,8 @@ from flaxcls.errors import ConfigError
 Batch = dict[str, jax.Array]
 
 
-class Range(NamedTuple):
-    """The closed range of a number; written `Annotated[float, Range(0, 1)]`."""
-
-    low: float
-    high: float = math.inf
-
-    def __str__(self):
-        if math.isinf(self.high):
-            return f"at least {self.low:g}"
-        return f"between {self.low:g} and {self.high:g}"
-
-
 class Augmentation:
-    """Base of the augmentations, which are frozen dataclasses.
-
-    Creating one checks every field against its annotation (`int`, `float`, a pair of floats, a
-    `Literal`, each perhaps with a `Range`) and raises `ConfigError` with the op, the field, what
-    it got and what would do.
+    """Base of the augmentations, which are frozen dataclasses; `build` checks their fields' types.
 
     Calling one, `augmentation(key, batch)`, returns a new batch: "image" is [B, H, W, C], uint8
     or float32, and keeps its dtype; "label" is float32 [B, K]; random parameters are drawn
@@ -42,18 +22,6 @@ class Augmentation:
 
     # The images an op can take: "any", "pixels" (in [0, 255]) or "normalized".
     domain: ClassVar[str] = "any"
-
-    def __post_init__(self):
-        hints = type_hints(type(self), include_extras=True)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            converted, accepted = _convert(value, hints[field.name])
-            if not accepted:
-                raise ConfigError(
-                    f"`{field.name}` of `{self.name}` must be {describe(hints[field.name])}, "
-                    f"got {value!r}"
-                )
-            object.__setattr__(self, field.name, converted)
 
     def check_order(self, normalized: bool) -> None:
         """Raises `ConfigError` if the op can't take images that are, or aren't, normalized."""
@@ -96,44 +64,3 @@ def box_mask(
     inside_rows = (rows >= top) & (rows < top + height)
     inside_columns = (columns >= left) & (columns < left + width)
     return inside_rows[..., :, None] & inside_columns[..., None, :]
-
-
-def describe(hint: Any) -> str:
-    """What a field annotated with `hint` accepts, in words."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        return f"{describe(arguments[0])} {arguments[1]}"
-    if origin is Literal:
-        return " or ".join(repr(choice) for choice in arguments)
-    if origin in (Union, types.UnionType):
-        return " or ".join(describe(choice) for choice in arguments)
-    if origin is tuple:
-        return "two numbers (low, high)"
-    return {int: "an integer", float: "a number"}[hint]
-
-
-def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
-    """`value` as the type in `hint`, and whether it is acceptable there."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        converted, accepted = _convert(value, arguments[0])
-        low, high = arguments[1]
-        numbers = converted if isinstance(converted, tuple) else (converted,)
-        return converted, accepted and all(low <= number <= high for number in numbers)
-    if origin is Literal:
-        return value, isinstance(value, str) and value in arguments
-    if origin in (Union, types.UnionType):
-        attempts = (_convert(value, choice) for choice in arguments)
-        return next((attempt for attempt in attempts if attempt[1]), (value, False))
-    if origin is tuple:
-        if not isinstance(value, list | tuple) or len(value) != 2:
-            return value, False
-        (low, low_accepted), (high, high_accepted) = (_convert(item, float) for item in value)
-        accepted = low_accepted and high_accepted
-        return (low, high), accepted and low <= high
-    is_integer = isinstance(value, int) and not isinstance(value, bool)
-    if hint is int:
-        return value, is_integer
-    if is_integer or isinstance(value, float):
-        return float(value), math.isfinite(value)
-    return value, False

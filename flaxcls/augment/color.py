@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar
 import jax
 import jax.numpy as jnp
 
-from flaxcls.augment.base import Augmentation, Batch, Range, like, per_example
+from flaxcls.augment.base import Augmentation, Batch, like, per_example
 from flaxcls.errors import ConfigError
+from flaxcls.options import Range
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -44,7 +45,6 @@ class ColorJitter(Augmentation):
     hue: Annotated[float, Range(0, 0.5)] = 0.0
 
     def __post_init__(self):
-        super().__post_init__()
         if not any(dataclasses.astuple(self)):
             fields = ", ".join(f"`{field.name}`" for field in dataclasses.fields(self))
             raise ConfigError(f"`color_jitter` needs at least one of {fields} above 0")

@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from flaxcls.augment.base import Augmentation, Batch, Range, like, per_example
+from flaxcls.augment.base import Augmentation, Batch, like, per_example
 from flaxcls.errors import ConfigError
+from flaxcls.options import Range
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Annotated, ClassVar
 import jax
 import jax.numpy as jnp
 
-from flaxcls.augment.base import Augmentation, Batch, Range, box_mask
+from flaxcls.augment.base import Augmentation, Batch, box_mask
+from flaxcls.options import Range, UpToOne
 
 Alpha = Annotated[float, Range(0.01, 100)]
-Probability = Annotated[float, Range(0, 1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,7 @@ class MixUp(Augmentation):
 
     name: ClassVar[str] = "mixup"
     alpha: Alpha = 0.2
-    probability: Probability = 1.0
+    probability: UpToOne = 1.0
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         apply_key, mix_key = jax.random.split(key)
@@ -45,7 +45,7 @@ class CutMix(Augmentation):
 
     name: ClassVar[str] = "cutmix"
     alpha: Alpha = 1.0
-    probability: Probability = 1.0
+    probability: UpToOne = 1.0
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         apply_key, share_key, box_key = jax.random.split(key, 3)
@@ -64,8 +64,8 @@ class Mix(Augmentation):
     name: ClassVar[str] = "mix"
     mixup_alpha: Alpha = 0.8
     cutmix_alpha: Alpha = 1.0
-    switch_probability: Probability = 0.5
-    probability: Probability = 1.0
+    switch_probability: UpToOne = 0.5
+    probability: UpToOne = 1.0
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         apply_key, switch_key, share_key, box_key = jax.random.split(key, 4)

@@ -7,7 +7,9 @@ from typing import Annotated, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from flaxcls.augment.base import Augmentation, Batch, Range, box_mask, like, per_example
+from flaxcls.augment.base import Augmentation, Batch, box_mask, like, per_example
+from flaxcls.errors import ConfigError
+from flaxcls.options import Range, UpToOne
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +18,7 @@ class SaltAndPepper(Augmentation):
 
     name: ClassVar[str] = "salt_and_pepper"
     domain: ClassVar[str] = "pixels"
-    fraction: Annotated[float, Range(0, 1)] = 0.05
+    fraction: UpToOne = 0.05
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         images = batch["image"]
@@ -58,10 +60,18 @@ class RandomErasing(Augmentation):
     """
 
     name: ClassVar[str] = "random_erasing"
-    probability: Annotated[float, Range(0, 1)] = 0.5
+    probability: UpToOne = 0.5
     area: Annotated[tuple[float, float], Range(0, 1)] = (0.02, 1 / 3)
     aspect: Annotated[tuple[float, float], Range(0.01, 100)] = (0.3, 3.3)
     fill: float | Literal["noise"] = 0.0
+
+    def __post_init__(self):
+        for option in ("area", "aspect"):
+            low, high = getattr(self, option)
+            if low > high:
+                raise ConfigError(
+                    f"`{option}` of `random_erasing` must be (low, high), got ({low:g}, {high:g})"
+                )
 
     @property
     def domain(self) -> str:

@@ -10,7 +10,7 @@ import difflib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,22 @@ from tensorflow_datasets.core import dataset_builder, naming
 from tensorflow_datasets.core.utils import version as versions
 from tensorflow_datasets.proto import tf_example_pb2
 
-from flaxcls.data.source import SOURCES, Example, Source, fingerprint, resolve_split
+from flaxcls.data.source import Example, Source, fingerprint, resolve_split
 from flaxcls.data.tfrecord import FilePart, TfRecords, check_count
 from flaxcls.errors import ConfigError, DataError, FlaxclsError, did_you_mean
 
 
-def open_prepared(name: str, split: str, data_dir: str | Path | None) -> "TfdsSource":
-    """Opens a data set, after preparing it where that hasn't been done."""
+def open_prepared(
+    name: str, split: str, data_dir: str | Path | None, others: Iterable[str] = ()
+) -> "TfdsSource":
+    """Opens a data set, after preparing it where that hasn't been done.
+
+    `others` are the names of data sets that are not TFDS's, for those who misspell one.
+    """
     root = _data_root(data_dir)
     directory = find_prepared(name, root)
     if directory is None:
-        prepare(name, root)
+        prepare(name, root, others)
         directory = find_prepared(name, root)
     if directory is None:
         raise DataError(f"{name} was prepared in {root}, but is not there")
@@ -188,7 +193,7 @@ def _prepared_versions(folder: Path, asked: str | None = None) -> list[Path]:
     ]
 
 
-def prepare(name: str, root: Path) -> None:
+def prepare(name: str, root: Path, others: Iterable[str] = ()) -> None:
     """Downloads and writes a data set as ARRAY_RECORD, in a process of its own.
 
     TFDS may need TensorFlow for that, which must never load beside JAX: it takes the GPU.
@@ -197,7 +202,7 @@ def prepare(name: str, root: Path) -> None:
       ConfigError: no such data set, or TensorFlow is needed and not installed.
       DataError: the download or the preparation failed.
     """
-    _check_known(name, root)
+    _check_known(name, root, others)
     print(f"{name} is not in {root} yet: preparing it, once", file=sys.stderr, flush=True)
     child = subprocess.run(
         [sys.executable, "-m", "flaxcls.data.tfds", "prepare", name, str(root)],
@@ -211,9 +216,9 @@ def prepare(name: str, root: Path) -> None:
     raise (ConfigError if child.returncode == ConfigError.exit_code else DataError)(sentence)
 
 
-def _check_known(name: str, root: Path) -> None:
+def _check_known(name: str, root: Path, others: Iterable[str]) -> None:
     dataset, _ = _parse_name(name)
-    here = {*SOURCES}
+    here = {*others}
     if root.is_dir():
         here |= {child.name for child in root.iterdir() if child.is_dir()} - {"downloads"}
     known = {*here, *tfds.list_builders(with_community_datasets=False)}

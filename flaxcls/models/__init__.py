@@ -8,12 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ..errors import ConfigError, did_you_mean
-from .convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
-from .dense import DenseNetwork
-from .layers import title
-from .quick import Quick
-from .resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
+from flaxcls.errors import ConfigError
+from flaxcls.models.convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
+from flaxcls.models.dense import DenseNetwork
+from flaxcls.models.layers import title
+from flaxcls.models.quick import Quick
+from flaxcls.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
+from flaxcls.options import accepted, check, look_up
 
 _partial = functools.partial
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -40,37 +41,24 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, *, num_classes: int, dtype: jnp.dtype = jnp.float32, **options) -> nn.Module:
+def build(name: str, *, num_classes: int, dtype: jnp.dtype = jnp.float32, **given) -> nn.Module:
     """The network of that name: `module.apply(variables, image, train=...)` gives the logits.
 
     Images are normalised float32 [B,H,W,C], logits float32 [B,K]. `dtype` is what is computed in;
     parameters and BatchNorm statistics are float32. Dropout needs `rngs={"dropout": key}`.
     Raises ConfigError for an unknown name or option, or an option out of range.
     """
-    _check_options(name, options)
+    given = check("config.model", name, given, options(name))
     if num_classes < 1:
         raise ConfigError(f"`num_classes` of {name} must be at least 1, got {num_classes}")
-    # A list (of a JSON config) would make the module unhashable.
-    hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return MODELS[name](num_classes=num_classes, dtype=dtype, name=name, **hashable)
+    return MODELS[name](num_classes=num_classes, dtype=dtype, name=name, **given)
 
 
 def options(name: str) -> dict[str, inspect.Parameter]:
     """What a user may choose for that network, by keyword: annotation and default of each."""
-    if name not in MODELS:
-        raise ConfigError(f"unknown model '{name}'{did_you_mean(name, MODELS)}")
-    entry = MODELS[name]
-    fixed = {"num_classes", "dtype", "parent", "name", *getattr(entry, "keywords", {})}
-    parameters = inspect.signature(entry).parameters
-    return {key: value for key, value in parameters.items() if key not in fixed}
-
-
-def _check_options(name: str, given: dict) -> None:
-    known = options(name)
-    for option in given:
-        if option not in known:
-            hint = did_you_mean(option, known) if known else "; it has none"
-            raise ConfigError(f"{name} has no option `{option}`{hint}")
+    entry = look_up("config.model.name", name, MODELS)
+    fixed = ("num_classes", "dtype", "parent", "name", *getattr(entry, "keywords", {}))
+    return accepted(entry, fixed)
 
 
 def check_image_shape(module: nn.Module, shape: tuple[int, int, int]) -> None:

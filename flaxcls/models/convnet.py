@@ -6,16 +6,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .layers import (
+from flaxcls.models.layers import (
     POOLS,
     Conv,
+    Pool,
     batch_norm,
     max_pool,
-    require_known,
-    require_rate,
     torch_bias_init,
     torch_kernel_init,
 )
+from flaxcls.options import BelowOne
 
 _keras_init = {"kernel_init": nn.initializers.glorot_uniform()}
 
@@ -28,13 +28,9 @@ class KerasCNN(nn.Module, kw_only=True):
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
-    pool: str = "max"
+    pool: Pool = "max"
 
     minimum_image_size = 18
-
-    def __post_init__(self):
-        require_known(self, "pool", POOLS)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -59,15 +55,10 @@ class KerasSmall(nn.Module, kw_only=True):
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
-    pool: str = "max"
-    dropout: float = 0.0
+    pool: Pool = "max"
+    dropout: BelowOne = 0.0
 
     minimum_image_size = 10
-
-    def __post_init__(self):
-        require_known(self, "pool", POOLS)
-        require_rate(self, "dropout")
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -91,13 +82,9 @@ class TorchConvNet(nn.Module, kw_only=True):
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
-    pool: str = "max"
+    pool: Pool = "max"
 
     minimum_image_size = 4
-
-    def __post_init__(self):
-        require_known(self, "pool", POOLS)
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -124,13 +111,9 @@ class DigitsCNN(nn.Module, kw_only=True):
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
-    dropout: float = 0.0
+    dropout: BelowOne = 0.0
 
     minimum_image_size = 2
-
-    def __post_init__(self):
-        require_rate(self, "dropout")
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .layers import ACTIVATIONS, require_known, require_positive, require_rate
+from flaxcls.models.layers import ACTIVATIONS, Activation, Widths
+from flaxcls.options import BelowOne
 
 
 class DenseNetwork(nn.Module, kw_only=True):
@@ -12,15 +13,9 @@ class DenseNetwork(nn.Module, kw_only=True):
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
-    widths: tuple[int, ...] = (512, 256)
-    activation: str = "relu"
-    dropout: float = 0.0
-
-    def __post_init__(self):
-        require_positive(self, "widths")
-        require_known(self, "activation", ACTIVATIONS)
-        require_rate(self, "dropout")
-        super().__post_init__()
+    widths: Widths = (512, 256)
+    activation: Activation = "relu"
+    dropout: BelowOne = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -1,14 +1,15 @@
-"""What the networks share: convolution, pooling, initialisers and checks of options."""
+"""What the networks share: convolution, pooling, initialisers and types of options."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from ..errors import ConfigError, did_you_mean
+from flaxcls.options import Range
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
@@ -81,6 +82,11 @@ def _windows(x: jax.Array, window: int) -> jax.Array:
 POOLS = {"max": max_pool, "average": average_pool}
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu}
 
+# The types of options that several networks have.
+Pool = Literal[*POOLS]
+Activation = Literal[*ACTIVATIONS]
+Widths = Annotated[tuple[int, ...], Range(1)]
+
 # PyTorch's default for Linear and Conv2d, kaiming_uniform(a=sqrt(5)): U(-1, 1) / sqrt(fan_in).
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # He et al. 2015 as torchvision's ResNets use it.
@@ -106,42 +112,6 @@ def batch_norm(train: bool, dtype: jnp.dtype, momentum: float = 0.9) -> Callable
     return functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=momentum, epsilon=1e-5, dtype=dtype
     )
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError unless `condition`."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_rate(module: nn.Module, option: str) -> None:
-    """Raises ConfigError unless the option is a probability below 1."""
-    rate = getattr(module, option)
-    require(
-        0 <= rate < 1,
-        f"`{option}` of {title(module)} must be at least 0 and below 1, got {rate}",
-    )
-
-
-def require_positive(module: nn.Module, option: str) -> None:
-    """Raises ConfigError unless the option is a whole number above 0, or a tuple of them."""
-    value = getattr(module, option)
-    several = isinstance(value, tuple)
-    numbers = value if several else (value,)
-    require(
-        len(numbers) > 0 and all(isinstance(number, int) and number > 0 for number in numbers),
-        f"`{option}` of {title(module)} must be "
-        f"{'whole numbers' if several else 'a whole number'} above 0, got {value}",
-    )
-
-
-def require_known(module: nn.Module, option: str, known: Mapping) -> None:
-    """Raises ConfigError unless the option is a key of `known`."""
-    value = getattr(module, option)
-    if value not in known:
-        raise ConfigError(
-            f"`{option}` of {title(module)} can't be '{value}'{did_you_mean(str(value), known)}"
-        )
 
 
 def title(module: nn.Module) -> str:

@@ -9,17 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .layers import (
+from flaxcls.models.layers import (
     Conv,
     FixedConv,
+    Widths,
     batch_norm,
     max_pool,
-    require,
-    require_positive,
-    title,
     torch_bias_init,
     torch_kernel_init,
 )
+from flaxcls.options import BelowOne
 
 
 class Quick(nn.Module, kw_only=True):
@@ -32,19 +31,10 @@ class Quick(nn.Module, kw_only=True):
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
-    widths: tuple[int, ...] = (32, 64, 128)
-    batch_norm_momentum: float = 0.6
+    widths: Widths = (32, 64, 128)
+    batch_norm_momentum: BelowOne = 0.6
 
     frozen = r"^whiten/kernel$"
-
-    def __post_init__(self):
-        require_positive(self, "widths")
-        require(
-            0 <= self.batch_norm_momentum < 1,
-            f"`batch_norm_momentum` of {title(self)} must be at least 0 and below 1, "
-            f"got {self.batch_norm_momentum}",
-        )
-        super().__post_init__()
 
     @property
     def minimum_image_size(self) -> int:

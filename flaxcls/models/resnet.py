@@ -2,22 +2,21 @@
 
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from .layers import (
+from flaxcls.errors import ConfigError
+from flaxcls.models.layers import (
     Conv,
     batch_norm,
     he_normal_fan_out,
-    require,
-    require_known,
-    require_positive,
-    require_rate,
     title,
     torch_kernel_init,
 )
+from flaxcls.options import BelowOne, Count
 
 Factory = Callable[..., nn.Module]
 
@@ -83,13 +82,11 @@ def _shortcut(block: nn.Module, x: jax.Array, features: int) -> jax.Array:
     return block.norm(name="shortcut_norm")(x)
 
 
-STEMS = {"imagenet": "7x7 stride 2, then max-pool 3x3 stride 2", "cifar": "3x3 stride 1"}
-
-
 class ResNet(nn.Module, kw_only=True):
     """ResNet v1.5: the weights of torchvision's networks of the same names fit.
 
-    `stem` "cifar" is for images of about 32 pixels. `zero_init_residual` starts each block as
+    `stem` "imagenet" is 7x7 with stride 2, then a 3x3 max-pool with stride 2; "cifar", for images
+    of about 32 pixels, 3x3 with stride 1. `zero_init_residual` starts each block as
     the identity (Goyal et al. 2017, arXiv:1706.02677). `width` is that of the first stage.
     """
 
@@ -97,14 +94,9 @@ class ResNet(nn.Module, kw_only=True):
     dtype: jnp.dtype = jnp.float32
     stage_sizes: tuple[int, ...]
     block: type[nn.Module]
-    stem: str = "imagenet"
-    width: int = 64
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    width: Count = 64
     zero_init_residual: bool = False
-
-    def __post_init__(self):
-        require_known(self, "stem", STEMS)
-        require_positive(self, "width")
-        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -181,13 +173,11 @@ class WideResNet(nn.Module, kw_only=True):
     num_classes: int
     dtype: jnp.dtype = jnp.float32
     depth: int = 28
-    width: int = 10
-    dropout: float = 0.0
+    width: Count = 10
+    dropout: BelowOne = 0.0
 
     def __post_init__(self):
         require_depth(self, 4)
-        require_positive(self, "width")
-        require_rate(self, "dropout")
         super().__post_init__()
 
     @nn.compact
@@ -233,7 +223,7 @@ class WideBlock(nn.Module):
 def require_depth(module: nn.Module, rest: int) -> None:
     """Raises ConfigError unless `depth` is `rest` + 6n: 3 stages of n blocks of 2 layers."""
     depth = module.depth
-    require(
-        depth > rest and (depth - rest) % 6 == 0,
-        f"`depth` of {title(module)} must be {rest} plus a multiple of 6, got {depth}",
-    )
+    if depth <= rest or (depth - rest) % 6:
+        raise ConfigError(
+            f"`depth` of {title(module)} must be {rest} plus a multiple of 6, got {depth}"
+        )

@@ -70,7 +70,7 @@ def torchvision_boxes(count, height, width, area, aspect):
 @pytest.mark.parametrize("area, aspect", [((0.02, 1 / 3), (0.3, 3.3)), ((0.3, 0.9), (1.0, 3.0))])
 def test_random_erasing_has_the_area_and_aspect_of_torchvision(make_batch, area, aspect):
     count, height, width = 3000, 24, 32
-    erase = jax.jit(RandomErasing(probability=1, area=area, aspect=aspect, fill=7))
+    erase = jax.jit(RandomErasing(probability=1.0, area=area, aspect=aspect, fill=7))
     batch = make_batch(images=np.full((count, height, width, 3), 9, np.uint8))
     result = np.asarray(erase(KEY, batch)["image"])
     assert (result == result[..., :1]).all() and set(np.unique(result)) == {7, 9}
@@ -99,7 +99,7 @@ def test_random_erasing_erases_with_its_probability(make_batch):
 
 def test_random_erasing_fills_with_standard_normal_noise(make_batch):
     images = np.full((200, 16, 16, 3), 9, np.float32)
-    erase = RandomErasing(probability=1, area=(0.3, 0.3), aspect=(1.0, 1.0), fill="noise")
+    erase = RandomErasing(probability=1.0, area=(0.3, 0.3), aspect=(1.0, 1.0), fill="noise")
     result = np.asarray(jax.jit(erase)(KEY, make_batch(images=images))["image"])
     noise = result[result != 9]
     assert abs(noise.size / result.size - 81 / 256) < 1e-6  # a 9 x 9 box in every image
@@ -108,5 +108,5 @@ def test_random_erasing_fills_with_standard_normal_noise(make_batch):
 
 def test_random_erasing_that_never_fits_leaves_the_image(make_batch):
     batch = make_batch()
-    erase = jax.jit(RandomErasing(probability=1, area=(1.0, 1.0)))
+    erase = jax.jit(RandomErasing(probability=1.0, area=(1.0, 1.0)))
     np.testing.assert_array_equal(erase(KEY, batch)["image"], batch["image"])

@@ -9,7 +9,8 @@ import pytest
 
 from flaxcls.data.decode import materialize
 from flaxcls.data.embedded import digits_splits, read_digits
-from flaxcls.data.source import Slice, open_source, resolve_split
+from flaxcls.data import open_source
+from flaxcls.data.source import Slice, resolve_split
 from flaxcls.errors import ConfigError
 
 SHARDS = {"train": [500, 497], "test": [100]}
@@ -156,7 +157,7 @@ def test_impossible_fake_data_are_refused(options, message):
 def test_embedded_data_load_nothing_heavy():
     program = """
 import sys
-from flaxcls.data.source import open_source
+from flaxcls.data import open_source
 open_source("digits", "train"), open_source("fake", "test")
 heavy = {"cv2", "jax", "sklearn", "tensorflow_datasets", "tensorflow"} & set(sys.modules)
 assert not heavy, heavy

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 
 from flaxcls.data import tfds as flaxcls_tfds
 from flaxcls.data.decode import materialize
-from flaxcls.data.source import open_source
+from flaxcls.data import open_source
 from flaxcls.errors import ConfigError, DataError
 
 
@@ -259,7 +259,7 @@ def test_reading_never_loads_tensorflow(write_dataset, tmp_path):
     write_dataset("array_record", folder="tiny/2.0.0")
     program = f"""
 import sys
-from flaxcls.data.source import open_source
+from flaxcls.data import open_source
 heavy = {{"cv2", "jax", "sklearn", "tensorflow_datasets", "tensorflow"}}
 assert not heavy & set(sys.modules), "importing the module is not light"
 from flaxcls.data.decode import materialize

@@ -45,10 +45,10 @@ CASES = {
     "batch of zero": (["--config.batch_size=0"], "config.batch_size must be at least 1, got 0"),
     "negative seed": (["--config.seed=-1"], "config.seed must be at least 0, got -1"),
     "negative learning rate": (["--config.optimizer.learning_rate=-1"], "`learning_rate`"),
-    "negative weight decay": (["--config.optimizer.weight_decay=-1"], "`weight_decay`"),
-    "momentum above 1": (["--config.optimizer.momentum=1.5"], "`momentum` of sgd"),
-    "dropout above 1": (["--config.model.dropout=1.5"], "`dropout` of dense"),
-    "smoothing above 1": (["--config.loss.label_smoothing=1.5"], "`label_smoothing`"),
+    "negative weight decay": (["--config.optimizer.weight_decay=-1"], "weight_decay must be"),
+    "momentum above 1": (["--config.optimizer.momentum=1.5"], "momentum must be float at least 0"),
+    "dropout above 1": (["--config.model.dropout=1.5"], "dropout must be float at least 0"),
+    "smoothing above 1": (["--config.loss.label_smoothing=1.5"], "label_smoothing must be float"),
     "average above 1": (
         ["--config.ema_decay=1.5"],
         "config.ema_decay must be at least 0 and below 1",
@@ -86,15 +86,15 @@ CASES = {
     "malformed split": (["--config.data.train_split=train[:x]"], "split 'train[:x]'"),
     "no augmentation": (
         ['--config.augment=({"name": "flap"},)'],
-        "unknown augmentation 'flap', did you mean 'flip'?",
+        "config.augment[0].name is 'flap', which is not known, did you mean 'flip'?",
     ),
     "option of an augmentation": (
         ['--config.augment=({"name": "pad_crop", "paddin": 1},)'],
-        "`pad_crop` has no option 'paddin', did you mean 'padding'?",
+        "config.augment[0].paddin is not used by pad_crop, did you mean 'padding'?",
     ),
     "range of an augmentation": (
         ['--config.augment=({"name": "pad_crop", "padding": -1},)'],
-        "`padding` of `pad_crop` must be",
+        "config.augment[0].padding must be int at least 0",
     ),
     "augmentation that is a number": (["--config.augment=5"], "config.augment must be a list"),
     "augmentation that is a name": (["--config.augment=flip"], "config.augment must be a list"),
@@ -116,7 +116,7 @@ CASES = {
     ),
     "warm-up without a unit": (
         ["--config.schedule.warmup=5"],
-        "config.schedule.warmup must be str | None for cosine, got 5",
+        "config.schedule.warmup must be str or None for cosine, got 5",
     ),
     "warm-up longer than the run": (["--config.schedule.warmup=50 steps"], "must fit into the run"),
     "class weights": (["--config.loss.class_weights=(1, 2)"], "config.loss.class_weights must be"),

@@ -4,13 +4,17 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+ROOT = Path(__file__).parents[2]
 STEPS = 60
-# All that a run can carry: BatchNorm, Adam's moments, an average, a best result, random augmentation,
+# All that a run can carry: BatchNorm, Adam's moments, an average, a best result, augmentation,
 # dropout and accumulation.
 EVERYTHING = """
 from flaxcls.config import default
@@ -40,11 +44,20 @@ def get_config():
 """
 
 
-@pytest.fixture
-def everything(tmp_path):
-    path = tmp_path / "everything.py"
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "everything.py"
     path.write_text(EVERYTHING)
     return path
+
+
+@pytest.fixture(scope="module")
+def whole(everything):
+    """The folder of a run that was never interrupted."""
+    folder = everything.parent / "whole"
+    command = [sys.executable, "-m", "flaxcls.main", f"--config={everything}"]
+    subprocess.run([*command, f"--workdir={folder}"], cwd=ROOT, check=True)
+    return folder
 
 
 def saved_steps(workdir):
@@ -77,14 +90,12 @@ def progress_of(workdir, step):
 
 @pytest.mark.slow
 def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
-    tmp_path, everything, run_main, start_main, saved_arrays, assert_same_arrays
+    tmp_path, everything, whole, run_main, start_main, saved_arrays, assert_same_arrays
 ):
     seed = random.SystemRandom().randrange(10**6)
     print("the kills' seed is", seed)  # pytest shows it if the test fails
     rng = random.Random(seed)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    result = run_main(f"--config={everything}", f"--workdir={whole}")
-    assert result.returncode == 0, result.stderr
+    killed = tmp_path / "killed"
 
     def at_random_time(process):
         time.sleep(rng.uniform(0, 4))
@@ -132,12 +143,18 @@ def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
 def test_run_that_is_asked_to_stop_saves_and_goes_on_bitwise(
-    tmp_path, everything, run_main, start_main, saved_arrays, assert_same_arrays, number, code
+    tmp_path,
+    everything,
+    whole,
+    run_main,
+    start_main,
+    saved_arrays,
+    assert_same_arrays,
+    number,
+    code,
 ):
     arguments = [f"--config={everything}", "--config.checkpoint.every=1000 seconds"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert run_main(*arguments, f"--workdir={whole}").returncode == 0
-
+    stopped = tmp_path / "stopped"
     process = start_main(*arguments, f"--workdir={stopped}")
     log = stopped / "metrics.jsonl"
     assert wait_until(process, lambda: log.exists() and log.stat().st_size > 0)
@@ -153,6 +170,18 @@ def test_run_that_is_asked_to_stop_saves_and_goes_on_bitwise(
     assert result.returncode == 0, result.stderr
     assert log.read_bytes() == (whole / "metrics.jsonl").read_bytes()
     assert_same_arrays(saved_arrays(stopped, STEPS), saved_arrays(whole, STEPS))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+def test_run_that_is_asked_to_stop_before_it_trains_ends_at_once(
+    tmp_path, everything, start_main, number, code
+):
+    for moment in (1.0, 2.5):  # while JAX is imported; while the step is compiled, or near it
+        process = start_main(f"--config={everything}", f"--workdir={tmp_path / str(moment)}")
+        time.sleep(moment)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+        assert process.returncode == code and "Traceback" not in stderr, stderr
 
 
 def test_finished_run_says_so_and_is_left_alone(tmp_path, recipe, run_main):

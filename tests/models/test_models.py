@@ -1,7 +1,6 @@
 """Every network of MODELS: size, options, dtypes, image sizes and errors."""
 
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +137,8 @@ def test_check_image_shape_knows_multiples():
 def test_every_option_has_an_annotation_and_a_default_that_builds(name):
     options = models.options(name)
     for parameter in options.values():
-        assert isinstance(parameter.annotation, type) or parameter.annotation == tuple[int, ...]
-        assert parameter.default is not inspect.Parameter.empty
+        assert parameter.annotation is not parameter.empty
+        assert parameter.default is not parameter.empty
     models.build(name, num_classes=2, **{key: p.default for key, p in options.items()})
 
 
@@ -152,21 +151,55 @@ def test_options_leave_out_what_a_name_fixes():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet51", {}, "unknown model 'resnet51', did you mean 'resnet"),
-        ("resnet50", {"stm": "cifar"}, "resnet50 has no option `stm`, did you mean 'stem'"),
-        ("wrn28_10", {"depth": 40}, "wrn28_10 has no option `depth`"),
-        ("cifar_resnet20", {"width": 2}, "cifar_resnet20 has no option `width`; it has none"),
-        ("resnet50", {"stem": "imagnet"}, "`stem` of resnet50 can't be 'imagnet', did you mean"),
-        ("resnet50", {"width": 0}, "`width` of resnet50 must be a whole number above 0, got 0"),
+        (
+            "resnet51",
+            {},
+            "config.model.name is 'resnet51', which is not known, did you mean 'resnet",
+        ),
+        ("resnet50", {"stm": "cifar"}, "model.stm is not used by resnet50, did you mean 'stem'"),
+        ("wrn28_10", {"depth": 40}, "config.model.depth is not used by wrn28_10"),
+        (
+            "cifar_resnet20",
+            {"width": 2},
+            "width is not used by cifar_resnet20; it takes no options",
+        ),
+        (
+            "resnet50",
+            {"stem": "imagnet"},
+            "stem must be 'imagenet' or 'cifar' for resnet50, got 'imagnet'",
+        ),
+        ("resnet50", {"width": 0}, "config.model.width must be int at least 1 for resnet50, got 0"),
         ("wrn", {"depth": 27}, "`depth` of wrn must be 4 plus a multiple of 6, got 27"),
         ("wrn", {"depth": 4}, "`depth` of wrn must be 4 plus a multiple of 6, got 4"),
-        ("wrn", {"dropout": 1.0}, "`dropout` of wrn must be at least 0 and below 1, got 1.0"),
-        ("dense", {"widths": (8, 0)}, "must be whole numbers above 0, got (8, 0)"),
-        ("dense", {"activation": "swish"}, "`activation` of dense can't be 'swish'"),
-        ("keras_cnn", {"pool": "mean"}, "`pool` of keras_cnn can't be 'mean'; known: average, max"),
-        ("keras_small", {"dropout": -0.1}, "`dropout` of keras_small must be"),
-        ("quick", {"widths": ()}, "`widths` of quick must be whole numbers above 0, got ()"),
-        ("quick", {"batch_norm_momentum": 1.0}, "`batch_norm_momentum` of quick must be"),
+        ("wrn", {"dropout": 1.0}, "dropout must be float at least 0 and below 1 for wrn, got 1.0"),
+        (
+            "dense",
+            {"widths": (8, 0)},
+            "widths must be tuple[int, ...], each at least 1 for dense, got (8, 0)",
+        ),
+        (
+            "dense",
+            {"widths": 8},
+            "widths must be tuple[int, ...], each at least 1 for dense, got 8",
+        ),
+        ("dense", {"dropout": "0.5"}, "below 1 for dense, got '0.5'"),
+        ("dense", {"activation": "swish"}, "'tanh' or 'gelu' for dense, got 'swish'"),
+        (
+            "keras_cnn",
+            {"pool": "mean"},
+            "pool must be 'max' or 'average' for keras_cnn, got 'mean'",
+        ),
+        ("keras_small", {"dropout": -0.1}, "at least 0 and below 1 for keras_small, got -0.1"),
+        (
+            "quick",
+            {"widths": ()},
+            "widths must be tuple[int, ...], each at least 1 for quick, got ()",
+        ),
+        (
+            "quick",
+            {"batch_norm_momentum": 1.0},
+            "batch_norm_momentum must be float at least 0 and below 1 for quick",
+        ),
     ],
 )
 def test_a_bad_option_is_one_sentence(name, options, message):
