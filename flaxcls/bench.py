@@ -2,8 +2,8 @@
 
     python -m flaxcls.bench --config=configs/NAME.py [--steps=20] [--rounds=5] [--config.x=y ...]
 
-Prints the seconds of reading the data and of compiling, and the images/s of each round of steps, with
-the median; a round ends when the devices have finished.
+Prints the seconds of reading the data and of compiling, and the images/s of each round of steps,
+with the median; a round ends when the devices have finished.
 """
 
 import statistics

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from flaxcls import augment, losses, models, optim, options, run, schedules
 from flaxcls.config import default
-from flaxcls.data.resident import channel_statistics
 from flaxcls.data import SOURCES, open_source, open_tfds
+from flaxcls.data.resident import channel_statistics
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
@@ -208,27 +208,14 @@ def model(config: ConfigDict, like: Source) -> nn.Module:
     dtype = config.model.dtype
     if dtype == "auto":  # XLA:CPU computes bfloat16 in float32, only slower
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    given = _given(config.model, "dtype")
-    options.check("config.model", config.model.name, given, models.options(config.model.name))
     module = models.build(
-        config.model.name, num_classes=len(like.class_names), dtype=jnp.dtype(dtype), **given
+        config.model.name,
+        num_classes=len(like.class_names),
+        dtype=jnp.dtype(dtype),
+        **_given(config.model, "dtype"),
     )
     models.check_image_shape(module, like.image_shape)
     return module
-
-
-def _check_options(
-    config: ConfigDict,
-    section: str,
-    given: Mapping[str, Any],
-    table: Mapping[str, Callable],
-    common: Callable,
-) -> None:
-    """The options of a section: those of the named entry of `table`, and those that all take."""
-    name = config[section].name
-    entry = options.look_up(f"config.{section}.name", name, table)
-    known = {**options.accepted(common, ("name",)), **options.accepted(entry)}
-    options.check(f"config.{section}", name, given, known)
 
 
 def _given_class_weights(config: ConfigDict, num_classes: int) -> Sequence[float] | None:
@@ -253,7 +240,6 @@ def class_weights(config: ConfigDict, labels: np.ndarray, num_classes: int) -> l
 def loss(config: ConfigDict, weights: Sequence[float] | None) -> Callable:
     """The loss with these class weights."""
     given = _given(config.loss, "class_weights")
-    _check_options(config, "loss", given, losses.LOSSES, losses.build)
     return losses.build(config.loss.name, class_weights=weights, **given)
 
 
@@ -264,14 +250,12 @@ def schedule(
     learning_rate = config.optimizer.learning_rate
     if config.optimizer.learning_rate_batch:
         learning_rate *= config.batch_size / config.optimizer.learning_rate_batch
-    given = _given(config.schedule)
-    _check_options(config, "schedule", given, schedules.SCHEDULES, schedules.build)
     return schedules.build(
         config.schedule.name,
         learning_rate=learning_rate,
         total_steps=total_steps,
         to_steps=to_steps,
-        **given,
+        **_given(config.schedule),
     )
 
 
@@ -279,12 +263,10 @@ def optimizer(
     config: ConfigDict, network: nn.Module, params: Any, rate: Callable[[Any], jax.Array]
 ) -> tuple[optax.GradientTransformation, str]:
     """The optimizer and what it does to which parameters, in words; `params` may be shapes."""
-    given = _given(config.optimizer, "learning_rate", "learning_rate_batch")
-    _check_options(config, "optimizer", given, optim.RULES, optim.build)
     return optim.build(
         config.optimizer.name,
         schedule=rate,
         params=params,
         frozen=models.frozen(network),
-        **given,
+        **_given(config.optimizer, "learning_rate", "learning_rate_batch"),
     )

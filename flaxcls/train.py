@@ -47,7 +47,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         facts = checkpoints.facts(start)
         if facts["fingerprint"] != trainer.facts["fingerprint"]:
             raise DataError(f"the training data are not those that {workdir} began with")
-        state, progress = checkpoints.state(start, trainer.shapes, trainer.places), facts["progress"]
+        state = checkpoints.state(start, trainer.shapes, trainer.places)
+        progress = facts["progress"]
     else:
         run.record(workdir, config, trainer.facts)
         state = trainer.init()

@@ -41,7 +41,7 @@ class Stopwatch:
         self._lap_paused += time.perf_counter() - start
 
     def lap(self, steps: int) -> tuple[float, float]:
-        """Ends a stretch of `steps` steps: its steps a second, and share of time waiting for data."""
+        """Ends a stretch of `steps` steps: its steps a second and share of time spent waiting."""
         seconds = time.perf_counter() - self._lap_start - self._lap_paused
         waited = self._lap_waited
         self._steps, self._seconds = self._steps + steps, self._seconds + seconds
@@ -63,9 +63,9 @@ class Stopwatch:
 class Watch:
     """Writes one row at a time to `metrics.jsonl`, TensorBoard and the terminal.
 
-    Rows of `metrics.jsonl` hold nothing that depends on the clock, so that the file of a resumed run
-    is byte for byte that of one that was never interrupted. Rows after `start_step`, from which the
-    run goes on, are cut off.
+    Rows of `metrics.jsonl` hold nothing that depends on the clock, so that the file of a resumed
+    run is byte for byte that of one that was never interrupted. Rows after `start_step`, from which
+    the run goes on, are cut off.
     """
 
     def __init__(self, workdir: Path, start_step: int, total_steps: int, batch_size: int):

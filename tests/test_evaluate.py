@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType
 
 from flaxcls import build, evaluator, losses, models
-from flaxcls.data.decode import materialize
 from flaxcls.data import open_source
+from flaxcls.data.decode import materialize
 from flaxcls.errors import ConfigError
 from flaxcls.train import train
 

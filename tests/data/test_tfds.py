@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
+from flaxcls.data import open_source
 from flaxcls.data import tfds as flaxcls_tfds
 from flaxcls.data.decode import materialize
-from flaxcls.data import open_source
 from flaxcls.errors import ConfigError, DataError
 
 
