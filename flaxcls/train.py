@@ -88,7 +88,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                     if not trainer.is_finite(state):
                         raise _diverged(f"the state after step {step}", checkpoints)
                     progress["seconds"] = earlier + time.perf_counter() - began
-                    checkpoints.save(step, state, {**trainer.facts, "progress": progress})
+                    # A copy: it is written in the background, while training goes on.
+                    facts = {**trainer.facts, "progress": dict(progress)}
+                    checkpoints.save(step, state, facts)
             if signals.received:
                 checkpoints.close()
                 raise Interrupted(
