@@ -80,6 +80,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             if evaluates:
                 with stopwatch.pause():
                     progress["results"] = trainer.evaluate(state)
+                if not all(math.isfinite(row["loss"]) for row in progress["results"].values()):
+                    raise _diverged(f"the evaluation's loss after step {step}", checkpoints)
                 watch.evaluation(step, epoch, progress["results"])
                 improved = _keep_best(progress, step, config.checkpoint.best_metric)
             if save_due(step) or improved or signals.received:
