@@ -28,6 +28,7 @@ from flaxcls import sharding  # noqa: E402
 
 sharding.set_up_devices(8, 8)
 jax.devices()
+del os.environ["NPROC"]  # the processes that tests start choose their own
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +45,19 @@ def keep_signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Functions that a test runs once or twice are compiled without most optimizations.
+
+    Compiling them takes far longer than running them. The training step keeps what its users have.
+    """
+    place = request.path.relative_to(ROOT / "tests")
+    functions = ("augment", "models", "test_losses.py", "test_metrics.py", "test_optim.py")
+    jax.config.update("jax_disable_most_optimizations", place.parts[0] in functions)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -43,6 +43,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rule", "data", "fsdp"),
     [("momentum", 8, 1), ("momentum", 4, 2), ("momentum", 1, 8), ("adam", 2, 4)],
@@ -184,9 +185,6 @@ def test_accumulation_with_batch_norm_is_as_documented(tiny_config):
     # The parts' variances lack what their means differ by, so that their mean is no larger.
     assert (other["var"] <= first["var"] + 1e-6).all() and (other["var"] != first["var"]).any()
     jax.tree.map(lambda x: np.testing.assert_array_equal(np.isfinite(x), True), parts.params)
-
-
-# Evaluation of the same seed.
 
 
 def test_same_seed_gives_bitwise_the_same_run_and_another_seed_does_not(
