@@ -1,4 +1,9 @@
-"""ResNet-18 with a 3x3 stem on CIFAR-10."""
+"""ResNet-18 with a 3x3 stem on CIFAR-10.
+
+    python -m flaxcls.main --config=configs/cifar10_resnet18.py
+
+Published: 94.87 % on the original CIFAR-10 (OpenMixup, 200 epochs); not run here.
+"""
 
 from flaxcls.config import default
 

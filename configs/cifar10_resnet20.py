@@ -1,4 +1,10 @@
-"""ResNet-20 on CIFAR-10 as in He et al. 2015 (arXiv:1512.03385)."""
+"""ResNet-20 on CIFAR-10 as in He et al. 2015 (arXiv:1512.03385).
+
+    python -m flaxcls.main --config=configs/cifar10_resnet20.py
+
+Published: 91.25 % on the original CIFAR-10; not run here. Unlike there, norms and biases do not
+decay.
+"""
 
 from flaxcls.config import default
 

@@ -1,4 +1,9 @@
-"""WRN-28-10 with dropout on CIFAR-10 as in Zagoruyko & Komodakis 2016 (arXiv:1605.07146)."""
+"""WRN-28-10 with dropout on CIFAR-10 as in Zagoruyko & Komodakis 2016 (arXiv:1605.07146).
+
+    python -m flaxcls.main --config=configs/cifar10_wrn28_10.py
+
+Published: 96.0 to 96.2 % on the original CIFAR-10; not run here.
+"""
 
 from flaxcls.config import default
 
