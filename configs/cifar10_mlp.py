@@ -1,4 +1,9 @@
-"""A dense network on CIFAR-10: what can be had without convolutions."""
+"""A dense network on CIFAR-10: what can be had without convolutions.
+
+    python -m flaxcls.main --config=configs/cifar10_mlp.py
+
+Not run to its end.
+"""
 
 from flaxcls.config import default
 

@@ -1,7 +1,8 @@
 """A quick network on CIFAR-10: what doing it properly buys on two CPU cores.
 
 After airbench94 (Jordan 2024, arXiv:2404.00498), with narrower layers: a fixed whitening
-convolution, alternating flips, label smoothing, Muon for the kernels and a rate that falls linearly to 0.
+convolution, alternating flips, label smoothing, Muon for the kernels and a rate that falls linearly
+to 0.
 
     python -m flaxcls.main --config=configs/cifar10_quick.py
 
