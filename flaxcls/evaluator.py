@@ -58,6 +58,13 @@ class Evaluator:
             sums = sharding.keep_pace(self._step(variables, sums, self._data, batch))
         return {**metrics.compute(sums), "count": int(jax.device_get(sums["accuracy"][1]))}
 
+    def results(self, variables: Any, ema: Any) -> dict[str, dict[str, float]]:
+        """The metrics of the parameters as "eval" and, unless {}, of their average as "ema"."""
+        results = {"eval": self(variables)}
+        if ema:
+            results["ema"] = self(ema)
+        return results
+
 
 def evaluate_run(
     workdir: Path,
@@ -108,8 +115,6 @@ def evaluate_run(
     if config.ema_decay is not None:
         shapes["ema"] = dict(shapes)
     state = checkpoints.state(step, shapes, sharding.shardings(mesh, shapes))
-    results = {"eval": evaluator({"params": state["params"], "batch_stats": state["batch_stats"]})}
-    if config.ema_decay is not None:
-        results["ema"] = evaluator(state["ema"])
     checkpoints.close()
-    return step, split, results
+    ema = state.pop("ema", {})
+    return step, split, evaluator.results(state, ema)

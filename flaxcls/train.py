@@ -226,10 +226,7 @@ class Trainer:
 
     def evaluate(self, state: TrainState) -> dict[str, dict[str, float]]:
         """The exact metrics of the parameters as "eval" and, where kept, their average as "ema"."""
-        results = {"eval": self._evaluator(state.variables)}
-        if state.ema:
-            results["ema"] = self._evaluator(state.ema)
-        return results
+        return self._evaluator.results(state.variables, state.ema)
 
     def is_finite(self, state: TrainState) -> bool:
         return bool(self._is_finite(state))
