@@ -5,9 +5,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from flaxcls.data.source import Source
+from flaxcls.errors import ConfigError
+from flaxcls.options import Range
 
 
 def open_source(
@@ -16,7 +18,7 @@ def open_source(
     """Opens a split of a data set of SOURCES or, under any other name, of TFDS.
 
     Args:
-      name: "digits", "fake", or a TFDS name such as "cifar10", "cifar10:3.0.2", "ds/config".
+      name: a name in SOURCES, or one of TFDS such as "cifar10", "cifar10:3.0.2", "ds/config".
       split: TFDS's slicing: "train", "train[:90%]", "train[100:-50]", "train+test", ...
       data_dir: where TFDS keeps its data (else $TFDS_DATA_DIR, else ~/tensorflow_datasets).
       **options: keyword arguments of the function in SOURCES; TFDS takes none.
@@ -50,6 +52,74 @@ def open_fake(
     return Fake(split, image_shape=image_shape, num_classes=num_classes, num_examples=num_examples)
 
 
+def open_folder(
+    split: str,
+    *,
+    path: str = "",
+    held_out: Annotated[float, Range(above=0, below=1)] = 0.1,
+    split_seed: Annotated[int, Range(0)] = 0,
+    channels: Literal[1, 3] = 3,
+) -> Source:
+    """A folder of pictures: `path`/train/CLASS/* with `path`/val/CLASS/*, or `path`/CLASS/*.
+
+    The held-out folder may be called val, valid, validation or test; if there is only one, each of
+    these names means it. Where `path` itself holds the classes, a share `held_out` of each of them,
+    chosen by `split_seed`, is "validation" (by any of the names), and the rest is "train".
+
+    Classes are numbered in the order of their names, and may have folders in their folders; hidden
+    files and those that don't end as an image's are ignored. Examples come in a shuffled order, the
+    same one for the same `split_seed`, so that a slice such as "train[:10%]" has all classes.
+    """
+    from flaxcls.data.folder import open_folder as open_files
+
+    return open_files(
+        split,
+        _given(path, "the folder of pictures"),
+        held_out=held_out,
+        split_seed=split_seed,
+        channels=channels,
+    )
+
+
+def open_list(
+    split: str,
+    *,
+    path: str = "",
+    held_out: Annotated[float, Range(above=0, below=1)] = 0.1,
+    split_seed: Annotated[int, Range(0)] = 0,
+    channels: Literal[1, 3] = 3,
+) -> Source:
+    """A list of pictures, `path`.csv or `path`.jsonl: path and label of each, and perhaps split.
+
+    CSV has its columns in this order, or names them in its first row. A picture's path is relative
+    to the list's folder, or absolute. Labels are names or, where all are integers, the numbers of
+    the classes, from 0. A split is train, val, valid, validation or test; without this column
+    `held_out` and `split_seed` divide the list as they do a folder.
+    """
+    from flaxcls.data.listed import open_list as open_files
+
+    return open_files(
+        split,
+        _given(path, "the .csv or .jsonl file"),
+        held_out=held_out,
+        split_seed=split_seed,
+        channels=channels,
+    )
+
+
+def open_idx(split: str, *, path: str = "") -> Source:
+    """MNIST's four files, or those of Fashion-MNIST, in the folder `path`: "train" and "test"."""
+    from flaxcls.data.idx import Idx
+
+    return Idx(split, _given(path, "the folder of train-images-idx3-ubyte and the others"))
+
+
+def _given(path: str, what: str) -> str:
+    if not path:
+        raise ConfigError(f"config.data.path is missing: {what}")
+    return path
+
+
 def open_tfds(name: str, split: str, *, data_dir: str | Path | None = None) -> Source:
     """A data set of TFDS, read without TensorFlow; prepared first where it isn't yet."""
     from flaxcls.data.tfds import open_prepared
@@ -57,4 +127,10 @@ def open_tfds(name: str, split: str, *, data_dir: str | Path | None = None) -> S
     return open_prepared(name, split, data_dir, others=SOURCES)
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"digits": open_digits, "fake": open_fake}
+SOURCES: dict[str, Callable[..., Source]] = {
+    "digits": open_digits,
+    "fake": open_fake,
+    "folder": open_folder,
+    "list": open_list,
+    "idx": open_idx,
+}

@@ -23,6 +23,7 @@ from tensorflow_datasets.core.utils import version as versions
 from tensorflow_datasets.proto import tf_example_pb2
 
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split
+from flaxcls.data.storage import is_remote, size_and_version
 from flaxcls.data.tfrecord import FilePart, TfRecords, check_count
 from flaxcls.errors import ConfigError, DataError, FlaxclsError, did_you_mean
 
@@ -35,6 +36,8 @@ def open_prepared(
     `others` are the names of data sets that are not TFDS's, for those who misspell one.
     """
     root = _data_root(data_dir)
+    if is_remote(root):
+        return _open_remote(name, split, root)
     directory = find_prepared(name, root)
     if directory is None:
         prepare(name, root, others)
@@ -44,17 +47,38 @@ def open_prepared(
     return TfdsSource(name, split, directory)
 
 
-def _data_root(data_dir: str | Path | None) -> Path:
-    root = str(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if "://" in root:
-        raise ConfigError(f"`data_dir` must be a local folder, got {root}: copy the data set first")
-    return Path(root).expanduser()
+def _data_root(data_dir: str | Path | None) -> epath.Path:
+    root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    try:
+        return epath.Path(root).expanduser()
+    except KeyError as error:
+        raise ConfigError(f"`data_dir` is in an unknown kind of place: {root}") from error
+
+
+def _open_remote(name: str, split: str, root: epath.Path) -> "TfdsSource":
+    """Opens a data set that is in the cloud, whatever goes wrong there."""
+    os.environ.setdefault("EPATH_USE_TF", "false")  # else etils loads TensorFlow where it finds it
+    try:
+        directory = find_prepared(name, root)
+        if directory is not None:
+            return TfdsSource(name, split, directory)
+    except FlaxclsError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"{root} cannot be reached: {error}") from error
+    except Exception as error:  # every cloud's client has its own
+        raise DataError(f"{name} in {root} cannot be read: {_first_line(error)}") from error
+    raise ConfigError(f"{name} is not in {root}: prepare it in a local folder and copy it there")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 class TfdsSource(Source):
     """A split of a prepared data set: the folder with dataset_info.json and features.json."""
 
-    def __init__(self, name: str, split: str, directory: Path):
+    def __init__(self, name: str, split: str, directory: epath.PathLike):
         info = tfds.builder_from_directory(directory).info
         self._image_key, self._label_key = image_and_label(info)
         feature = info.features[self._image_key]
@@ -75,10 +99,7 @@ class TfdsSource(Source):
             fingerprint=fingerprint(
                 name=info.full_name,
                 slices=slices,
-                files=[
-                    (os.path.basename(part.filename), os.path.getsize(part.filename))
-                    for part in parts
-                ],
+                files=_names_and_sizes(parts),
             ),
         )
 
@@ -132,6 +153,12 @@ def _open_records(parts: Sequence[FilePart], file_format: str) -> Any:
         raise ConfigError(
             f"files of format {file_format} are not read; prepare the data set as array_record"
         )
+    for part in parts:
+        if is_remote(part.filename) and not part.filename.startswith("gs://"):
+            raise ConfigError(
+                f"ARRAY_RECORD files are read from local folders and gs://, not {part.filename}: "
+                "copy the data set"
+            )
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     with ThreadPoolExecutor(16) as threads:
@@ -142,22 +169,32 @@ def _open_records(parts: Sequence[FilePart], file_format: str) -> Any:
 def _check_array_record(part: FilePart) -> None:
     from array_record.python.array_record_module import ArrayRecordReader
 
-    if not os.path.exists(part.filename):  # the reader calls that, and any damage, empty
-        raise DataError(f"{part.filename} is missing")
+    try:  # the reader calls a missing file empty, as it does any damaged one
+        size_and_version(part.filename)
+    except OSError as error:
+        raise DataError(f"{part.filename} cannot be read: {error.strerror}") from error
     reader = ArrayRecordReader(part.filename)
     check_count(part, reader.num_records())
     reader.close()
 
 
-def find_prepared(name: str, root: Path) -> Path | None:
+def _names_and_sizes(parts: Sequence[FilePart]) -> list[tuple[str, int]]:
+    """The name and size of every part's file, wherever it is."""
+    with ThreadPoolExecutor(16) as threads:
+        found = list(threads.map(lambda part: size_and_version(part.filename), parts))
+    names = [os.path.basename(part.filename) for part in parts]
+    return [(name, size) for name, (size, _) in zip(names, found, strict=True)]
+
+
+def find_prepared(name: str, root: epath.PathLike) -> epath.Path | None:
     """The folder of the newest prepared version of a data set that fits the name, or None.
 
     Raises:
       ConfigError: not a name, or one that leaves open which of several configs is meant.
     """
     dataset, asked = _parse_name(name)
-    folder = root / dataset
-    config = asked.get("config") or dataset_builder.load_default_config_name(epath.Path(folder))
+    folder = epath.Path(root) / dataset
+    config = asked.get("config") or dataset_builder.load_default_config_name(folder)
     found = _prepared_versions(folder / (config or ""), asked.get("version"))
     if found:
         return found[-1]
@@ -183,7 +220,7 @@ def _parse_name(name: str) -> tuple[str, dict[str, Any]]:
     return str(dataset), asked
 
 
-def _prepared_versions(folder: Path, asked: str | None = None) -> list[Path]:
+def _prepared_versions(folder: epath.Path, asked: str | None = None) -> list[epath.Path]:
     """The folders of the complete versions, oldest first; `asked` may be "3.*.*"."""
     return [
         folder / str(version)
@@ -240,8 +277,7 @@ def prepare_here(name: str, root: Path) -> None:
             "pip install 'flaxcls[prepare]', then run again"
         ) from error
     except Exception as error:  # whatever the data set's own code and its servers do
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise DataError(f"{name} could not be prepared in {root}: {reason}") from error
+        raise DataError(f"{name} could not be prepared in {root}: {_first_line(error)}") from error
 
 
 def main(arguments: list[str]) -> int:

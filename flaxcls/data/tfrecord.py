@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from flaxcls.data.storage import is_remote, open_to_scan, read_part, size_and_version
 from flaxcls.errors import DataError
 
 _LENGTH = struct.Struct("<Q")
@@ -39,7 +40,7 @@ class TfRecords:
     """
 
     def __init__(self, parts: Sequence[FilePart]):
-        self._paths = [Path(part.filename) for part in parts]
+        self._paths = [part.filename for part in parts]
         with ThreadPoolExecutor(16) as threads:  # waiting for disks, not computing
             bounds = list(threads.map(_part_offsets, parts))
         self._file = np.repeat(np.arange(len(parts)), [part.take for part in parts])
@@ -52,18 +53,17 @@ class TfRecords:
     def __getitem__(self, index: int) -> bytes:
         path = self._paths[self._file[index]]
         begin, size = int(self._begin[index]), int(self._end[index] - self._begin[index])
-        descriptor = os.open(path, os.O_RDONLY)  # a data set may have more files than we may open
-        try:
-            record = os.pread(descriptor, size, begin)
-        finally:
-            os.close(descriptor)
+        record = read_part(path, size, begin)
         if len(record) < size or _LENGTH.unpack_from(record)[0] != size - _HEADER - _FOOTER:
             raise DataError(f"{path} has changed since it was opened: no record at byte {begin}")
         return record[_HEADER:-_FOOTER]
 
 
 def _part_offsets(part: FilePart) -> np.ndarray:
-    offsets = record_offsets(Path(part.filename))
+    try:
+        offsets = record_offsets(part.filename)
+    except OSError as error:
+        raise DataError(f"{part.filename} cannot be read: {error.strerror}") from error
     check_count(part, len(offsets) - 1)
     return offsets[part.skip : part.skip + part.take + 1]
 
@@ -77,35 +77,30 @@ def check_count(part: FilePart, found: int) -> None:
         )
 
 
-def record_offsets(path: Path) -> np.ndarray:
+def record_offsets(path: str) -> np.ndarray:
     """Where every record of a file begins, and the last one ends: int64 [records + 1].
 
-    Cached beside the file or, where that is read-only, in $XDG_CACHE_HOME/flaxcls
-    (~/.cache/flaxcls), until the file's size or time of modification changes.
+    Cached beside the file or, where that is read-only or in the cloud, in $XDG_CACHE_HOME/flaxcls
+    (~/.cache/flaxcls), until the file is written again.
     """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    version = np.array([status.st_size, status.st_mtime_ns])
+    version = np.array(size_and_version(path))
     places = _index_places(path)
     for place in places:
         offsets = _load_index(place, version)
         if offsets is not None:
             return offsets
-    offsets = _scan(path)
+    offsets = _scan(path, size=int(version[0]))
     for place in places:
         if _store_index(place, np.concatenate([version, offsets])):
             break
     return offsets
 
 
-def _scan(path: Path) -> np.ndarray:
+def _scan(path: str, size: int) -> np.ndarray:
     begins = [0]
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
+    with open_to_scan(path) as read:
         while begins[-1] < size:
-            length = os.pread(file.fileno(), _LENGTH.size, begins[-1])
+            length = read(_LENGTH.size, begins[-1])
             if len(length) < _LENGTH.size:
                 break
             begins.append(begins[-1] + _HEADER + _LENGTH.unpack(length)[0] + _FOOTER)
@@ -117,10 +112,12 @@ def _scan(path: Path) -> np.ndarray:
     return np.array(begins)
 
 
-def _index_places(path: Path) -> tuple[Path, Path]:
+def _index_places(path: str) -> list[Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxcls"
-    key = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:32]
-    return path.with_name(f".{path.name}.offsets.npy"), cache / f"{key}.offsets.npy"
+    place = path if is_remote(path) else os.path.abspath(path)
+    key = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+    beside = [] if is_remote(path) else [Path(path).with_name(f".{Path(path).name}.offsets.npy")]
+    return [*beside, cache / f"{key}.offsets.npy"]
 
 
 def _load_index(place: Path, version: np.ndarray) -> np.ndarray | None:

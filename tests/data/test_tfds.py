@@ -4,15 +4,19 @@ import io
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
-from flaxcls.data import open_source
+from flaxcls.data import open_source, tfrecord
 from flaxcls.data import tfds as flaxcls_tfds
-from flaxcls.data.decode import materialize
+from flaxcls.data.loader import materialize
 from flaxcls.errors import ConfigError, DataError
 
 
@@ -189,16 +193,88 @@ def test_unknown_data_sets_get_a_hint(write_dataset, tmp_path):
         ("imagenet2021", "unknown data set 'imagenet2021', did you mean 'imagenet2012'"),
         ("tinyy:1.0.0", "did you mean 'tiny'"),
         ("digit", "did you mean 'digits'"),
-        ("qqqqqq", "known: digits, fake, tiny$"),
+        ("qqqqqq", "known: digits, fake, folder, idx, list, tiny$"),
         ("not a name", "is not the name of a data set"),
     ):
         with pytest.raises(ConfigError, match=message):
             open_source(name, "train", data_dir=tmp_path)
 
 
-def test_remote_folders_are_refused():
-    with pytest.raises(ConfigError, match="must be a local folder, got gs://bucket"):
-        open_source("cifar10", "train", data_dir="gs://bucket")
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A function that copies what is in `tmp_path` to gs://bucket, which is in memory."""
+
+    class Bucket(MemoryFileSystem):
+        protocol = ("gcs", "gs")
+        store, pseudo_dirs = {}, [""]
+        ranges = []  # (begin, end) of what was fetched
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(str(path).replace("gs://", "memory://"))
+
+        def cat_file(self, path, start=None, end=None, **_):
+            self.ranges.append((start, end))
+            return super().cat_file(path, start=start, end=end)
+
+    def copy():
+        for path in filter(Path.is_file, tmp_path.rglob("*")):
+            Bucket().pipe_file(f"gs://bucket/{path.relative_to(tmp_path)}", path.read_bytes())
+        return Bucket
+
+    for protocol in Bucket.protocol:
+        monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, protocol, Bucket)
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+    yield copy
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_tfrecord_in_a_bucket_is_read_in_parts(write_dataset, tmp_path, bucket, monkeypatch):
+    write_dataset()
+    local = open_source("tiny", "train[3:-2]", data_dir=tmp_path)
+    files = bucket()
+    for _ in range(2):
+        source = open_source("tiny", "train[3:-2]", data_dir="gs://bucket")
+        assert [source[index] for index in range(8)] == [local[index] for index in range(8)]
+        assert source.fingerprint == local.fingerprint
+        monkeypatch.setattr(tfrecord, "_scan", None)  # the offsets are kept on this machine
+    assert len(files.ranges) == 16 and all(end - start < 500 for start, end in files.ranges)
+
+
+def test_replaced_files_in_a_bucket_are_looked_through_again(write_dataset, tmp_path, bucket):
+    write_dataset(shards={"test": [3]})
+    bucket()
+    assert len(open_source("tiny", "test", data_dir="gs://bucket")) == 3
+    shard = tmp_path / "tiny/1.0.0/tiny-test.tfrecord-00000-of-00001"
+    shard.write_bytes(shard.read_bytes()[:-40])
+    bucket()
+    with pytest.raises(DataError, match="gs://bucket/tiny/1.0.0/tiny-test.* is cut short"):
+        open_source("tiny", "test", data_dir="gs://bucket")
+
+
+def test_what_cannot_be_read_from_the_cloud_is_a_sentence(
+    write_dataset, tmp_path, bucket, monkeypatch
+):
+    write_dataset()
+    write_dataset("array_record", folder="other/1.0.0")
+    files = bucket()
+    source = open_source("tiny", "train", data_dir="gs://bucket")
+    files.store = {}
+    with pytest.raises(DataError, match="example 0 of tiny 'train' cannot be read: .*FileNotFound"):
+        source[0]
+    with pytest.raises(ConfigError, match="tiny is not in gs://bucket: prepare it in a local"):
+        open_source("tiny", "train", data_dir="gs://bucket")
+    monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match="unknown kind of place: ftp://bucket"):
+        open_source("tiny", "train", data_dir="ftp://bucket")
+    with pytest.raises(ConfigError, match="s3://bucket cannot be reached: .*[Ii]nstall s3fs"):
+        open_source("tiny", "train", data_dir="s3://bucket")
+
+
+def test_array_record_is_read_from_google_alone(write_dataset, tmp_path):
+    part = SimpleNamespace(filename="s3://bucket/x.array_record-00000-of-00001")
+    with pytest.raises(ConfigError, match="read from local folders and gs://, not s3://bucket/x"):
+        flaxcls_tfds._open_records([part], "array_record")
 
 
 def test_preparing_failure_is_the_childs_sentence(tmp_path, monkeypatch):
@@ -262,7 +338,7 @@ import sys
 from flaxcls.data import open_source
 heavy = {{"cv2", "jax", "sklearn", "tensorflow_datasets", "tensorflow"}}
 assert not heavy & set(sys.modules), "importing the module is not light"
-from flaxcls.data.decode import materialize
+from flaxcls.data.loader import materialize
 for version in ("1.0.0", "2.0.0"):
     materialize(open_source("tiny:" + version, "train[:50%]", data_dir={str(tmp_path)!r}))
 materialize(open_source("digits", "train"))

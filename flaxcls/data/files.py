@@ -1,0 +1,184 @@
+"""Pictures in files of their own: the source that reads them, and how they divide into splits.
+
+`flaxcls/data/folder.py` finds the files and their classes in folders, `flaxcls/data/listed.py` in a
+list.
+"""
+
+import hashlib
+import os
+import unicodedata
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from flaxcls.data.source import Example, Source, fingerprint, resolve_split, take_slices
+from flaxcls.errors import ConfigError, DataError
+
+EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case
+
+VALIDATION = ("val", "valid", "validation")
+HELD_OUT = (*VALIDATION, "test")
+SPLITS = {name: name for name in ("train", *HELD_OUT)} | {"training": "train", "testing": "test"}
+
+
+class Files(NamedTuple):
+    """Files and what they show, of all the splits that were looked at."""
+
+    paths: list[str]  # relative to the source's root, or absolute
+    sizes: np.ndarray  # int64 [N], bytes; -1 where not known
+    labels: np.ndarray  # int32 [N]
+
+
+class FileSource(Source):
+    """Some of the files, by a split of `splits`: the indices of its files, in order.
+
+    An example's image is its file's bytes, read when it is asked for.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        split: str,
+        root: str,
+        class_names: Sequence[str],
+        files: Files,
+        splits: Mapping[str, np.ndarray],
+        channels: int,
+    ):
+        sizes = {key: [len(indices)] for key, indices in splits.items()}
+        order = take_slices(splits, resolve_split(known_split(split, splits), sizes))
+        self._root = root
+        self._paths = [files.paths[index] for index in order]
+        self._labels = files.labels[order]
+        content = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
+        content.update(files.sizes[order].astype("<i8").tobytes())
+        content.update(self._labels.astype("<i4").tobytes())
+        super().__init__(
+            name=name,
+            split=split,
+            class_names=class_names,
+            image_shape=(None, None, channels),
+            fingerprint=fingerprint(
+                name=name, class_names=class_names, content=content.hexdigest()
+            ),
+        )
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Example:
+        try:
+            with open(os.path.join(self._root, self._paths[index]), "rb", buffering=0) as file:
+                return Example(file.read(), int(self._labels[index]))
+        except OSError as error:
+            raise DataError(f"{self.where(index)} cannot be read: {error.strerror}") from error
+
+    def labels(self) -> np.ndarray:
+        return self._labels.copy()
+
+    def where(self, index: int) -> str:
+        return printable(os.path.join(self._root, self._paths[index]))
+
+
+def known_split(split: str, there: Collection[str]) -> str:
+    """A split such as "train+valid[:5%]" by the names of the splits that are there.
+
+    All names of held-out data mean the same where there is only one such split, so that a recipe
+    need not know what a folder calls its own; "val", "valid" and "validation" always do.
+
+    Raises:
+      ConfigError: a name that none of the splits has, or more than one could have.
+    """
+    parts = [part.strip().partition("[") for part in split.split("+")]
+    return "+".join(_named(name, there) + bracket + span for name, bracket, span in parts)
+
+
+def asked_splits(split: str, there: Collection[str]) -> list[str]:
+    """The splits that are there and that a split such as "train+valid[:5%]" is made of."""
+    names = {part.partition("[")[0] for part in known_split(split, there).split("+")}
+    return sorted(there if "all" in names else names)
+
+
+def _named(name: str, there: Collection[str]) -> str:
+    if name in there or name == "all":
+        return name
+    for same in (VALIDATION, HELD_OUT):
+        found = [other for other in there if other in same]
+        if name in same and len(found) == 1:
+            return found[0]
+    raise ConfigError(f"unknown split '{name}'; there is {', '.join(there)}")
+
+
+def divide(
+    files: Files, split_of: np.ndarray | None, *, held_out: float, seed: int
+) -> dict[str, np.ndarray]:
+    """The indices of the files in each split, in an order that `seed` shuffles.
+
+    Slices such as "train[:90%]" are thus samples of all classes. Files without splits are divided:
+    a share of every class is held out as "validation", at least one file where the class has two,
+    but never all. The order is that of a hash of the names, so that pictures which are added or
+    taken away later hardly move others from one split to the other.
+
+    Args:
+      split_of: the name of every file's split, or None.
+      held_out: share of a class for validation, between 0 and 1.
+      seed: at least 0.
+    """
+    order = np.argsort([_hash(path, seed) for path in files.paths], kind="stable")
+    if split_of is not None:
+        return {name: order[split_of[order] == name] for name in np.unique(split_of).tolist()}
+    counts = np.bincount(files.labels)
+    quotas = np.where(counts > 1, np.round(counts * held_out).clip(1, counts - 1), 0)
+    by_class = np.argsort(files.labels[order], kind="stable")
+    place_in_class = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    validation = np.zeros(len(order), bool)
+    validation[by_class] = place_in_class < np.repeat(quotas, counts)
+    return {"train": order[~validation], "validation": order[validation]}
+
+
+def _hash(path: str, seed: int) -> int:
+    digest = hashlib.blake2b(f"{seed} {path}".encode(errors="surrogateescape"), digest_size=7)
+    return int.from_bytes(digest.digest())
+
+
+def check_classes(classes: Mapping[str, set[str]]) -> None:
+    """Raises a ConfigError unless there are two classes or more, and the same ones everywhere.
+
+    Args:
+      classes: the names found in each place, by what a sentence calls it; training's comes first.
+    """
+    (train_place, train), *others = classes.items()
+    if len(train) < 2:
+        raise ConfigError(
+            f"{train_place} has a single class, '{min(train)}': a classifier needs two or more"
+        )
+    for place, names in others:
+        for only, has, lacks in (
+            (names - train, place, train_place),
+            (train - names, train_place, place),
+        ):
+            if only:
+                some = ", ".join(f"'{name}'" for name in sorted(only)[:3])
+                more = f" and {len(only) - 3} more" if len(only) > 3 else ""
+                raise ConfigError(
+                    f"class {some}{more} is in {has} but not in {lacks}: "
+                    "all splits must have the same classes"
+                )
+
+
+def class_name(text: str) -> str:
+    """The name that is meant, whichever way its accents are encoded (macOS has its own)."""
+    return unicodedata.normalize("NFC", printable(text))
+
+
+def printable(path: str) -> str:
+    """A file's name as text, even where it is not UTF-8."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends as an image's does."""
+    _, dot, extension = name.rpartition(".")
+    return dot != "" and extension.lower() in EXTENSIONS

@@ -1,0 +1,180 @@
+"""A list of pictures: rows of CSV, or objects of JSONL, with path, label and perhaps split."""
+
+import csv
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from flaxcls.data.files import (
+    SPLITS,
+    Files,
+    FileSource,
+    asked_splits,
+    check_classes,
+    class_name,
+    divide,
+    is_picture,
+)
+from flaxcls.errors import ConfigError, DataError
+
+_COLUMNS = ("path", "label", "split")
+_INTEGER = re.compile("-?(0|[1-9][0-9]*)")
+
+
+class _Row(NamedTuple):
+    path: str
+    label: str
+    split: str  # empty where the list has none
+
+
+def open_list(
+    split: str, path: str, *, held_out: float, split_seed: int, channels: int
+) -> FileSource:
+    """Opens a split of a list; see `flaxcls.data.open_list`. Reads no file but the list.
+
+    Raises:
+      ConfigError: no such list, an unknown split, or classes that don't fit together.
+      DataError: a row is not as it should be; the sentence begins with its line.
+    """
+    path = os.path.expanduser(path)
+    rows = [row for _, row in _rows(path)]
+    there = sorted({row.split for row in rows})
+    if not rows:
+        raise ConfigError(f"{path} has no rows; each should be a path and a label")
+    has_splits = there != [""]
+    if has_splits and "train" not in there:
+        raise ConfigError(f"{path} has no rows of split train, only of {', '.join(there)}")
+    asked = ["train", *asked_splits(split, there)] if has_splits else [""]
+    classes = {part: {row.label for row in rows if row.split == part} for part in asked}
+    check_classes({f"split '{part}' of {path}" if part else path: classes[part] for part in asked})
+    class_names = _class_names(classes[asked[0]], path, len(rows))
+    index = {name: number for number, name in enumerate(class_names)}
+    files = Files(
+        paths=[row.path for row in rows],
+        sizes=np.full(len(rows), -1),
+        labels=np.array([index.get(row.label, -1) for row in rows], np.int32),
+    )
+    split_of = np.array([row.split for row in rows]) if has_splits else None
+    return FileSource(
+        name="list",
+        split=split,
+        root=os.path.dirname(path),
+        class_names=class_names,
+        files=files,
+        splits=divide(files, split_of, held_out=held_out, seed=split_seed),
+        channels=channels,
+    )
+
+
+def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
+    """The labels, sorted; where all are integers, the numbers from 0 to the largest."""
+    if not all(map(_INTEGER.fullmatch, labels)):
+        return sorted(labels)
+    numbers = sorted(map(int, labels))
+    for number in (numbers[0], numbers[-1]):
+        if not 0 <= number < num_rows:
+            line = next(line for line, row in _rows(path) if row.label == str(number))
+            raise _bad(path, line, f"label {number} is not the number of a class, counted from 0")
+    class_names = [str(number) for number in range(numbers[-1] + 1)]
+    if missing := [name for name in class_names if name not in labels]:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        print(
+            f"flaxcls: {len(missing)} of {len(class_names)} classes in {path} have no rows: {some}",
+            file=sys.stderr,
+        )
+    return class_names
+
+
+def _rows(path: str) -> Iterator[tuple[int, _Row]]:
+    """Every row and the number of its line; the list's form is checked, not the files."""
+    read = _READERS.get(os.path.splitext(path)[1].lower())
+    if read is None:
+        raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {path}")
+    has_split = None
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for line, record in read(path, file):
+                row = _checked(path, line, record)
+                has_split = bool(row.split) if has_split is None else has_split
+                if bool(row.split) != has_split:
+                    raise _bad(path, line, "either all rows have a split, or none")
+                yield line, row
+    except OSError as error:
+        raise ConfigError(f"config.data.path: {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text") from error
+
+
+def _checked(path: str, line: int, record: dict[str, Any]) -> _Row:
+    file, label, split = (record.get(column) for column in _COLUMNS)
+    label = str(label) if type(label) is int else label
+    for column, text in (("path", file), ("label", label)):
+        if not isinstance(text, str) or not text.strip() or not _encodable(text):
+            raise _bad(path, line, f"{column} must be text, got {record.get(column)!r}")
+    split = str(split or "").strip()
+    if split and split.lower() not in SPLITS:
+        raise _bad(path, line, f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    return _Row(file, sys.intern(class_name(label.strip())), SPLITS.get(split.lower(), ""))
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return b"\0" not in text.encode()
+    except UnicodeEncodeError:  # half a character, which JSON can write
+        return False
+
+
+def _csv_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.reader(file, strict=True)
+    columns: tuple[str, ...] = ()
+    try:
+        for cells in reader:
+            if not any(cells):
+                continue
+            if not columns:
+                columns = tuple(cell.strip().lower() for cell in cells)
+                if {"path", "label"} <= {*columns}:
+                    continue
+                columns = _COLUMNS[: len(cells)]
+                if len(cells) < 2 or not is_picture(cells[0]):
+                    raise _bad(
+                        path,
+                        reader.line_num,
+                        f"must be path,label or path,label,split, or name the columns so; got "
+                        f"{','.join(cells)}",
+                    )
+            if len(cells) != len(columns):
+                raise _bad(
+                    path, reader.line_num, f"must be {','.join(columns)}, got {','.join(cells)}"
+                )
+            yield reader.line_num, dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise _bad(path, reader.line_num, f"not CSV: {error}") from error
+
+
+def _json_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _bad(path, number, f"not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise _bad(path, number, "must be an object with path and label")
+        yield number, record
+
+
+def _bad(path: str, line: int, what: str) -> DataError:
+    return DataError(f"{path}, line {line}: {what}")
+
+
+_READERS: dict[str, Callable[[str, TextIO], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".csv": _csv_records,
+    ".jsonl": _json_records,
+}
