@@ -11,14 +11,12 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from flaxcls import augment, losses, models, optim, options, run, schedules
+from flaxcls import augment, inputs, losses, models, optim, options, run, schedules
 from flaxcls.config import default
 from flaxcls.data import SOURCES, open_source, open_tfds
-from flaxcls.data.resident import channel_statistics
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
@@ -54,14 +52,27 @@ def check(config: ConfigDict) -> None:
     )
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
-    for field in ("eval.batch_size", "checkpoint.keep", "mesh.fsdp", "mesh.cpu_devices"):
+    for field in (
+        "repeats",
+        "input.threads",
+        "input.read_ahead",
+        "input.max_pixels",
+        "eval.batch_size",
+        "eval.image_size",
+        "checkpoint.keep",
+        "mesh.fsdp",
+        "mesh.cpu_devices",
+    ):
         require(field, get(config, field) is None or get(config, field) >= 1, "at least 1")
+    require("input.processes", (config.input.processes or 0) >= 0, "at least 0")
+    require("input.max_broken", 0 <= config.input.max_broken <= 1, "at least 0 and at most 1")
     require(
         "augment",
         config.augment is None or isinstance(config.augment, (list, tuple)),
         "a list such as ({'name': 'flip'},)",
     )
     for field, choices in (
+        ("input.mode", ("auto", "resident", "stream")),
         ("checkpoint.best_metric", ("accuracy", "accuracy_top5", "loss")),
         ("model.dtype", ("auto", "float32", "bfloat16")),
     ):
@@ -93,6 +104,7 @@ class Plan(NamedTuple):
 
     train_source: Source
     eval_source: Source
+    image_sizes: inputs.Sizes
     network: nn.Module
     steps_per_epoch: float
     total_steps: int
@@ -131,21 +143,24 @@ def plan(config: ConfigDict) -> Plan:
             "config.checkpoint.best_metric accuracy_top5 needs more than 10 classes, "
             f"{config.data.name} has {num_classes}"
         )
-    if None in train_source.image_shape:
-        raise ConfigError(
-            f"{config.data.name} has images of different sizes: they need the streaming input, "
-            "which is not available yet"
-        )
+    to_steps = partial(schedules.to_steps, **sizes)
+    with _about("image_size"):
+        image_sizes = inputs.image_sizes(config, to_steps)
+    inputs.check(config, train_source, image_sizes)
     _check_normalization(config, train_source.image_shape[-1])
-    _check_augmentation(config, train_source.image_shape, num_classes)
+    shapes = [inputs.image_shape(train_source, size) for size in image_sizes.sizes]
+    for shape in shapes:
+        _check_augmentation(config, shape, num_classes)
     loss(config, _given_class_weights(config, num_classes))
-    network = model(config, train_source)
-    rate = schedule(config, total_steps, partial(schedules.to_steps, **sizes))
-    params = models.shapes(network, train_source.image_shape)["params"]
+    evaluated = inputs.image_shape(eval_source, inputs.eval_image_size(config))
+    network = model(config, num_classes, (*shapes, evaluated))
+    rate = schedule(config, total_steps, to_steps)
+    params = models.shapes(network, shapes[0])["params"]
     transformation, treatment = optimizer(config, network, params, rate)
     return Plan(
         train_source=train_source,
         eval_source=eval_source,
+        image_sizes=image_sizes,
         network=network,
         steps_per_epoch=num_examples / config.batch_size,
         total_steps=total_steps,
@@ -165,14 +180,6 @@ def source(config: ConfigDict, split: str) -> Source:
     known = options.accepted(opener, ("split", "data_dir"))
     options.check("config.data", config.data.name, given, known)
     return open_source(config.data.name, split, data_dir=config.data.dir, **given)
-
-
-def normalization(config: ConfigDict, images: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation a channel, as given or those of the training images, uint8."""
-    mean, std = config.data.mean, config.data.std
-    if mean is None or std is None:
-        mean, std = (statistic.tolist() for statistic in channel_statistics(images))
-    return list(map(float, mean)), list(map(float, std))
 
 
 def _check_normalization(config: ConfigDict, channels: int) -> None:
@@ -203,18 +210,26 @@ def _check_augmentation(config: ConfigDict, image_shape: tuple[int, ...], num_cl
     jax.eval_shape(augmentation, jax.random.key(0), shapes)
 
 
-def model(config: ConfigDict, like: Source) -> nn.Module:
-    """The network for data like that of a source."""
+def model(
+    config: ConfigDict, num_classes: int, image_shapes: Sequence[tuple[int, int, int]]
+) -> nn.Module:
+    """The network for images of all these shapes; its parameters must be the same for each."""
     dtype = config.model.dtype
     if dtype == "auto":  # XLA:CPU computes bfloat16 in float32, only slower
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     module = models.build(
         config.model.name,
-        num_classes=len(like.class_names),
+        num_classes=num_classes,
         dtype=jnp.dtype(dtype),
         **_given(config.model, "dtype"),
     )
-    models.check_image_shape(module, like.image_shape)
+    for shape in image_shapes:
+        models.check_image_shape(module, shape)
+    if len({str(models.shapes(module, shape)) for shape in set(image_shapes)}) > 1:
+        raise ConfigError(
+            f"{config.model.name} has other parameters for images of another size, but "
+            f"config.image_size and config.eval.image_size ask for {sorted(set(image_shapes))}"
+        )
     return module
 
 
@@ -230,10 +245,10 @@ def _given_class_weights(config: ConfigDict, num_classes: int) -> Sequence[float
     return weights
 
 
-def class_weights(config: ConfigDict, labels: np.ndarray, num_classes: int) -> list[float] | None:
-    """The weight of each class: as given, or balanced by the training split's `labels`; or None."""
+def class_weights(config: ConfigDict, source: Source, num_classes: int) -> list[float] | None:
+    """The weight of each class: as given, or balanced by a training split's labels; or None."""
     if config.loss.class_weights == "balanced":
-        return losses.balanced_class_weights(labels, num_classes).tolist()
+        return losses.balanced_class_weights(source.labels(), num_classes).tolist()
     return _given_class_weights(config, num_classes)
 
 

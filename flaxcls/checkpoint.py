@@ -106,4 +106,11 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
+        """Returns when everything is saved, and ends what saves in the background."""
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()

@@ -1,12 +1,13 @@
 """What the commands share: reading flags and recipes, saying errors in one sentence, exit codes."""
 
 import ast
+import contextlib
 import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,17 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from flaxcls import options
+from flaxcls.config import default
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, did_you_mean
 
 
-def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> None:
+def parse(
+    flag_values: flags.FlagValues, argv: Sequence[str], usage: str, *, others: bool = False
+) -> list[str]:
     """Reads the command line into `flag_values`; ConfigError in one sentence if that fails.
 
-    `--help` prints `usage` and the flags, and exits.
+    `--help` prints `usage` and the flags, and exits. Returns the arguments that are not flags,
+    such as files, for a command that takes `others`; elsewhere they are an error.
     """
     if "--help" in argv or "-h" in argv:
         print(usage.strip(), "\n\nFlags:", flag_values.get_help(), sep="")
@@ -29,8 +34,9 @@ def parse(flag_values: flags.FlagValues, argv: Sequence[str], usage: str) -> Non
         rest = flag_values(list(argv))[1:]
     except flags.Error as error:
         raise ConfigError(_one_line(error)) from error
-    if rest:
+    if rest and not others:
         raise ConfigError(f"{rest[0]!r} is not a flag; flags are written --name=value")
+    return rest
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -40,32 +46,53 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [text for text in argv if not text.startswith(prefix)]
 
 
-def load_config(recipe: str, overrides: Sequence[str]) -> ConfigDict:
+def load_config(recipe: str | None, overrides: Sequence[str]) -> ConfigDict:
     """What `get_config()` of the file `recipe` returns, changed by overrides "field=value".
 
-    Values are written as in Python; text needs no quotes. Raises ConfigError for whatever is wrong.
+    Values are written as in Python; text needs no quotes. A recipe may also define
+    `adapt(config) -> str`, which fills in what is left to the data and says so; it is called last.
+    Without a recipe the default config is changed. Raises ConfigError for whatever is wrong.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        others = [str(other) for other in path.parent.glob("*.py")]
-        raise ConfigError(f"there is no config file {recipe}{did_you_mean(recipe, others)}")
-    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-    try:
-        exec(compile(path.read_text(), str(path), "exec"), namespace)
+    path = Path(recipe) if recipe is not None else None
+    namespace = _read_recipe(path) if path else {"get_config": default}
+    with _in_recipe(path):
         config = namespace["get_config"]() if "get_config" in namespace else None
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
-        raise ConfigError(f"{path}{line}: {_what_is_wrong(error)}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"{path} must define get_config(), returning flaxcls.config.default() changed"
         )
     for override in overrides:
         _override(config, override)
+    if "adapt" in namespace:
+        with _in_recipe(path):
+            print(namespace["adapt"](config))
     return config
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
+    """What the file defines."""
+    if not path.is_file():
+        others = [str(other) for other in path.parent.glob("*.py")]
+        raise ConfigError(f"there is no config file {path}{did_you_mean(str(path), others)}")
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    with _in_recipe(path):
+        exec(compile(path.read_text(), str(path), "exec"), namespace)
+    return namespace
+
+
+@contextlib.contextmanager
+def _in_recipe(path: Path | None) -> Iterator[None]:
+    """Around running a recipe's code: its errors name file and line."""
+    try:
+        yield
+    except FlaxclsError:
+        raise
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
+        raise ConfigError(f"{path}{line}: {_what_is_wrong(error)}") from error
 
 
 def _override(config: ConfigDict, override: str) -> None:
@@ -86,6 +113,8 @@ def _override(config: ConfigDict, override: str) -> None:
     kind = section.get_type(name)
     if issubclass(kind, ConfigDict):
         raise ConfigError(f"{field} is a section; its fields are {', '.join(section[name])}")
+    if kind is type(None):  # a recipe has left it open; whether the value fits is checked later
+        kind = object
     value = _read(text, kind)
     if kind is not object and value is not None and not options.fits(value, kind):
         raise ConfigError(f"{field} must be {options.describe(kind)}, got {text!r}")

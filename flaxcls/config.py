@@ -31,7 +31,8 @@ def default() -> ConfigDict:
     config.log_every = "50 steps"
 
     config.data = ConfigDict()
-    config.data.name = "digits"  # digits, fake, or any TFDS name
+    config.data.name = "digits"  # digits, fake, folder, list, idx, or any TFDS name
+    config.data.path = placeholder(str)  # of folder, list and idx
     config.data.dir = placeholder(
         str
     )  # of TFDS data; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets
@@ -39,9 +40,33 @@ def default() -> ConfigDict:
     config.data.eval_split = "test"
     config.data.mean = _option()  # to normalise with, a number a channel, in units of [0, 1];
     config.data.std = _option()  # None: those of the training split
+    config.data.held_out = _option()  # folder, list: share for evaluation where none is set apart
+    config.data.split_seed = _option()  # folder, list: of that choice
+    config.data.channels = _option()  # folder, list: 3 or 1 (grey)
     config.data.image_shape = _option()  # (height, width, channels), for fake only
     config.data.num_classes = placeholder(int)  # for fake only
     config.data.num_examples = placeholder(int)  # for fake only
+
+    # Pixels a side; None: as the data have it. A schedule: (("0 epochs", 128), ("6 epochs", 160)).
+    config.image_size = _option()
+    config.repeats = 1  # times an example comes in a batch (repeated augmentation)
+
+    config.crop = ConfigDict()  # what becomes of a picture of any size, in training
+    config.crop.name = placeholder(str)  # random_resized_crop, center_crop, resize, pad
+    config.crop.area = _option()  # random_resized_crop: (least, most) share of the picture
+    config.crop.aspect = _option()  # random_resized_crop: (least, most) width over height
+    config.crop.ratio = _option()  # center_crop: image size over the shorter side
+    config.crop.fill = _option()  # pad: 0 to 255
+    config.crop.interpolation = _option()  # bilinear, bicubic, area
+    config.crop.antialias = _option()  # whether shrinking averages; slower
+
+    config.input = ConfigDict()
+    config.input.mode = "auto"  # resident (decoded once, kept on the devices), stream
+    config.input.threads = placeholder(int)  # that decode; None: one a core
+    config.input.processes = placeholder(int)  # each with so many threads; None: from 16 cores on
+    config.input.read_ahead = 4  # batches decoded before they are needed
+    config.input.max_broken = 0.001  # share of the training images that may be unreadable
+    config.input.max_pixels = 100_000_000  # of a picture; larger ones are refused undecoded
 
     # In this order: ({"name": "pad_crop", "padding": 4}, {"name": "flip"}); see flaxcls/augment.
     config.augment = _option()
@@ -110,6 +135,13 @@ def default() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = "1 epochs"
     config.eval.batch_size = placeholder(int)  # examples; None: as in training
+    config.eval.image_size = placeholder(int)  # pixels a side; None: the last one of training
+    config.eval.crop = ConfigDict()  # as config.crop; what is None is as in training
+    config.eval.crop.name = placeholder(str)  # center_crop, resize, pad
+    config.eval.crop.ratio = _option()
+    config.eval.crop.fill = _option()
+    config.eval.crop.interpolation = _option()
+    config.eval.crop.antialias = _option()
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"  # or a time: "10 minutes"

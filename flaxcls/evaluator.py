@@ -2,17 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from flaxcls import augment, build, metrics, models, run, sharding
+from flaxcls import augment, build, inputs, metrics, models, run, sharding
 from flaxcls.checkpoint import Checkpoints
-from flaxcls.data import resident
-from flaxcls.data.decode import materialize
+from flaxcls.data.resident import gather
 from flaxcls.errors import ConfigError
 from flaxcls.step import make_eval_step, zero_metrics
 
@@ -21,7 +20,7 @@ class Evaluator:
     """Evaluates variables on a whole split: every example counts once, whatever the batch size.
 
     Args:
-      images, labels: uint8 [N, H, W, C] and int32 [N].
+      data: every example once, as `inputs.evaluation` gives it.
       batch_size: examples at a time; rounded up to a multiple of the devices.
       mean, std: the run's normalisation, one number a channel.
     """
@@ -31,20 +30,19 @@ class Evaluator:
         mesh: Mesh,
         network: nn.Module,
         loss: Callable,
-        images: np.ndarray,
-        labels: np.ndarray,
+        data: inputs.Input,
         *,
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
     ):
-        self._mesh, self._size = mesh, len(images)
+        self._mesh, self._input = mesh, data
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._data = sharding.replicate(mesh, {"image": images, "label": labels})
+        self._data = sharding.replicate(mesh, data.arrays)
         step = make_eval_step(network, loss, lambda x: augment.normalize(x, mean, std))
 
         def eval_step(variables, sums, data, batch):
-            return step(variables, sums, resident.gather(data, batch))
+            return step(variables, sums, gather(data, batch))
 
         place = sharding.everywhere(mesh)
         self._step = jax.jit(eval_step, donate_argnums=1, out_shardings=place)
@@ -53,8 +51,8 @@ class Evaluator:
     def __call__(self, variables: Any) -> dict[str, float]:
         """{"accuracy", "loss", "count", and "accuracy_top5" with more than 10 classes}."""
         sums = self._zeros()
-        for batch in resident.evaluation_batches(self._size, self._batch_size):
-            batch = sharding.split_batch(self._mesh, batch)
+        batches = self._input.evaluation_batches(self._batch_size)
+        for batch in sharding.prefetch(self._mesh, batches):
             sums = sharding.keep_pace(self._step(variables, sums, self._data, batch))
         return {**metrics.compute(sums), "count": int(jax.device_get(sums["accuracy"][1]))}
 
@@ -64,6 +62,10 @@ class Evaluator:
         if ema:
             results["ema"] = self(ema)
         return results
+
+    def close(self) -> None:
+        """Ends the workers that make the batches."""
+        self._input.close()
 
 
 def evaluate_run(
@@ -84,37 +86,64 @@ def evaluate_run(
     Returns the step, the split and the metrics: those of the parameters as "eval" and those of
     their average, where the run kept one, as "ema".
     """
-    config = run.load_config(workdir)
+    trained = restore(workdir, checkpoint)
+    config, facts = trained.config, trained.facts
     if data_dir:
         config.data.dir = data_dir
     split = split or config.data.eval_split
-    sharding.set_up_devices(config.mesh.cpu_devices, config.batch_size)
-    mesh = sharding.make_mesh()
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step = checkpoints.find(checkpoint)
-    facts = checkpoints.facts(step)
     source = build.source(config, split)
     if list(source.class_names) != facts["class_names"]:
         raise ConfigError(
             f"the classes of {source.name} are not those that {workdir} was trained on"
         )
-    network = build.model(config, source)
-    images, labels = materialize(source)
     evaluator = Evaluator(
-        mesh,
-        network,
+        trained.mesh,
+        trained.network,
         build.loss(config, facts["class_weights"]),
-        images,
-        labels,
+        inputs.evaluation(config, source),
         batch_size=config.eval.batch_size or config.batch_size,
         mean=facts["mean"],
         std=facts["std"],
     )
-    variables = models.shapes(network, images.shape[1:])
+    results = evaluator.results(trained.variables, trained.ema)
+    evaluator.close()
+    return trained.step, split, results
+
+
+class Trained(NamedTuple):
+    """A checkpoint of a run, ready to be used.
+
+    `variables` are the parameters and batch statistics, and `ema` their average or {}, on the
+    devices of `mesh`; `facts` is what the checkpoint tells besides, and `config` the run's.
+    """
+
+    config: ConfigDict
+    step: int
+    facts: dict[str, Any]
+    mesh: Mesh
+    network: nn.Module
+    variables: Any
+    ema: Any
+
+
+def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = None) -> Trained:
+    """Reads a checkpoint, "last", "best" or a step, of the run in a folder.
+
+    `batch_size` is what the devices are chosen for, None: the run's own.
+    """
+    config = run.load_config(workdir)
+    sharding.set_up_devices(config.mesh.cpu_devices, batch_size or config.batch_size)
+    mesh = sharding.make_mesh()
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    step = checkpoints.find(checkpoint)
+    facts = checkpoints.facts(step)
+    image_shape = tuple(facts["image_shape"])
+    network = build.model(config, len(facts["class_names"]), (image_shape,))
+    variables = models.shapes(network, image_shape)
     shapes = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if config.ema_decay is not None:
         shapes["ema"] = dict(shapes)
     state = checkpoints.state(step, shapes, sharding.shardings(mesh, shapes))
     checkpoints.close()
     ema = state.pop("ema", {})
-    return step, split, evaluator.results(state, ema)
+    return Trained(config, step, facts, mesh, network, state, ema)

@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
         f"{watch.describe(summary['eval'])}\n"
         f"The run is in {workdir}. To go on:\n"
         f"  evaluate:  python -m flaxcls.evaluate --run={workdir}\n"
-        f"  resume:    the same command with --workdir={workdir} (this run is complete)\n"
-        f"  next:      python -m flaxcls.main --config=configs/cifar10_quick.py, or another recipe"
+        f"  predict:   python -m flaxcls.predict --run={workdir} FILES\n"
+        f"  resume:    the same command with --workdir={workdir} (this run is complete)"
     )
     return 0
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+TOTALS = ("broken_images",)  # metrics whose sums are wanted, not their means
+
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
@@ -77,9 +79,15 @@ def add(first: Metrics, second: Metrics) -> Metrics:
 
 
 def compute(metrics: Metrics) -> dict[str, float]:
-    """The means as Python floats, NaN where nothing was counted. Fetches from the device, once."""
+    """The means as Python floats, NaN where nothing was counted. Fetches from the device, once.
+
+    Of the TOTALS the sums, as integers.
+    """
     pairs = jax.device_get(metrics)
-    return {
-        name: float(total) / float(count) if count else math.nan
-        for name, (total, count) in pairs.items()
-    }
+
+    def value(name: str, total: Any, count: Any) -> float:
+        if name in TOTALS:
+            return int(total)
+        return float(total) / float(count) if count else math.nan
+
+    return {name: value(name, *pair) for name, pair in pairs.items()}

@@ -21,7 +21,17 @@ from ml_collections import ConfigDict
 from flaxcls.errors import ConfigError
 
 # What a resumed run may change: these say where and how often, not what is computed.
-FREE_FIELDS = ("data.dir", "checkpoint.every", "checkpoint.keep", "eval.batch_size", "mesh")
+FREE_FIELDS = (
+    "data.dir",
+    "data.path",
+    "input.threads",
+    "input.processes",
+    "input.read_ahead",
+    "eval.batch_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "mesh",
+)
 PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

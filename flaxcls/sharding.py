@@ -5,9 +5,12 @@ replicated over `data` and, where `fsdp` is larger than 1, split over `fsdp` (fu
 parallelism: each device keeps its share of every large array and gathers it when it is used).
 """
 
+import collections
 import contextlib
 import os
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -117,6 +120,26 @@ def split_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
     }
+
+
+def prefetch(
+    mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], ahead: int = 2
+) -> Iterator[dict[str, jax.Array]]:
+    """`split_batch` of every batch, made `ahead` of time in a thread while the devices compute."""
+    with ThreadPoolExecutor(1, "flaxcls-transfer") as thread:
+
+        def place() -> dict[str, jax.Array] | None:
+            batch = next(batches, None)
+            return batch if batch is None else split_batch(mesh, batch)
+
+        waiting = collections.deque(thread.submit(place) for _ in range(ahead))
+        try:
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(thread.submit(place))
+                yield batch
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def describe(mesh: Mesh) -> str:

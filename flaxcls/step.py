@@ -41,6 +41,7 @@ def make_init(
             metrics={
                 **zero_metrics(num_classes),
                 "grad_norm": (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)),
+                "broken_images": (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
             },
         )
 
@@ -124,14 +125,16 @@ def make_train_step(
         if ema_decay is not None:
             averaged = {"params": params, "batch_stats": batch_stats}
             ema = ema_update(state.ema, averaged, state.step, ema_decay)
-        norm = {"grad_norm": (optax.tree.norm(grads), jnp.ones((), jnp.int32))}
+        one = jnp.ones((), jnp.int32)
+        broken = jnp.sum(batch.get("broken", 0), dtype=jnp.int32)
+        others = {"grad_norm": (optax.tree.norm(grads), one), "broken_images": (broken, one)}
         return state.replace(
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             ema=ema,
-            metrics=metrics.add(state.metrics, {**total["sums"], **norm}),
+            metrics=metrics.add(state.metrics, {**total["sums"], **others}),
         )
 
     return train_step

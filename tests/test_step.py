@@ -10,7 +10,8 @@ from jax.sharding import AxisType
 
 from flaxcls import augment, build, models
 from flaxcls.step import make_init, make_train_step, take_metrics
-from flaxcls.train import Trainer, train
+from flaxcls.train import train
+from flaxcls.trainer import Trainer
 
 
 def mesh_of(data, fsdp):

@@ -1,97 +1,179 @@
-"""Encoded bytes to uint8 pixels, on the host, by OpenCV."""
+"""Encoded bytes to uint8 pixels, on the host: JPEG by OpenCV, all else by Pillow.
 
+OpenCV is the faster one for JPEG and releases Python's lock; Pillow reads the headers, and every
+other format as torchvision's users know it.
+"""
+
+import io
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from flaxcls.data.source import Source
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.data.region import decode_region
+from flaxcls.errors import DataError
 
 cv2.setNumThreads(1)  # the threads are ours: one image each
+Image.init()  # loads the formats' readers, which is not safe in threads
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit, and says which file it was
+# About what is odd in a file: what is wrong raises an error.
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
-_CHUNK = 256  # examples that a thread decodes at a time
-# TFDS's images are used as TensorFlow decodes them, which does not look at EXIF's orientation.
-_FLAGS = {
-    1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION,
-    3: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION,
+MAX_PIXELS = 100_000_000  # of a picture; more is taken for a mistake or an attack
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # JPEG finds MPO, a kind of it, as well
+_ORIENTATION = 0x0112  # EXIF's tag: 1 is upright, 5 to 8 lie on their side
+_RGB = cv2.IMREAD_COLOR_RGB
+_REDUCED = {  # by channels and what height and width are divided by
+    3: {1: _RGB, 2: 16 | _RGB, 4: 32 | _RGB, 8: 64 | _RGB},
+    1: {
+        1: cv2.IMREAD_GRAYSCALE,
+        2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+        4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+        8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+    },
 }
 
 
-def decode(image: bytes, channels: int, *, where: str = "an image") -> np.ndarray:
-    """A JPEG, PNG, WebP or BMP file's bytes as uint8 [H, W, 3] in RGB order, or grey [H, W, 1].
+class Header(NamedTuple):
+    """What a file says of itself before it is decoded; height and width as a viewer shows them."""
+
+    format: str  # "JPEG", "PNG", ...
+    mode: str  # Pillow's: "RGB", "L", "CMYK", "P", "I;16", ...
+    height: int
+    width: int
+    orientation: int  # EXIF's; 1 is upright
+
+
+def read_header(image: bytes, *, where: str = "an image") -> Header:
+    """Reads format and size without decoding, in some 20 microseconds.
 
     Raises:
-      DataError: not an image, or one cut short; the sentence begins with `where`.
+      DataError: not an image; the sentence begins with `where`.
     """
-    pixels = cv2.imdecode(np.frombuffer(image, np.uint8), _FLAGS[channels]) if image else None
-    if pixels is None:
-        raise DataError(f"{where} is not a readable image ({len(image)} bytes)")
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return _header(_open(image, where))
 
 
-def materialize(
-    source: Source, progress: Callable[[int, int], None] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Decodes a whole split, on every core this process may use.
+def decode(
+    image: bytes, channels: int, *, where: str = "an image", max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """A file's bytes as uint8 [H, W, 3] in RGB order, or grey [H, W, 1].
 
-    Args:
-      source: a split whose images all have one size.
-      progress: called as progress(examples done, examples in all), in order.
-
-    Returns:
-      images uint8 [N, H, W, C] and labels int32 [N].
+    Reads JPEG, PNG, WebP, BMP, GIF (the first frame) and TIFF; grey, palette, CMYK and 16-bit
+    pictures are converted, transparency is ignored, EXIF's orientation is applied.
 
     Raises:
-      ConfigError: images of different sizes, or more than the memory holds.
-      DataError: an unreadable image or a label out of range; the sentence names the example.
+      DataError: not an image, one cut short, or one of more than `max_pixels`, which is refused
+        before it is decoded; the sentence begins with `where`.
     """
-    count = len(source)
-    shape = _pixels(source, 0)[0].shape
+    return Picture(image, channels, where=where, max_pixels=max_pixels).pixels()
+
+
+class Picture:
+    """An encoded picture: its size at once, its pixels when they are asked for.
+
+    Raises DataError as `decode` does.
+
+    Attributes:
+      height, width: as a viewer shows the picture.
+    """
+
+    def __init__(
+        self, image: bytes, channels: int, *, where: str = "an image", max_pixels: int = MAX_PIXELS
+    ):
+        self._bytes, self._channels, self._where = image, channels, where
+        self._file = _open(image, where)
+        self._header = _header(self._file)
+        self.height, self.width = self._header.height, self._header.width
+        if self.height * self.width > max_pixels:
+            raise DataError(
+                f"{where} has {self.width} x {self.height} pixels, more than the "
+                f"{max_pixels:,} that config.input.max_pixels allows"
+            )
+
+    def pixels(self, reduction: int = 1) -> np.ndarray:
+        """The whole picture, uint8 [H, W, C]; of a JPEG 1/2, 1/4 or 1/8 of it, on request.
+
+        A reduced JPEG is averaged while it is decoded, in a fraction of the time. Its sides are
+        divided by `reduction` and rounded up; other formats come in their own size.
+        """
+        if self._header.format in ("JPEG", "MPO") and self._header.mode in ("RGB", "L"):
+            pixels = self._pixels_by_opencv(reduction)
+        else:
+            pixels = self._pixels_by_pillow()
+        pixels = _upright(pixels, self._header.orientation)
+        return pixels.reshape(*pixels.shape[:2], self._channels)
+
+    def part(self, box: tuple[int, int, int, int]) -> np.ndarray:
+        """The pixels of a box (top, left, height, width) of the picture."""
+        upright = self._header.orientation == 1
+        if self._channels == 3 and self._header[:2] == ("JPEG", "RGB") and upright:
+            pixels = decode_region(self._bytes, box)
+            if pixels is not None:
+                return pixels
+        top, left, height, width = box
+        return self.pixels()[top : top + height, left : left + width]
+
+    def _pixels_by_opencv(self, reduction: int) -> np.ndarray:
+        # It reads EXIF in its own way: turned by that, a picture could contradict its header.
+        flags = _REDUCED[self._channels][reduction] | cv2.IMREAD_IGNORE_ORIENTATION
+        try:
+            pixels = cv2.imdecode(np.frombuffer(self._bytes, np.uint8), flags)
+        except cv2.error as error:
+            raise _unreadable(self._where, self._bytes) from error
+        if pixels is None:
+            raise _unreadable(self._where, self._bytes)
+        return pixels
+
+    def _pixels_by_pillow(self) -> np.ndarray:
+        try:
+            file = self._file
+            if file.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
+                file = Image.fromarray((np.asarray(file) >> 8).clip(0, 255).astype(np.uint8))
+            return np.asarray(file.convert("RGB" if self._channels == 3 else "L"))
+        except Exception as error:  # whatever a codec does to broken bytes
+            raise _unreadable(self._where, self._bytes) from error
+
+
+def _open(image: bytes, where: str) -> Image.Image:
     try:
-        images = np.empty((count, *shape), np.uint8)
-    except MemoryError as error:
-        raise ConfigError(
-            f"{source.name} '{source.split}' is too large for memory ({count} images of {shape}): "
-            "it needs the streaming input, which is not available yet"
-        ) from error
-    labels = np.empty(count, np.int32)
-
-    def load(start: int) -> int:
-        stop = min(start + _CHUNK, count)
-        for index in range(start, stop):
-            pixels, labels[index] = _pixels(source, index)
-            if pixels.shape != shape:
-                raise ConfigError(
-                    f"{source.name} has images of different sizes ({shape} and {pixels.shape}): "
-                    "they need the streaming input, which is not available yet"
-                )
-            images[index] = pixels
-        return stop
-
-    with ThreadPoolExecutor(_available_cores()) as threads:
-        for done in threads.map(load, range(0, count, _CHUNK)):
-            if progress is not None:
-                progress(done, count)
-    return images, labels
+        return Image.open(io.BytesIO(image), formats=_FORMATS)
+    except Exception as error:  # whatever a parser does to broken bytes
+        raise _unreadable(where, image) from error
 
 
-def _pixels(source: Source, index: int) -> tuple[np.ndarray, int]:
-    """One example decoded and its label checked."""
-    image, label = source[index]
-    if not 0 <= label < len(source.class_names):
-        raise DataError(
-            f"{source.where(index)} has label {label}, but there are "
-            f"{len(source.class_names)} classes"
-        )
-    if isinstance(image, bytes):
-        image = decode(image, source.image_shape[2], where=source.where(index))
-    return image, label
+def _header(file: Image.Image) -> Header:
+    width, height = file.size
+    orientation = 1
+    if "exif" in file.info:
+        try:
+            orientation = file.getexif().get(_ORIENTATION, 1)
+        except Exception:  # a broken EXIF block does not spoil the picture
+            orientation = 1
+    if orientation in (5, 6, 7, 8):
+        width, height = height, width
+    elif orientation not in (2, 3, 4):
+        orientation = 1
+    return Header(file.format or "", file.mode, height, width, orientation)
 
 
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # what a container or SLURM grants, not what exists
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Pixels as stored, turned as EXIF's orientation asks."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(pixels[::rows, ::columns])
+
+
+def _unreadable(where: str, image: bytes) -> DataError:
+    return DataError(f"{where} is not a readable image ({len(image)} bytes)")
+
+
+def available_cores() -> int:
+    """The cores that this process may use: what a container or SLURM grants, not what exists."""
+    if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -4,72 +4,57 @@ The host computes only which examples make up a batch, a pure function of (seed,
 resumed run needs nothing but its step number.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcls.errors import ConfigError
+from flaxcls.data.order import Order, evaluation_batches
 
 
 class Resident:
-    """A shuffled, endless sequence of batches of a split that fits in memory.
+    """Batches of a split that lies whole on the device.
 
-    Training sees one epoch's permutation after the other as a single sequence; batch `step` is
-    its positions step*B to step*B + B - 1. Every example comes once an epoch, and where the size
-    of the split is not a multiple of B a batch straddles two epochs: nothing is dropped.
+    Args:
+      images, labels: uint8 [N, H, W, C] and int [N].
+      order: which examples come when; None for a split that is only evaluated.
 
     Attributes:
       arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, to be placed on the devices and
         given to `gather`.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, *, batch_size: int, seed: int):
-        if batch_size < 1:
-            raise ConfigError(f"`batch_size` must be at least 1, got {batch_size}")
-        self.arrays = {"image": images, "label": labels.astype(np.int32)}
-        self.batch_size = batch_size
-        # A batch touches two epochs at most, unless it is larger than the split.
-        self._order = functools.lru_cache(maxsize=2)(
-            functools.partial(epoch_order, len(images), seed)
-        )
+    def __init__(self, images: np.ndarray, labels: np.ndarray, order: Order | None = None):
+        self.arrays: Any = {"image": images, "label": labels.astype(np.int32)}
+        self._order = order
 
     def __len__(self) -> int:
         return len(self.arrays["label"])
 
+    def image_size(self, step: int) -> int | None:
+        """Of the batch of a step, where that can change: here it can't."""
+        return None
+
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Which examples batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
-        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epoch, place = np.divmod(positions, len(self))
-        index = np.empty(self.batch_size, np.int32)
-        for number in np.unique(epoch):
-            chosen = epoch == number
-            index[chosen] = self._order(int(number))[place[chosen]]
-        return {"index": index, "epoch": epoch.astype(np.int32)}
+        """Which examples training batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
+        return self._order.batch(step)
 
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
+        """The training batches of the steps `start` to `stop` - 1."""
+        return map(self.batch, range(start, stop))
 
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation of an epoch, int32 [N]: the same for every host and version of NumPy.
+    def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+        """Every example once, in order: {"index": int32 [B], "mask": float32 [B]}."""
+        return evaluation_batches(len(self), batch_size)
 
-    Sorts Philox's raw stream keyed by (seed, epoch); `Generator.permutation` may change between
-    versions of NumPy, the raw stream does not.
-    """
-    key = np.array([seed % 2**64, epoch], np.uint64)
-    draws = np.random.Philox(key=key).random_raw(num_examples)
-    return np.argsort(draws, kind="stable").astype(np.int32)
+    def describe(self) -> str:
+        """In words, with the memory it takes."""
+        return f"on the devices, decoded, {self.arrays['image'].nbytes / 2**20:,.0f} MiB"
 
-
-def evaluation_batches(num_examples: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Every example once, in order: {"index": int32 [B], "mask": float32 [B]}.
-
-    The last batch is filled up with example 0 at mask 0, so that all have one shape.
-    """
-    for start in range(0, num_examples, batch_size):
-        index = np.arange(start, start + batch_size, dtype=np.int32)
-        mask = index < num_examples
-        yield {"index": np.where(mask, index, 0), "mask": mask.astype(np.float32)}
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 def gather(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -87,22 +72,3 @@ def gather(arrays: Mapping[str, jax.Array], batch: Mapping[str, jax.Array]) -> d
         for name, array in arrays.items()
     }
     return {**batch, **taken}
-
-
-def channel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation over all pixels, float64 [C] each, for values in [0, 1].
-
-    Exact up to rounding, because a histogram of every channel of uint8 [N, H, W, C] counts each
-    pixel as an integer.
-    """
-    channels = images.shape[-1]
-    counts = np.zeros((channels, 256), np.int64)
-    for start in range(0, len(images), 512):  # bincount widens its input to eight bytes
-        block = images[start : start + 512]
-        for channel in range(channels):
-            counts[channel] += np.bincount(block[..., channel].ravel(), minlength=256)
-    values = np.arange(256)
-    total = counts.sum(axis=1)
-    mean = counts @ values / total
-    variance = (counts * (values - mean[:, None]) ** 2).sum(axis=1) / total
-    return mean / 255, np.sqrt(variance) / 255

@@ -84,6 +84,11 @@ def shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> dict:
     return jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), image)
 
 
+def needs_images(module: nn.Module) -> bool:
+    """Whether `initialize_from_data` does anything for the network."""
+    return hasattr(module, "initialize_from_data")
+
+
 def initialize_from_data(module: nn.Module, variables: dict, images: jax.Array) -> dict:
     """The variables, with what the network derives from training images before the first step.
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from flaxcls import main, train
+from flaxcls import main, trainer
 
 CASES = {
     "unknown key": (["--config.bath_size=3"], "did you mean 'batch_size'?"),
@@ -146,7 +146,7 @@ def fails(monkeypatch, capfd, tmp_path):
     def run(*arguments):
         for name in main.FLAGS:
             main.FLAGS[name].unparse()
-        monkeypatch.setattr(train.Trainer, "__init__", too_late)
+        monkeypatch.setattr(trainer.Trainer, "__init__", too_late)
         monkeypatch.setattr(
             sys, "argv", ["main", f"--workdir={tmp_path / 'run'}", *map(str, arguments)]
         )

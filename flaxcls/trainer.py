@@ -1,0 +1,170 @@
+"""The data on the devices and the compiled functions of a run: what the training loop calls."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from flaxcls import augment, build, inputs, metrics, run, sharding
+from flaxcls.data.resident import gather
+from flaxcls.evaluator import Evaluator
+from flaxcls.state import TrainState
+from flaxcls.step import is_finite, make_init, make_train_step, take_metrics
+
+
+def mesh_for(config: ConfigDict) -> Mesh:
+    """The devices that a config asks for, checked against its batch."""
+    part = config.batch_size // config.gradient_accumulation
+    sharding.set_up_devices(config.mesh.cpu_devices, part)
+    mesh = sharding.make_mesh(config.mesh.fsdp)
+    sharding.check_batch_size(mesh, part)
+    return mesh
+
+
+class Trainer:
+    """The data on the devices, and the functions that the loop calls, compiled for them.
+
+    Attributes:
+      facts: what a checkpoint must tell besides its arrays; JSON.
+      shapes, places: of the state, its shapes and shardings.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        plan: build.Plan,
+        mesh: Mesh,
+        report: Callable[[str], None] = print,
+    ):
+        source, network = plan.train_source, plan.network
+        num_classes = len(source.class_names)
+        self._mesh, self._rate = mesh, plan.rate
+        self._image_sizes = plan.image_sizes
+
+        # The data.
+        self.input = inputs.training(config, source, plan.image_sizes, report)
+        self._data = sharding.replicate(mesh, self.input.arrays)
+        mean, std = inputs.normalization(config, source, self.input)
+        class_weights = build.class_weights(config, source, num_classes)
+        loss = build.loss(config, class_weights)
+        self._evaluator = Evaluator(
+            mesh,
+            network,
+            loss,
+            inputs.evaluation(config, plan.eval_source),
+            batch_size=config.eval.batch_size or config.batch_size,
+            mean=mean,
+            std=std,
+        )
+        self.facts = {
+            "config": run.plain(config),
+            "class_names": source.class_names,
+            "source_shape": source.image_shape,
+            "image_shape": inputs.image_shape(source, inputs.eval_image_size(config)),
+            "mean": mean,
+            "std": std,
+            "class_weights": class_weights,
+            "fingerprint": source.fingerprint,
+        }
+
+        # The state: shapes, then places; the arrays come with `init` or from a checkpoint.
+        images = inputs.first_images(config, source, self.input, network)
+        self._sample = augment.normalize(jnp.asarray(images), mean, std)
+        self._rng = jax.random.key_data(jax.random.key(config.seed))
+        with_ema = config.ema_decay is not None
+        init = make_init(network, plan.optimizer, num_classes=num_classes, ema=with_ema)
+        self.shapes = jax.eval_shape(init, self._rng, self._sample)
+        self.places = sharding.shardings(mesh, self.shapes)
+
+        # The functions.
+        train_step = make_train_step(
+            network,
+            loss,
+            plan.optimizer,
+            augment.build(config.augment or (), mean=mean, std=std),
+            num_classes=num_classes,
+            ema_decay=config.ema_decay,
+            gradient_accumulation=config.gradient_accumulation,
+        )
+
+        def update(state, data, batch):
+            return train_step(state, gather(data, batch))
+
+        self._init = jax.jit(init, out_shardings=self.places)
+        self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=self.places)
+        self._train_steps: dict[Any, Callable] = {}  # compiled, by the size of the images
+        self._batches: Iterator[dict[str, jax.Array]] | None = None
+        self._take_metrics = jax.jit(
+            take_metrics, donate_argnums=0, out_shardings=(self.places, None)
+        )
+        self._is_finite = jax.jit(is_finite)
+
+    def compile(self, start: int = 0) -> float:
+        """Compiles the training step for every image size from step `start` on; in seconds."""
+        began = time.perf_counter()
+        state = jax.tree.map(
+            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
+            self.shapes,
+            self.places,
+        )
+        sizes = self._image_sizes
+        for begin in (start, *(begin for begin in sizes.begins if begin > start)):
+            batch = self.batch(begin)
+            if _image_size(batch) not in self._train_steps:
+                program = self._jitted_step.lower(state, self._data, batch)
+                self._train_steps[_image_size(batch)] = program.compile()
+        return time.perf_counter() - began
+
+    def init(self) -> TrainState:
+        """The state before the first step."""
+        return self._init(self._rng, self._sample)
+
+    def batch(self, step: int) -> dict[str, jax.Array]:
+        """The batch of the update number `step`, counted from 0, on the devices."""
+        return sharding.split_batch(self._mesh, self.input.batch(step))
+
+    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches of the updates `start` to `stop` - 1, made ahead of time."""
+        self._batches = sharding.prefetch(self._mesh, self.input.batches(start, stop))
+        return self._batches
+
+    def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
+        """One step; `state` is used up."""
+        step = self._train_steps[_image_size(batch)]
+        return sharding.keep_pace(step(state, self._data, batch))
+
+    def take_metrics(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        """The means since the last time, and the state that starts anew; `state` is used up."""
+        state, sums = self._take_metrics(state)
+        return state, metrics.compute(sums)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the update number `step`, counted from 0."""
+        with jax.transfer_guard("allow"):
+            return float(self._rate(step))
+
+    def evaluate(self, state: TrainState) -> dict[str, dict[str, float]]:
+        """The exact metrics of the parameters as "eval" and, where kept, their average as "ema"."""
+        return self._evaluator.results(state.variables, state.ema)
+
+    def is_finite(self, state: TrainState) -> bool:
+        return bool(self._is_finite(state))
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends what makes the batches."""
+        if self._batches is not None:
+            self._batches.close()
+        self.input.close()
+        self._evaluator.close()
+
+
+def _image_size(batch: dict[str, jax.Array]) -> int | None:
+    """The height of a batch's images; None where they are on the devices already."""
+    return batch["image"].shape[1] if "image" in batch else None

@@ -1,0 +1,307 @@
+"""What is odd about data is found before training, and told with names and the right exit code."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from flaxcls import cli
+from flaxcls.data import __main__ as commands
+from flaxcls.data import check
+from flaxcls.data.command import source_overrides
+from flaxcls.data.scan import find_problems, scan
+from flaxcls.data.statistics import channel_histogram, channel_statistics, mean_and_std
+from flaxcls.data.source import Example, Source
+from flaxcls.errors import ConfigError
+
+
+class Listed(Source):
+    """A list of (image, label) as a source."""
+
+    def __init__(self, examples, split="train", classes=3, channels=3):
+        super().__init__(
+            name="listed",
+            split=split,
+            class_names=["ant", "bee", "cow", *map(str, range(3, classes))][:classes],
+            image_shape=(None, None, channels),
+            fingerprint="",
+        )
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        return Example(*self.examples[index])
+
+
+def picture(seed, height=4, width=5, channels=3):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+
+
+def encode(image, suffix=".png"):
+    return cv2.imencode(suffix, image[..., ::-1])[1].tobytes()
+
+
+def pictures(count, first=0):
+    """Different ones, with the labels 0, 1, 2, 0, ..."""
+    return [(picture(first + number), number % 3) for number in range(count)]
+
+
+def problems_of(train, evaluation, max_broken=0.001):
+    scans = [scan(Listed(train), 2), scan(Listed(evaluation, "test"), 2)]
+    return find_problems(*scans, max_broken)
+
+
+@pytest.fixture
+def write_folder(tmp_path):
+    """Writes TMP/pictures/SPLIT/CLASS/NUMBER.png of different pictures; returns the folder."""
+
+    def write(splits, classes=("ant", "bee")):
+        seed = 0
+        for split, count in splits.items():
+            for name in classes:
+                folder = tmp_path / "pictures" / split / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    (folder / f"{number}.png").write_bytes(encode(picture(seed, 8, 6)))
+                    seed += 1
+        return tmp_path / "pictures"
+
+    return write
+
+
+@pytest.fixture
+def run_check(tmp_path, capfd):
+    """Runs the command in this process: exit code, output, report."""
+
+    def run(*arguments):
+        for name in check.FLAGS:
+            check.FLAGS[name].unparse()
+        place = tmp_path / "report.json"
+        code = commands.main(["data", "check", f"--json={place}", *map(str, arguments)])
+        return code, capfd.readouterr().out, json.loads(place.read_text())
+
+    return run
+
+
+def test_counts_sizes_and_formats_are_told_by_class_and_split(write_folder, run_check):
+    root = write_folder({"train": 4, "val": 3})
+    (root / "train/ant/wide.jpg").write_bytes(encode(picture(99, 10, 30), ".jpg"))
+    code, output, report = run_check(f"--source={root}", "--config.data.eval_split=val")
+    assert code == 0 and "No problem found" in output
+    train, val = report["splits"]
+    assert (train["split"], train["pictures"], train["class_counts"]) == ("train", 9, [5, 4])
+    assert (val["split"], val["pictures"], val["class_counts"]) == ("val", 6, [3, 3])
+    assert train["widths"] == [6, 6, 30] and train["heights"] == [8, 8, 10]
+    assert train["formats"] == {"PNG": 8, "JPEG": 1} and report["classes"] == ["ant", "bee"]
+    for word in ("PNG 8, JPEG 1", "6, 6, 30", "ant", "bee", "--config.data.mean='(0."):
+        assert word in output
+
+
+def test_statistics_are_those_of_all_training_pixels_exactly():
+    images = np.stack([picture(seed, 7, 9) for seed in range(50)])
+    labelled = [(image, 0) for image in images]
+    read = scan(Listed(labelled), threads=3)
+    mean, std = channel_statistics(images)
+    assert mean_and_std(read.histogram) == (mean, std)
+
+    sizes = [picture(seed, 3 + seed, 40 - seed) for seed in range(20)]
+    read = scan(Listed([(encode(image), 0) for image in sizes]), threads=3)
+    pixels = np.concatenate([image.reshape(-1, 3) for image in sizes]) / 255
+    np.testing.assert_allclose(mean_and_std(read.histogram), (pixels.mean(0), pixels.std(0)))
+
+
+def test_histogram_counts_more_pixels_than_float32_can():
+    white = np.full((4097, 4097, 1), 255, np.uint8)
+    white[0, 0] = 7
+    counts = channel_histogram(white)
+    assert counts[0, 255] == 4097**2 - 1 and counts[0, 7] == 1 and counts.sum() == 4097**2
+
+
+def test_result_does_not_depend_on_the_threads():
+    examples = pictures(100) + [(b"junk", 1)] + pictures(30)
+    one, four = (scan(Listed(examples), threads) for threads in (1, 4))
+    for name in ("labels", "sizes", "digests", "histogram"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(four, name))
+    assert one.broken == four.broken and one.formats == four.formats
+
+
+def test_rotated_picture_has_the_size_that_is_shown():
+    image = pytest.importorskip("PIL.Image")
+    import io
+
+    exif = image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.fromarray(picture(0, 10, 30)).save(file, "JPEG", exif=exif)
+    assert scan(Listed([(file.getvalue(), 0)]), 1).sizes.tolist() == [[30, 10]]
+
+
+def test_unreadable_pictures_are_named_with_their_cause():
+    good = pictures(2000)
+    broken = [*good[:1000], (b"junk", 0), *good[1000:]]
+    (problem,) = problems_of(broken, pictures(9, 5000))
+    assert not problem.is_error
+    assert problem.sentence.startswith("unreadable: 1 of the 2,001 pictures of 'train' (0.05 %)")
+    assert problem.examples == ["example 1000 of listed 'train' is not a readable image (4 bytes)"]
+
+
+def test_unreadable_pictures_are_an_error_above_the_share_and_in_evaluation():
+    good, half = pictures(30), encode(picture(1, 50, 50))[:400]
+    for allowed, is_error in ((0.001, True), (0.1, False)):
+        (problem,) = problems_of([*good, (half, 0)], pictures(9, 5000), allowed)
+        assert problem.is_error == is_error
+        assert ("max_broken = 0.001 allows fewer" in problem.sentence) == is_error
+    (problem,) = problems_of(good, [*pictures(9, 5000), (b"", 0)], 0.5)
+    assert problem.is_error and "'test'" in problem.sentence
+
+
+def test_too_many_pixels_are_unreadable():
+    read = scan(Listed([(encode(picture(0, 20, 20)), 0), (encode(picture(0, 9, 9)), 0)]), 1, 100)
+    assert list(read.broken) == [0] and "config.input.max_pixels" in read.broken[0]
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_label_out_of_range_is_an_error_that_names_the_example(label):
+    (problem,) = problems_of([*pictures(30), (picture(99), label)], pictures(9, 5000))
+    assert problem.is_error and "none of the 3 classes, 0 to 2" in problem.sentence
+    assert problem.examples == [f"example 30 of listed 'train' has label {label}"]
+
+
+def test_class_that_is_only_evaluated_is_an_error_and_others_are_warnings():
+    cows_only = [(picture(seed), 2) for seed in range(10)]
+    ants_only = [(picture(seed), 0) for seed in range(20, 30)]
+    untrained, untested, empty = problems_of(cows_only, ants_only)
+    assert untrained.is_error and untrained.examples == ["ant"]
+    assert not untested.is_error and untested.examples == ["cow"]
+    assert not empty.is_error and empty.examples == ["bee"]
+
+
+def test_unreadable_pictures_do_not_fill_a_class():
+    good = [(picture(seed), seed % 2) for seed in range(10)]
+    unlearned = problems_of([*good, (b"junk", 2)], pictures(9, 5000), 0.5)[0]
+    assert unlearned.is_error and unlearned.examples == ["cow"]
+
+
+def test_pictures_in_both_splits_are_named_and_an_error_above_a_share():
+    train, evaluation = pictures(1500), pictures(1000, 5000)
+    assert problems_of(train, evaluation) == []
+    (problem,) = problems_of(train, [*evaluation[:999], train[40]])
+    assert not problem.is_error
+    assert problem.examples == [
+        "example 999 of listed 'test' [bee] = example 40 of listed 'train' [bee]"
+    ]
+    (problem,) = problems_of(train, [*evaluation[:997], *train[40:43]])
+    assert (
+        problem.is_error
+        and "'train' as well, byte for byte: 3 of the 1,000 pictures" in problem.sentence
+    )
+
+
+def test_copies_within_a_split_are_counted_with_their_labels():
+    train = pictures(30)
+    repeated = [*train, train[4], train[4], train[7], (train[9][0], 1)]
+    (problem,) = problems_of(repeated, pictures(9, 5000))
+    assert not problem.is_error
+    assert problem.sentence.startswith("copies of others in the same split: 4 of the 34 ")
+    assert problem.sentence.endswith("; pictures with several labels: 1")
+    assert problem.examples == [
+        "example 9 of listed 'train' [ant] = example 33 of listed 'train' [bee]",
+        "example 4 of listed 'train' [bee] = example 30 of listed 'train' [bee] = "
+        "example 31 of listed 'train' [bee]",
+        "example 7 of listed 'train' [bee] = example 32 of listed 'train' [bee]",
+    ]
+
+
+def test_report_names_problems_and_the_json_has_all_of_them(write_folder, run_check):
+    root = write_folder({"train": 9, "val": 3})
+    for number in range(8):
+        (root / f"val/bee/{number}.jpg").write_bytes(b"no picture")
+    (root / "val/ant/again.png").write_bytes((root / "train/ant/0.png").read_bytes())
+    code, output, report = run_check(f"--source={root}", "--config.data.eval_split=val")
+    assert code == report["exit_code"] == 45
+    assert "ERROR: unreadable: 8 of the 15 pictures of 'val' (53.33 %)" in output
+    assert f"{root}/val/ant/again.png [ant] = {root}/train/ant/0.png [ant]" in output
+    assert "and 3 more; --json=FILE lists all" in output and "2 errors, 0 warnings" in output
+    unreadable = report["problems"][0]["examples"]
+    assert len(unreadable) == 8
+    assert f"{root}/val/bee/7.jpg is not a readable image (10 bytes)" in unreadable
+
+
+def test_brackets_in_names_are_shown_as_they_are(write_folder, run_check):
+    root = write_folder({"train": 3, "val": 2}, classes=("ant [red]", "bee [b]"))
+    _, output, _ = run_check(f"--source={root}", "--config.data.eval_split=val[:4]")
+    for name in ("ant [red]", "bee [b]", "val[:4]"):
+        assert name in output
+
+
+def test_many_classes_are_shown_as_the_largest_and_the_smallest(run_check):
+    arguments = ["--config.data.name=fake", "--config.data.num_classes=300"]
+    arguments += ["--config.data.num_examples=1250", "--config.data.image_shape=(4, 4, 1)"]
+    code, output, report = run_check(*arguments)
+    assert code == 0
+    lines = output.splitlines()
+    assert sum(line.strip().startswith("class_") for line in lines) == 19
+    assert any("281 classes between" in line and "4 to 5" in line for line in lines)
+    assert sum(report["splits"][0]["class_counts"]) == 1250
+
+
+def test_real_process_ends_with_the_exit_code(write_folder, run_main):
+    root = write_folder({"train": 3, "val": 2})
+    arguments = ["check", f"--source={root}", "--config.data.eval_split=val"]
+    assert run_main(*arguments, module="flaxcls.data").returncode == 0
+    (root / "val/bee/broken.jpg").write_bytes(b"")
+    result = run_main(*arguments, module="flaxcls.data")
+    assert result.returncode == 45
+    assert f"{root}/val/bee/broken.jpg is not a readable image (0 bytes)" in result.stdout
+
+
+def test_help_is_fast_and_unknown_commands_are_one_sentence(run_main):
+    for arguments in (["--help"], ["check", "--help"]):
+        result = run_main(*arguments, module="flaxcls.data")
+        assert result.returncode == 0 and "python -m flaxcls.data check" in result.stdout
+        assert result.seconds < 3
+    for arguments, sentence in (
+        ([], "a command is missing; known: check, prepare, show"),
+        (["chek"], "'chek' is not a command, did you mean 'check'?"),
+        (["check"], "--source=NAME-or-PATH is missing"),
+        (["check", "--source=digits", "--threads=0"], "threads"),
+        (["check", "--source=digits", "--json=/nowhere/report.json"], "does not exist"),
+    ):
+        result = run_main(*arguments, module="flaxcls.data")
+        assert result.returncode == 2 and sentence in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_source_is_a_name_a_folder_or_a_list(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pictures/train/ant", "digits", "mnist", "tfds/cifar10/3.0.2"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "mnist/train-images-idx3-ubyte.gz").touch()
+    (tmp_path / "tfds/cifar10/3.0.2/dataset_info.json").touch()
+    for source, expected in {
+        "digits": ["data.name=digits"],  # though there is a folder of that name
+        "cifar10:3.0.2": ["data.name=cifar10:3.0.2"],
+        "ds/config": ["data.name=ds/config"],
+        "pictures": ["data.name=folder", "data.path=pictures"],
+        f"{tmp_path}/pictures": ["data.name=folder", f"data.path={tmp_path}/pictures"],
+        "a/list.CSV": ["data.name=list", "data.path=a/list.CSV"],
+        "list.jsonl": ["data.name=list", "data.path=list.jsonl"],
+        "mnist": ["data.name=idx", "data.path=mnist"],
+    }.items():
+        assert source_overrides(source) == expected
+    with pytest.raises(ConfigError, match="there is no folder ./picture"):
+        source_overrides("./picture")
+    with pytest.raises(ConfigError, match="is a data set of TFDS: give its name as --source"):
+        source_overrides("tfds/cifar10")
+    monkeypatch.chdir(tmp_path / "tfds")
+    assert source_overrides("cifar10") == ["data.name=cifar10"]
+
+
+def test_overrides_win_over_the_recipe_and_the_source(recipe):
+    config = cli.load_config(None, [*source_overrides("fake"), "data.train_split=test"])
+    assert (config.data.name, config.data.train_split) == ("fake", "test")
+    config = cli.load_config(str(recipe), source_overrides("fake"))
+    assert (config.data.name, config.data.eval_split) == ("fake", "test[:50]")
