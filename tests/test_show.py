@@ -1,0 +1,157 @@
+"""The grid shows the very images that training gets."""
+
+import jax
+import numpy as np
+import pytest
+
+from flaxcls import augment, build, inputs, show
+from flaxcls.data.resident import gather
+from flaxcls.errors import ConfigError
+from flaxcls.step import make_init, make_train_step
+
+
+@pytest.fixture(autouse=True)
+def forget_flags():
+    yield
+    for name in show.FLAGS:
+        show.FLAGS[name].unparse()
+
+
+def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
+    plan = build.plan(tiny_config(seed=7))
+    keys = []
+
+    def note(key, batch):
+        keys.append(jax.random.key_data(key))
+        return {**batch, "image": augment.normalize(batch["image"], (0.5,), (0.2,))}
+
+    train_step = make_train_step(
+        plan.network,
+        build.loss(tiny_config(), None),
+        plan.optimizer,
+        note,
+        num_classes=5,
+        ema_decay=None,
+        gradient_accumulation=1,
+    )
+    init = make_init(plan.network, plan.optimizer, num_classes=5, ema=False)
+    batch = {"image": np.zeros((4, 8, 8, 1), np.uint8), "label": np.arange(4)}
+    state = jax.jit(init)(jax.random.key_data(jax.random.key(7)), batch["image"] / 255)
+    step = jax.jit(lambda state: (train_step(state, batch), keys.pop()))
+    for number in (0, 1):
+        state, key = step(state)
+        expected = jax.random.key_data(show.augmentation_key(7, number))
+        np.testing.assert_array_equal(key, expected)
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+@pytest.mark.parametrize("step", [0, 9])  # the second one in another epoch
+def test_rows_are_the_images_of_the_batch(tiny_config, mode, step):
+    config = tiny_config(input__mode=mode, augment=({"name": "flip", "mode": "alternating"},))
+    evaluation, training, augmented = show.look(config, step=step, count=5)
+
+    plan = build.plan(config)
+    pipeline = inputs.training(config, plan.train_source, plan.image_sizes)
+    batch = gather(pipeline.arrays, pipeline.batch(step))
+    pipeline.close()
+    images = np.asarray(batch["image"])[:5]
+    np.testing.assert_array_equal(evaluation.images, images)  # of one size: nothing is cropped
+    np.testing.assert_array_equal(training.images, images)
+    mirrored = (augmented.images == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    same = (augmented.images == images).all(axis=(1, 2, 3))
+    assert (mirrored ^ same).all() and mirrored.any() and same.any()
+    names = [plan.train_source.class_names[label] for label in np.asarray(batch["label"])[:5]]
+    assert [words for (words,) in evaluation.captions] == [(name, 1.0) for name in names]
+    assert augmented.captions == evaluation.captions
+
+
+def test_crops_of_training_differ_from_those_of_evaluation(tiny_config):
+    config = tiny_config(
+        data__image_shape=(20, 30, 3),
+        image_size=16,
+        crop__name="random_resized_crop",
+        model__name="resnet18",
+        model__widths=None,
+        model__stem="cifar",
+    )
+    config.eval.image_size = 12
+    evaluation, training, augmented = show.look(config, step=0, count=3)
+    assert evaluation.images.shape == (3, 12, 12, 3)
+    assert training.images.shape == (3, 16, 16, 3)
+    np.testing.assert_array_equal(augmented.images, training.images)  # nothing is augmented
+
+
+def test_mixed_labels_are_told_with_their_shares(tiny_config):
+    config = tiny_config(augment=({"name": "mixup", "alpha": 1.0},))
+    _, training, augmented = show.look(config, step=0, count=16)
+    mirrored = training.images[::-1].astype(float)
+    share = max(share for words in augmented.captions for _, share in words[:1] if len(words) > 1)
+    blends = [
+        np.abs(weight * training.images + (1 - weight) * mirrored - augmented.images).max()
+        for weight in (share, 1 - share)
+    ]
+    assert min(blends) < 1.1  # rounded
+    for words in augmented.captions:
+        assert len(words) in (1, 2) and sum(share for _, share in words) == pytest.approx(1)
+    assert any(len(words) == 2 for words in augmented.captions)
+
+
+def test_only_the_two_largest_shares_are_told():
+    labels = np.array([[0.1, 0.6, 0.3], [0, 1, 0], [0.5, 0.001, 0.499]])
+    assert show._largest(labels, ("a", "b", "c")) == [
+        [("b", 0.6), ("c", 0.3)],
+        [("b", 1.0)],
+        [("a", 0.5), ("c", 0.499)],
+    ]
+
+
+def test_captions_are_shortened_to_the_width_with_their_shares():
+    from PIL import ImageFont
+
+    font = ImageFont.load_default(14)
+    words = [("a long name of a class", 0.7), ("cat", 0.3)]
+    assert show._caption(words, font, 1000) == "a long name of a class 0.70 / cat 0.30"
+    short = show._caption(words, font, 160)
+    assert font.getlength(short) <= 160
+    assert short.startswith("a long") and short.endswith(".. 0.70 / cat 0.30")
+    assert show._caption([("cat", 1.0)], font, 160) == "cat"
+
+
+def test_small_images_are_drawn_with_square_pixels():
+    image = np.array([[[10], [250]], [[200], [0]]], np.uint8)
+    row = show.Row("title", image[None], [[("name", 1.0)]])
+    picture = np.asarray(show.draw([row]))
+    side = show._TILE // 2
+    tile = picture[show._MARGIN :, show._TITLE :][: 2 * side, : 2 * side]
+    expected = np.kron(image[..., 0], np.ones((side, side), np.uint8))
+    np.testing.assert_array_equal(tile, np.stack([expected] * 3, axis=-1))
+
+
+def test_file_is_written_for_any_count(recipe, tmp_path, run_main, capsys):
+    from PIL import Image
+
+    for count in (1, 10, 99):
+        out = tmp_path / f"{count}.png"
+        show.main(["show", f"--config={recipe}", f"--out={out}", f"--count={count}", "--step=2"])
+        shown = min(count, 16)
+        assert f"{shown} of the 16 examples of batch 2" in capsys.readouterr().out
+        with Image.open(out) as picture:
+            assert picture.height > -(-shown // 8) * 3 * 192
+            assert picture.width > min(shown, 8) * 192
+    result = run_main("show", "--help", module="flaxcls.data")
+    assert result.returncode == 0 and "--out=grid.png" in result.stdout and result.seconds < 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out=a.png"], "--config=FILE is missing"),
+        (["--config={recipe}"], "--out=FILE is missing"),
+        (["--config={recipe}", "--out=a.txt"], "must end in .png, .jpg or .webp"),
+        (["--config={recipe}", "--out=/nowhere/a.png"], "in a folder that does not exist"),
+        (["--config={recipe}", "--out=a.png", "--config.seeed=1"], "did you mean 'seed'"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_sentence(recipe, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        show.main(["show", *(text.format(recipe=recipe) for text in arguments)])
