@@ -1,0 +1,166 @@
+"""Scans a data set before training: what is in it, what would break a run or falsify its result.
+
+    python -m flaxcls.data check --source=NAME-or-PATH [--config.data.eval_split=test ...]
+    python -m flaxcls.data check --config=FILE [--json=FILE]
+
+reads and decodes every picture of config.data.train_split and config.data.eval_split once. --source
+is the name of a data set, a folder of pictures or a list of them (.csv, .jsonl). Exit code 45 means
+that there are errors:
+
+  unreadable pictures: any to evaluate on, or more to train on than config.input.max_broken allows
+  labels that are no class
+  classes that are evaluated but have no picture to train on
+  more than 0.1 % of the pictures to evaluate on are trained on as well, byte for byte
+
+Fewer of these, classes without pictures, and copies within a split are warnings. --json=FILE gets
+everything, with the name of every picture that is told about.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from flaxcls import cli
+from flaxcls.data.command import define_flags, read_config
+from flaxcls.data.decode import available_cores
+from flaxcls.data.scan import Problem, Scan, find_problems, scan
+from flaxcls.data.statistics import mean_and_std
+from flaxcls.errors import ConfigError, DataError
+
+_CLASSES_SHOWN = 20
+_EXAMPLES_SHOWN = 5
+
+
+FLAGS = define_flags()
+flags.DEFINE_string("json", None, "A file for the whole report.", flag_values=FLAGS)
+
+
+def main(argv: Sequence[str]) -> int:
+    overrides, argv = cli.split_overrides(argv)
+    cli.parse(FLAGS, argv, __doc__)
+    if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json={FLAGS.json} is in a folder that does not exist")
+    config = read_config(FLAGS, overrides)
+
+    from flaxcls import build  # JAX, which takes a second: not for --help
+
+    splits = (config.data.train_split, config.data.eval_split)
+    sources = [build.source(config, split) for split in splits]
+    threads = FLAGS.threads or available_cores()
+    train, evaluation = (scan(source, threads, config.input.max_pixels) for source in sources)
+    problems = find_problems(train, evaluation, config.input.max_broken)
+    _print_report(train, evaluation, problems)
+    code = DataError.exit_code if any(problem.is_error for problem in problems) else 0
+    if FLAGS.json:
+        report = {**describe(train, evaluation, problems), "exit_code": code}
+        try:
+            Path(FLAGS.json).write_text(json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--json={FLAGS.json} can't be written: {error.strerror}") from error
+    return code
+
+
+def describe(train: Scan, evaluation: Scan, problems: Sequence[Problem]) -> dict[str, Any]:
+    """The report as JSON takes it."""
+    mean, std = mean_and_std(train.histogram) if train.formats else (None, None)
+    return {
+        "name": train.source.name,
+        "classes": train.source.class_names,
+        "splits": [_describe_split(scan) for scan in (train, evaluation)],
+        "mean": mean,
+        "std": std,
+        "problems": [problem._asdict() for problem in problems],
+    }
+
+
+def _describe_split(scan: Scan) -> dict[str, Any]:
+    sizes = scan.sizes[scan.readable]
+    heights, widths = (
+        [int(statistic(side)) for statistic in (np.min, np.median, np.max)] if len(side) else None
+        for side in sizes.T
+    )
+    return {
+        "split": scan.source.split,
+        "fingerprint": scan.source.fingerprint,
+        "pictures": len(scan.labels),
+        "unreadable": len(scan.broken),
+        "formats": dict(scan.formats.most_common()),
+        "heights": heights,  # smallest, median, largest
+        "widths": widths,
+        "class_counts": scan.class_counts.tolist(),
+    }
+
+
+def _print_report(train: Scan, evaluation: Scan, problems: Sequence[Problem]) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    report = describe(train, evaluation, problems)
+    console.print(f"{report['name']}, {len(report['classes']):,} classes", style="bold")
+    console.print(_table_of_splits(report["splits"]))
+    console.print(_table_of_classes(report))
+    if report["mean"]:
+        for name in ("mean", "std"):
+            numbers = ", ".join(f"{value:.4f}" for value in report[name])
+            comma = "," if len(report[name]) == 1 else ""
+            console.print(f"--config.data.{name}='({numbers}{comma})'")
+    for problem in problems:
+        kind, style = ("ERROR", "bold red") if problem.is_error else ("WARNING", "yellow")
+        console.print(f"\n{kind}: {problem.sentence}", style=style, markup=False, soft_wrap=True)
+        for example in problem.examples[:_EXAMPLES_SHOWN]:
+            console.print(f"  {example}", markup=False, soft_wrap=True)
+        more = len(problem.examples) - _EXAMPLES_SHOWN
+        if more > 0:
+            console.print(f"  and {more:,} more; --json=FILE lists all")
+    errors = sum(problem.is_error for problem in problems)
+    warnings = len(problems) - errors
+    console.print(
+        f"\n{errors} error{'s' * (errors != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+        if problems
+        else "\nNo problem found."
+    )
+
+
+def _table_of_splits(splits: Sequence[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("split")
+    for title in ("pictures", "unreadable", "widths: min, median, max", "heights"):
+        table.add_column(title, justify="right")
+    table.add_column("formats")
+    for split in splits:
+        sides = [
+            ", ".join(map(str, split[side])) if split[side] else "-"
+            for side in ("widths", "heights")
+        ]
+        formats = ", ".join(f"{name} {count:,}" for name, count in split["formats"].items())
+        counts = [f"{split[name]:,}" for name in ("pictures", "unreadable")]
+        table.add_row(escape(split["split"]), *counts, *sides, formats)
+    return table
+
+
+def _table_of_classes(report: dict[str, Any]) -> Table:
+    """The classes with the most and the fewest training pictures; all, if they are few."""
+    counts = np.array([split["class_counts"] for split in report["splits"]])
+    order = np.argsort(-counts[0], kind="stable").tolist()
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("class", overflow="ellipsis", no_wrap=True, max_width=40)
+    for split in report["splits"]:
+        table.add_column(escape(split["split"]), justify="right")
+    hidden = max(0, len(order) - _CLASSES_SHOWN)
+    for place, label in enumerate(order):
+        if hidden and place == _CLASSES_SHOWN // 2:
+            low, high = (counts[0, order[i]] for i in (place + hidden, place - 1))
+            table.add_row(f"... {hidden + 1:,} classes between", f"{low:,} to {high:,}", "")
+        if place < _CLASSES_SHOWN // 2 or place > _CLASSES_SHOWN // 2 + hidden or not hidden:
+            table.add_row(
+                escape(report["classes"][label]), *(f"{count:,}" for count in counts[:, label])
+            )
+    return table
