@@ -24,6 +24,8 @@ from flaxcls.data.loader import Broken, BrokenImages, Loader
 from flaxcls.data.order import Order, evaluation_batches
 from flaxcls.errors import DataError
 
+_GRACE = 20  # seconds that a decoding process works on after SIGTERM
+
 Batch = dict[str, np.ndarray]
 
 
@@ -252,6 +254,8 @@ class _Processes:
             )
             for part in _parts(len(indices), self._count)
         ]
+        for part in parts:
+            part.add_done_callback(self._end_if_broken)
 
         def images() -> np.ndarray:
             copy = np.ndarray(shape, np.uint8, memory.buf).copy()
@@ -268,13 +272,14 @@ class _Processes:
         self._memory.append(SharedMemory(create=True, size=size))
         return self._memory[-1]
 
-    def close(self) -> None:
-        try:
-            self._executor.submit(os.getpid)
-        except BrokenProcessPool:  # one has died, maybe with a lock that the others wait for
+    def _end_if_broken(self, part: Future) -> None:
+        # If one has died the others may wait for a lock that it held, and the executor for them.
+        if not part.cancelled() and isinstance(part.exception(), BrokenProcessPool):
             self._lifeline.close()
-        self._executor.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
         self._lifeline.close()
+        self._executor.shutdown(cancel_futures=True)
         for memory in self._memory:
             memory.close()
             memory.unlink()
@@ -286,8 +291,11 @@ _attached: dict[str, SharedMemory] = {}
 
 def _begin_worker(loader: Loader, workers: Workers, lifeline: Connection) -> None:
     global _worker
-    for number in (signal.SIGINT, signal.SIGTERM):  # the main process decides when to end
-        signal.signal(number, signal.SIG_IGN)
+    # The main process decides when to end. SIGTERM, which the executor sends when another worker
+    # has died, ends this one too, but later: a scheduler sends it to all, and then the main process
+    # still has a step to finish.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, (1,)).start())
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     _worker = _Threads(loader, workers)
 

@@ -345,15 +345,15 @@ def resident_bytes():
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
 def test_memory_stays_flat_over_thousands_of_batches():
     files = [encode(pixels_of(index), ".jpg") for index in range(SIZE)]
-    stream = make(Listed(SIZE, files.__getitem__), size=lambda step: 64)
-    batches = stream.batches(0, 10**6)  # of 147 KB each
+    stream = make(Listed(SIZE, files.__getitem__), batch_size=4, size=32)
+    batches = stream.batches(0, 10**6)  # of 12 KB each
     gc.collect()
     sizes = []
     for _ in range(4):
         for _ in range(750):
             next(batches)
         sizes.append(resident_bytes())
-    assert sizes[-1] - sizes[0] < 8 * 2**20  # 2,250 batches in between
+    assert sizes[-1] - sizes[0] < 6 * 2**20  # 2,250 batches in between, 27 MiB
     tracemalloc.start()
     usage = []
     for _ in range(3):
