@@ -12,6 +12,7 @@ augment  milliseconds a batch of every augmentation, each compiled alone.
 Rounds are --rounds; one more comes first and is not counted.
 """
 
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -105,6 +106,8 @@ def bench_input(config: Any, mesh: Any) -> None:
     )
     print(f"decoder alone, the same bytes: {_decoder_rate(stream, indices):,.0f} images/s")
 
+    peaks = []
+
     def rounds(wait: float = 0.0) -> tuple[list[float], float]:
         batches = sharding.prefetch(mesh, stream.batches(0, 10**9))
         waited = 0.0
@@ -116,6 +119,7 @@ def bench_input(config: Any, mesh: Any) -> None:
                 jax.block_until_ready(next(batches))
                 waited += time.perf_counter() - start
                 time.sleep(wait)
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
             return config.batch_size * FLAGS.steps
 
         rates = _rates(one)
@@ -126,6 +130,10 @@ def bench_input(config: Any, mesh: Any) -> None:
     _print_rates(rates)
     rate = statistics.median(rates)
     print(f"that is {rate / cores:,.0f} images/s a core")
+    print(
+        f"peak memory of the process: {peaks[0]:,.0f} MiB after {FLAGS.steps:,} batches, "
+        f"{peaks[-1]:,.0f} MiB after {FLAGS.steps * (FLAGS.rounds + 1):,}"
+    )
     model_seconds = config.batch_size / (rate * FLAGS.busy)
     start = time.perf_counter()
     _, waited = rounds(model_seconds)

@@ -16,10 +16,11 @@ from typing import Any
 import jax
 
 from flaxcls.augment.base import Augmentation, Batch
-from flaxcls.augment.color import ColorJitter, normalize
-from flaxcls.augment.geometry import Flip, PadCrop, Rotation
+from flaxcls.augment.color import ColorJitter, Equalize, Grayscale, Posterize, Solarize, normalize
+from flaxcls.augment.geometry import Affine, Flip, PadCrop, Rotation
 from flaxcls.augment.mixing import CutMix, Mix, MixUp
-from flaxcls.augment.noise import Cutout, RandomErasing, SaltAndPepper
+from flaxcls.augment.noise import Cutout, GaussianBlur, RandomErasing, SaltAndPepper
+from flaxcls.augment.policy import AugMix, AutoAugment, RandAugment, ThreeAugment, TrivialAugment
 from flaxcls.errors import ConfigError
 from flaxcls.options import accepted, look_up
 from flaxcls.options import check as check_options
@@ -30,7 +31,18 @@ AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "pad_crop": PadCrop,
     "flip": Flip,
     "rotation": Rotation,
+    "affine": Affine,
     "color_jitter": ColorJitter,
+    "grayscale": Grayscale,
+    "solarize": Solarize,
+    "posterize": Posterize,
+    "equalize": Equalize,
+    "gaussian_blur": GaussianBlur,
+    "rand_augment": RandAugment,
+    "trivial_augment": TrivialAugment,
+    "auto_augment": AutoAugment,
+    "augmix": AugMix,
+    "three_augment": ThreeAugment,
     "salt_and_pepper": SaltAndPepper,
     "random_erasing": RandomErasing,
     "cutout": Cutout,

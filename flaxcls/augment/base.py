@@ -1,5 +1,6 @@
 """What every augmentation is: a frozen dataclass whose fields are its options."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import jax
@@ -38,6 +39,49 @@ class Augmentation:
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         raise NotImplementedError
+
+
+class OnBytes(Augmentation):
+    """An augmentation of whole numbers, as Pillow's are: float images are rounded first.
+
+    The images have 1 or 3 channels; what concerns colours alone leaves those with one as they are.
+    """
+
+    domain: ClassVar[str] = "pixels"
+
+    def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+        original = batch["image"]
+        if original.shape[-1] not in (1, 3):
+            raise ConfigError(
+                f"`{self.name}` needs images of 1 or 3 channels, got {original.shape[-1]}"
+            )
+        images = self.change(key, like(original, jnp.zeros((), jnp.uint8)))
+        return {**batch, "image": like(images, original)}
+
+    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        """uint8 images [B, H, W, C] -> new ones, uint8 or float in [0, 255]."""
+        raise NotImplementedError
+
+
+def check_pair(augmentation: Augmentation, option: str) -> None:
+    """Raises `ConfigError` unless `option` is a pair in ascending order."""
+    low, high = getattr(augmentation, option)
+    if low > high:
+        raise ConfigError(
+            f"`{option}` of `{augmentation.name}` must be (low, high), got ({low:g}, {high:g})"
+        )
+
+
+def only_if(
+    needed: jax.Array, change: Callable[[jax.Array], jax.Array], value: jax.Array
+) -> jax.Array:
+    """`change(value)` where the boolean scalar `needed` is true, otherwise `value`.
+
+    It also keeps XLA apart from what happens inside: its CPU compiler would fuse a step into every
+    place that reads the result, and so compute each pixel many times over. There
+    `jax.lax.optimization_barrier` has no such effect.
+    """
+    return jax.lax.cond(needed, change, lambda value: value, value)
 
 
 def per_example(values: jax.Array) -> jax.Array:

@@ -7,9 +7,10 @@ from typing import Annotated, ClassVar
 import jax
 import jax.numpy as jnp
 
-from flaxcls.augment.base import Augmentation, Batch, like, per_example
+from flaxcls.augment import ops
+from flaxcls.augment.base import Augmentation, Batch, OnBytes, like, per_example
 from flaxcls.errors import ConfigError
-from flaxcls.options import Range
+from flaxcls.options import Range, UpToOne
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
@@ -126,3 +127,49 @@ def _rgb(images: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _clip(images: jax.Array) -> jax.Array:
     return jnp.clip(images, 0, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grayscale(OnBytes):
+    """With `probability`, takes the colours out of an image; it keeps its channels."""
+
+    name: ClassVar[str] = "grayscale"
+    probability: UpToOne = 0.2
+
+    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        return ops.maybe(key, self.probability, images, "color", 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Solarize(OnBytes):
+    """With `probability`, inverts the values from `threshold` on."""
+
+    name: ClassVar[str] = "solarize"
+    threshold: Annotated[int, Range(0, 256)] = 128
+    probability: UpToOne = 0.2
+
+    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        return ops.maybe(key, self.probability, images, "solarize", self.threshold)
+
+
+@dataclasses.dataclass(frozen=True)
+class Posterize(OnBytes):
+    """With `probability`, keeps the highest `bits` of each value and sets the others to zero."""
+
+    name: ClassVar[str] = "posterize"
+    bits: Annotated[int, Range(1, 8)] = 4
+    probability: UpToOne = 0.5
+
+    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        return ops.maybe(key, self.probability, images, "posterize", self.bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Equalize(OnBytes):
+    """With `probability`, makes all values of a channel about equally frequent."""
+
+    name: ClassVar[str] = "equalize"
+    probability: UpToOne = 0.5
+
+    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        return ops.maybe(key, self.probability, images, "equalize")

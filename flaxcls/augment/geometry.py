@@ -6,9 +6,10 @@ from typing import Annotated, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from flaxcls.augment.base import Augmentation, Batch, like, per_example
+from flaxcls.augment.base import Augmentation, Batch, check_pair, per_example
+from flaxcls.augment.ops import Interpolation, about_centre, rotation, warp
 from flaxcls.errors import ConfigError
-from flaxcls.options import Range
+from flaxcls.options import Range, UpToOne
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,30 +85,69 @@ class Rotation(Augmentation):
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
         images = batch["image"]
         degrees = self.degrees * jax.random.uniform(key, images.shape[:1], minval=-1, maxval=1)
-        return {**batch, "image": rotate(images, degrees, self.fill)}
+        matrix = about_centre(images.shape[1:3], rotation(degrees))
+        return {**batch, "image": warp(images, matrix, "bilinear", self.fill)}
 
 
-def rotate(images: jax.Array, degrees: jax.Array, fill: float) -> jax.Array:
-    """Images [B, H, W, C] turned counter-clockwise by `degrees` [B]."""
-    _, height, width, _ = images.shape
-    # The outermost ring stands for all of the plane outside the image.
-    sides = ((0, 0), (1, 1), (1, 1), (0, 0))
-    bordered = jnp.pad(images, sides, constant_values=like(jnp.float32(fill), images))
+@dataclasses.dataclass(frozen=True)
+class Affine(Augmentation):
+    """Scales, shears, rotates and moves each image, about its centre and in this order.
 
-    radians = jnp.deg2rad(degrees)[:, None, None]
-    cosine, sine = jnp.cos(radians), jnp.sin(radians)
-    y = jnp.arange(height)[:, None] - (height - 1) / 2
-    x = jnp.arange(width)[None, :] - (width - 1) / 2
-    # Where each output pixel comes from in `bordered`, [B, H, W].
-    row = jnp.clip(cosine * y + sine * x + (height + 1) / 2, 0, height + 1)
-    column = jnp.clip(cosine * x - sine * y + (width + 1) / 2, 0, width + 1)
-    top = jnp.minimum(row.astype(jnp.int32), height)
-    left = jnp.minimum(column.astype(jnp.int32), width)
-    down, right = (row - top)[..., None], (column - left)[..., None]
+    Each is drawn uniformly: a factor from `scale`, a shear along x from [-shear, shear] and an
+    angle from [-degrees, degrees], both in degrees, and shifts along x and y of up to `translate`
+    of the width and the height. Outside the image there is `fill`, in the unit the images have at
+    that point.
+    """
 
-    def pixels(row: jax.Array, column: jax.Array) -> jax.Array:
-        return jax.vmap(lambda image, row, column: image[row, column])(bordered, row, column)
+    name: ClassVar[str] = "affine"
+    degrees: Annotated[float, Range(0, 180)] = 0.0
+    translate: UpToOne = 0.0
+    scale: Annotated[tuple[float, float], Range(0.01, 100)] = (1.0, 1.0)
+    shear: Annotated[float, Range(0, below=90)] = 0.0
+    interpolation: Interpolation = "bilinear"
+    fill: float = 0.0
 
-    upper = pixels(top, left) * (1 - right) + pixels(top, left + 1) * right
-    lower = pixels(top + 1, left) * (1 - right) + pixels(top + 1, left + 1) * right
-    return like(upper * (1 - down) + lower * down, images)
+    def __post_init__(self):
+        check_pair(self, "scale")
+        if not (self.degrees or self.translate or self.shear) and self.scale == (1, 1):
+            raise ConfigError(
+                "`affine` needs at least one of `degrees`, `translate`, `scale`, `shear`"
+            )
+
+    def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+        images = batch["image"]
+        shape, count = images.shape[1:3], len(images)
+        turn_key, shear_key, scale_key, shift_key = jax.random.split(key, 4)
+
+        def symmetric(key: jax.Array, *dimensions: int) -> jax.Array:
+            return jax.random.uniform(key, (count, *dimensions), minval=-1, maxval=1)
+
+        low, high = self.scale
+        matrix = affine_matrix(
+            shape,
+            degrees=self.degrees * symmetric(turn_key),
+            shear=self.shear * symmetric(shear_key),
+            scale=jax.random.uniform(scale_key, (count,), minval=low, maxval=high),
+            shift=self.translate * jnp.array(shape[::-1]) * symmetric(shift_key, 2),
+        )
+        return {**batch, "image": warp(images, matrix, self.interpolation, self.fill)}
+
+
+def affine_matrix(
+    shape: tuple[int, int],
+    *,
+    degrees: jax.Array,
+    shear: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+) -> jax.Array:
+    """The matrices [B, 2, 3] for `warp`, by images of `shape` (H, W).
+
+    They shear along x by `shear` [B] degrees, multiply lengths by `scale` [B], turn
+    counter-clockwise by `degrees` [B], all about the centre, and move by `shift` [B, 2] pixels,
+    (x, y).
+    """
+    x, y = jnp.moveaxis(rotation(degrees), 1, 0)
+    linear = jnp.stack([x - jnp.tan(jnp.deg2rad(shear))[:, None] * y, y], axis=1)
+    linear = linear / scale[:, None, None]
+    return about_centre(shape, linear, -(linear * shift[:, None]).sum(axis=-1))

@@ -1,14 +1,23 @@
-"""Augmentations that destroy pixels."""
+"""Augmentations that destroy pixels or blur them."""
 
 import dataclasses
+import functools
 import math
 from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from flaxcls.augment.base import Augmentation, Batch, box_mask, like, per_example
-from flaxcls.errors import ConfigError
+from flaxcls.augment.base import (
+    Augmentation,
+    Batch,
+    box_mask,
+    check_pair,
+    like,
+    only_if,
+    per_example,
+)
 from flaxcls.options import Range, UpToOne
 
 
@@ -66,12 +75,8 @@ class RandomErasing(Augmentation):
     fill: float | Literal["noise"] = 0.0
 
     def __post_init__(self):
-        for option in ("area", "aspect"):
-            low, high = getattr(self, option)
-            if low > high:
-                raise ConfigError(
-                    f"`{option}` of `random_erasing` must be (low, high), got ({low:g}, {high:g})"
-                )
+        check_pair(self, "area")
+        check_pair(self, "aspect")
 
     @property
     def domain(self) -> str:
@@ -108,3 +113,51 @@ class RandomErasing(Augmentation):
         room = jnp.stack([height - tall, width - wide]) + 1
         top, left = (jax.random.uniform(place_key, (2, count)) * room).astype(jnp.int32)
         return top, left, tall, wide
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianBlur(Augmentation):
+    """With `probability`, blurs by a Gaussian whose sigma, in pixels, is uniform in that range."""
+
+    name: ClassVar[str] = "gaussian_blur"
+    sigma: Annotated[tuple[float, float], Range(0.01, 20)] = (0.1, 2.0)
+    probability: UpToOne = 0.5
+
+    def __post_init__(self):
+        check_pair(self, "sigma")
+
+    def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+        images = batch["image"]
+        apply_key, sigma_key = jax.random.split(key)
+        low, high = self.sigma
+        sigma = jax.random.uniform(sigma_key, images.shape[:1], minval=low, maxval=high)
+        applied = jax.random.bernoulli(apply_key, self.probability, images.shape[:1])
+        blurred = blur(images, jnp.where(applied, sigma, 0), high)
+        return {**batch, "image": like(blurred, images)}
+
+
+def blur(images: jax.Array, sigma: jax.Array, largest: float) -> jax.Array:
+    """Images [B, H, W, C] blurred by Gaussians of `sigma` [B] pixels, from 0 to `largest`; float32.
+
+    The kernels reach three times `largest` to each side; over the border the outermost pixels go
+    on.
+    """
+    radius = math.ceil(3 * largest)
+    distances = np.arange(-radius, radius + 1)
+    weights = jnp.exp(-0.5 * (distances / jnp.maximum(sigma, 1e-3)[:, None]) ** 2)
+    weights = (weights / weights.sum(axis=1, keepdims=True)).T[..., None, None]
+
+    def along(axis: int, images: jax.Array) -> jax.Array:
+        sides = [(radius, radius) if position == axis else (0, 0) for position in range(4)]
+        padded = jnp.pad(images, sides, mode="edge")
+        # The axis and what comes after it as one: on CPU several times faster.
+        size, step = images.shape[axis], math.prod(images.shape[axis + 1 :])
+        lines = padded.reshape(len(images), -1, (size + 2 * radius) * step)
+        shifted = (lines[..., i * step : (i + size) * step] for i in range(2 * radius + 1))
+        blurred = sum(weight * line for weight, line in zip(weights, shifted, strict=True))
+        return blurred.reshape(images.shape)
+
+    images = images.astype(jnp.float32)
+    for axis in (1, 2):
+        images = only_if((sigma > 0).any(), functools.partial(along, axis), images)
+    return images

@@ -4,10 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from flaxcls.augment import normalize
 from flaxcls.augment.color import (
     ColorJitter,
+    Equalize,
+    Grayscale,
+    Posterize,
+    Solarize,
     adjust_brightness,
     adjust_contrast,
     adjust_saturation,
@@ -127,3 +132,26 @@ def test_normalize_equals_its_definition(images, dtype):
 def test_normalize_refuses_constants_of_another_channel_count(images):
     with pytest.raises(ConfigError, match="1 means .* the images have 3 channels"):
         normalize(images, (0.5,), (0.5,))
+
+
+@pytest.mark.parametrize(
+    "augmentation, name, argument",
+    [
+        (Grayscale(probability=0.2), "color", 0),
+        (Solarize(threshold=100, probability=0.7), "solarize", 100),
+        (Posterize(bits=3, probability=0.4), "posterize", 3),
+        (Equalize(probability=0.5), "equalize", 0),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_single_ops_change_their_share_of_the_images_as_pillow_does(
+    make_batch, pillow, augmentation, name, argument
+):
+    batch = make_batch(300, 18, 19)
+    images = np.asarray(batch["image"])
+    results = np.asarray(jax.jit(augmentation)(KEY, batch)["image"])
+    changed = [(image != result).any() for image, result in zip(images, results, strict=True)]
+    assert stats.binomtest(sum(changed), 300, augmentation.probability).pvalue > 1e-3
+    for image, result, different in zip(images, results, changed, strict=True):
+        if different:
+            np.testing.assert_array_equal(result, pillow(name, image, argument))

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from flaxcls.augment.geometry import Flip, PadCrop, Rotation, rotate
+from flaxcls.augment.geometry import Affine, Flip, PadCrop, Rotation, affine_matrix
+from flaxcls.augment.ops import WARPS, warp
 from flaxcls.errors import ConfigError
 
 KEY = jax.random.key(0)
+
+
+def rotate(images, degrees, fill):
+    return warp(images, WARPS["rotate"](images.shape[1:3], degrees), "bilinear", fill)
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
@@ -131,3 +136,70 @@ def test_rotation_fills_the_corners(make_batch):
     rotated = np.asarray(Rotation(degrees=180, fill=30)(KEY, make_batch(images=images))["image"])
     assert rotated.min() == 30 and rotated.max() == 200
     assert (rotated[:, 6:10, 6:10] == 200).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (17, 17)])
+def test_affine_matrix_equals_the_chain_of_its_steps(shape):
+    """Against 3 x 3 matrices of pixel coordinates, multiplied and inverted in float64."""
+    random = np.random.default_rng(4)
+    degrees, shear = random.uniform(-180, 180, 5), random.uniform(-60, 60, 5)
+    scale, shift = random.uniform(0.3, 3, 5), random.uniform(-9, 9, (5, 2))
+    height, width = shape
+    to_centre = np.array([[1, 0, -width / 2], [0, 1, -height / 2], [0, 0, 1]])
+    expected = []
+    for turn, lean, factor, (right, down) in zip(
+        np.deg2rad(degrees), np.deg2rad(shear), scale, shift, strict=True
+    ):
+        bigger = np.diag([factor, factor, 1])
+        sheared = np.array([[1, np.tan(lean), 0], [0, 1, 0], [0, 0, 1]])
+        # The y axis points down: this turns counter-clockwise.
+        cosine, sine = np.cos(turn), np.sin(turn)
+        turned = np.array([[cosine, sine, 0], [-sine, cosine, 0], [0, 0, 1]])
+        moved = np.array([[1, 0, right], [0, 1, down], [0, 0, 1]])
+        forward = moved @ np.linalg.inv(to_centre) @ turned @ sheared @ bigger @ to_centre
+        expected.append(np.linalg.inv(forward)[:2])
+    result = affine_matrix(shape, degrees=degrees, shear=shear, scale=scale, shift=shift)
+    np.testing.assert_allclose(result, expected, atol=3e-4)
+
+
+def located(images, batch_size):
+    """For each image with three bright dots on black the places (x, y) of their centres."""
+    places = np.zeros((batch_size, 3, 2))
+    for image, place in zip(np.asarray(images, float), places, strict=True):
+        for channel in range(3):
+            y, x = np.mgrid[: image.shape[0], : image.shape[1]] + 0.5
+            mass = image[..., channel]
+            place[channel] = (mass * x).sum() / mass.sum(), (mass * y).sum() / mass.sum()
+    return places
+
+
+def test_affine_draws_each_part_in_its_range(make_batch):
+    count, size = 300, 48
+    images = np.zeros((count, size, size, 3), np.float32)
+    for channel, (y, x) in enumerate([(23, 23), (23, 31), (31, 23)]):  # origin, x axis, y axis
+        images[:, y : y + 2, x : x + 2, channel] = 200
+    affine = Affine(degrees=30, translate=0.1, scale=(0.8, 1.25), shear=20)
+    result = jax.jit(affine)(KEY, make_batch(images=images))["image"]
+    origin, x_end, y_end = located(result, count).transpose(1, 0, 2)
+
+    shift = (origin - size / 2) / size
+    x_axis, y_axis = (x_end - origin) / 8, (y_end - origin) / 8
+    degrees = np.rad2deg(np.arctan2(-x_axis[:, 1], x_axis[:, 0]))
+    scale = np.linalg.norm(x_axis, axis=1)
+    lean = (x_axis * y_axis).sum(axis=1) / scale**2
+    shear = np.rad2deg(np.arctan(lean))
+    drawn = [*shift.T, degrees, scale, shear]
+    for values, (low, high) in zip(
+        drawn, [(-0.1, 0.1), (-0.1, 0.1), (-30, 30), (0.8, 1.25), (-20, 20)], strict=True
+    ):
+        slack = 0.05 * (high - low)
+        assert values.min() > low - slack and values.max() < high + slack
+        assert np.histogram(values, bins=4, range=(low - slack, high + slack))[0].min() > 45
+    assert np.abs(np.corrcoef(drawn) - np.eye(5)).max() < 0.2
+
+
+def test_affine_without_any_range_or_with_one_reversed_is_an_error():
+    with pytest.raises(ConfigError, match="at least one of `degrees`, `translate`, `scale`"):
+        Affine()
+    with pytest.raises(ConfigError, match=r"`scale` of `affine` must be \(low, high\)"):
+        Affine(scale=(1.2, 0.8))

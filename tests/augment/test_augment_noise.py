@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flaxcls.augment.noise import Cutout, RandomErasing, SaltAndPepper
+from flaxcls.augment.noise import Cutout, GaussianBlur, RandomErasing, SaltAndPepper
+from flaxcls.errors import ConfigError
 
 KEY = jax.random.key(0)
 
@@ -110,3 +111,20 @@ def test_random_erasing_that_never_fits_leaves_the_image(make_batch):
     batch = make_batch()
     erase = jax.jit(RandomErasing(probability=1.0, area=(1.0, 1.0)))
     np.testing.assert_array_equal(erase(KEY, batch)["image"], batch["image"])
+
+
+def test_gaussian_blur_blurs_its_share_with_sigmas_uniform_in_the_range(make_batch):
+    # A line shows the kernel: its peak, 1 / (sqrt(2 pi) sigma), falls with sigma.
+    images = np.zeros((1000, 3, 31, 1), np.float32)
+    images[:, :, 15] = 200
+    op = GaussianBlur(sigma=(1.0, 3.0), probability=0.6)
+    peaks = np.asarray(jax.jit(op)(KEY, make_batch(images=images))["image"])[:, 1, 15, 0] / 200
+    blurred = peaks < 1
+    assert stats.binomtest(int(blurred.sum()), 1000, 0.6).pvalue > 1e-3
+    sigma = 1 / (np.sqrt(2 * np.pi) * peaks[blurred])
+    assert stats.kstest(sigma, stats.uniform(1, 2).cdf).pvalue > 1e-3
+
+
+def test_gaussian_blur_refuses_a_range_reversed():
+    with pytest.raises(ConfigError, match=r"`sigma` of `gaussian_blur` must be \(low, high\)"):
+        GaussianBlur(sigma=(2.0, 0.1))

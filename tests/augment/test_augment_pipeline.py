@@ -12,7 +12,18 @@ OPTIONS = {
     "pad_crop": {"padding": 2},
     "flip": {},
     "rotation": {"degrees": 30},
+    "affine": {"degrees": 20, "translate": 0.1, "scale": (0.8, 1.2), "shear": 10},
     "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "grayscale": {"probability": 0.5},
+    "solarize": {"probability": 0.5},
+    "posterize": {"probability": 0.5},
+    "equalize": {"probability": 0.5},
+    "gaussian_blur": {"sigma": (0.3, 1.5)},
+    "rand_augment": {"num_ops": 1, "probability": 1.0, "cutout": True},
+    "trivial_augment": {},
+    "auto_augment": {},
+    "augmix": {"width": 2, "depth": 1},
+    "three_augment": {},
     "salt_and_pepper": {"fraction": 0.1},
     "random_erasing": {"probability": 0.8, "fill": 17},
     "cutout": {"size": 4},
@@ -34,7 +45,7 @@ def constants(channels):
 @every_op
 def test_uint8_and_float_images_give_the_same(make_batch, name):
     apply = JITTED[name]
-    batch = make_batch()
+    batch = make_batch(height=20, width=20)
     whole = apply(KEY, batch)
     exact = apply(KEY, {**batch, "image": batch["image"].astype(jnp.float32)})
     assert exact["image"].dtype == jnp.float32
@@ -42,6 +53,8 @@ def test_uint8_and_float_images_give_the_same(make_batch, name):
     difference = np.asarray(whole["image"], float) - np.asarray(exact["image"], float)
     assert np.abs(difference).max() <= 0.5 + 1e-3
     np.testing.assert_array_equal(whole["label"], exact["label"])
+    if name not in MIXING:
+        np.testing.assert_array_equal(whole["label"], batch["label"])
     assert (np.asarray(exact["image"]) != np.asarray(batch["image"])).any()
 
 
@@ -58,7 +71,7 @@ def test_every_op_takes_small_grey_images_that_are_not_square(make_batch, name):
 @every_op
 def test_every_op_is_determined_by_its_key(make_batch, name):
     apply = JITTED[name]
-    batch = make_batch()
+    batch = make_batch(height=20, width=20)
     first, again = apply(KEY, batch)["image"], apply(jax.random.clone(KEY), batch)["image"]
     np.testing.assert_array_equal(first, again)
     others = [apply(jax.random.key(seed), batch)["image"] for seed in range(3)]
@@ -179,6 +192,23 @@ def test_a_long_pipeline_runs_in_one_jit(make_batch):
             "`color_jitter` needs images in [0, 255]: list it before `normalize`",
         ),
         ([NORMALIZE, {"name": "salt_and_pepper"}], "list it before `normalize`"),
+        ([NORMALIZE, {"name": "solarize"}], "`solarize` needs images in [0, 255]: list it before"),
+        ([NORMALIZE, {"name": "augmix"}], "`augmix` needs images in [0, 255]: list it before"),
+        (
+            [{"name": "rand_augment", "magnitude": 11}],
+            "magnitude must be float at least 0 and at most 10 for rand_augment, got 11",
+        ),
+        ([{"name": "rand_augment", "fill": 300}], "must be a number between 0 and 255, got 300"),
+        (
+            [{"name": "auto_augment", "policy": "svhn"}],
+            "policy must be 'imagenet' or 'cifar10' for auto_augment, got 'svhn'",
+        ),
+        (
+            [{"name": "trivial_augment", "interpolation": "bicubic"}],
+            "interpolation must be 'nearest' or 'bilinear' for trivial_augment, got 'bicubic'",
+        ),
+        ([{"name": "posterize", "bits": 0}], "bits must be int at least 1 and at most 8"),
+        ([{"name": "affine"}], "`affine` needs at least one of `degrees`, `translate`, `scale`"),
     ],
 )
 def test_mistakes_are_named_by_check_and_build_alike(specs, message):

@@ -1,0 +1,300 @@
+"""The ops of the augmentation policies, whole batches at once, each example with an op of its own.
+
+Computing every op for every example and selecting would be slow. But each op is one of three: a
+warp, that is a matrix; a lookup, that is a table of 256 values a channel; or a blend with another
+version of the image. `apply` chooses matrix, table and blend for each example first, so that a
+layer of a policy costs one warp, one lookup and one blend, whatever was drawn.
+
+As in Pillow, images are uint8 [B, H, W, C] with C = 1 or 3. Tables and blends follow Pillow's
+arithmetic to the last rounding. Warps round where Pillow truncates, and at the border of the image
+they interpolate with the fill value where Pillow cuts sharply.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxcls.augment.base import box_mask, like, only_if, per_example
+
+Interpolation = Literal["nearest", "bilinear"]
+
+_VALUES = np.arange(256)
+
+
+def apply(
+    images: jax.Array,
+    arguments: Mapping[str, jax.Array],
+    drawn: jax.Array,
+    interpolation: Interpolation = "bilinear",
+    fill: float = 0.0,
+) -> jax.Array:
+    """Applies one op to each of the uint8 `images` [B, H, W, C].
+
+    Args:
+      images: the batch.
+      arguments: for the name of each op that can be drawn its argument for every example, [B]:
+        the factor of a shear, the pixels of a translation, the degrees of a rotation, the
+        threshold, addition or number of bits, the factor of an enhancement. "cutout" takes
+        [B, 3], the row and the column of a square's centre and half its side; "identity" takes
+        anything and changes nothing.
+      drawn: int32 [B], the position of each example's op among the sorted names; -1 for none.
+      interpolation: of the warps.
+      fill: what the warps show outside of the image, and the colour of "cutout".
+    """
+    chosen = {name: drawn == position for position, name in enumerate(sorted(arguments))}
+
+    def choose(options: Mapping[str, jax.Array], default: jax.Array | np.ndarray) -> jax.Array:
+        """For each example the option whose op was drawn, or the default."""
+        for name, option in options.items():
+            mask = chosen[name].reshape(-1, *[1] * (option.ndim - 1))
+            default = jnp.where(mask, option, default)
+        return default
+
+    def any_of(names: Sequence[str]) -> jax.Array:
+        return jnp.stack([chosen[name] for name in names]).any()
+
+    count, *shape, channels = images.shape
+    if names := [name for name in arguments if name in WARPS]:
+        matrices = {name: WARPS[name](shape, arguments[name]) for name in names}
+        matrix = choose(matrices, np.eye(2, 3, dtype=np.float32))
+        images = only_if(any_of(names), lambda x: warp(x, matrix, interpolation, fill), images)
+
+    if names := [name for name in arguments if name in TABLES]:
+
+        def fill_in(same: jax.Array) -> jax.Array:
+            return choose({name: TABLES[name](images, arguments[name]) for name in names}, same)
+
+        same = jnp.broadcast_to(_VALUES.astype(np.uint8), (count, channels, 256))
+        tables = only_if(any_of(names), fill_in, same)
+        images = only_if(any_of(names), lambda x: look_up(x, tables), images)
+
+    if names := [name for name in arguments if name in BLENDS]:
+
+        def blended(images: jax.Array) -> jax.Array:
+            factor = choose({name: arguments[name] for name in names}, np.float32(1))
+            others = {name: BLENDS[name](images) for name in names}
+            return blend(choose(others, images), images, per_example(factor))
+
+        images = only_if(any_of(names), blended, images)
+
+    if "cutout" in arguments:
+        row, column, half = arguments["cutout"].astype(jnp.int32).T
+        hole = box_mask(images.shape[1:3], row - half, column - half, 2 * half, 2 * half)
+        hole = hole & chosen["cutout"][:, None, None]
+        images = jnp.where(hole[..., None], like(jnp.float32(fill), images), images)
+    return images
+
+
+def maybe(
+    key: jax.Array, probability: float, images: jax.Array, name: str, argument: float = 0
+) -> jax.Array:
+    """Applies the op `name` with `argument` to each of the uint8 `images` with `probability`."""
+    applied = jax.random.bernoulli(key, probability, images.shape[:1])
+    arguments = {name: jnp.full(images.shape[:1], argument, jnp.float32)}
+    return apply(images, arguments, jnp.where(applied, 0, -1))
+
+
+# Warps: a matrix [B, 2, 3] from the argument [B], the rows being the six numbers of Pillow's
+# `Image.transform(..., AFFINE)`: they say from which point (x, y) of the image an output pixel
+# comes, where the first pixel reaches from 0 to 1 and has its centre at 0.5.
+
+
+def warp(
+    images: jax.Array, matrix: jax.Array, interpolation: Interpolation, fill: float
+) -> jax.Array:
+    """Images [B, H, W, C], uint8 or float32, resampled by `matrix` [B, 2, 3]."""
+    _, height, width, _ = images.shape
+    # The outermost ring stands for all of the plane outside the image.
+    sides = ((0, 0), (1, 1), (1, 1), (0, 0))
+    bordered = jnp.pad(images, sides, constant_values=like(jnp.float32(fill), images))
+
+    x, y = jnp.arange(width) + 0.5, jnp.arange(height)[:, None] + 0.5
+    a, b, c, d, e, f = jnp.moveaxis(matrix.reshape(-1, 6, 1, 1), 1, 0)
+    # Where each output pixel comes from, [B, H, W], as a point of `bordered`.
+    column, row = a * x + b * y + c + 1, d * x + e * y + f + 1
+
+    def pixels(row: jax.Array, column: jax.Array) -> jax.Array:
+        return jax.vmap(lambda image, row, column: image[row, column])(bordered, row, column)
+
+    if interpolation == "nearest":
+        row, column = jnp.clip(row, 0, height + 1), jnp.clip(column, 0, width + 1)
+        return pixels(row.astype(jnp.int32), column.astype(jnp.int32))
+
+    row, column = jnp.clip(row - 0.5, 0, height + 1), jnp.clip(column - 0.5, 0, width + 1)
+    top = jnp.minimum(row.astype(jnp.int32), height)
+    left = jnp.minimum(column.astype(jnp.int32), width)
+    down, right = (row - top)[..., None], (column - left)[..., None]
+    upper = pixels(top, left) * (1 - right) + pixels(top, left + 1) * right
+    lower = pixels(top + 1, left) * (1 - right) + pixels(top + 1, left + 1) * right
+    return like(upper * (1 - down) + lower * down, images)
+
+
+def about_centre(
+    shape: tuple[int, int], linear: jax.Array, offset: jax.Array | float = 0.0
+) -> jax.Array:
+    """The matrix [B, 2, 3] that is `linear` [B, 2, 2] about the centre of images of `shape` (H, W).
+
+    The output's centre comes from `offset` [B, 2], (x, y), beside that of the image.
+    """
+    height, width = shape
+    centre = jnp.array([width / 2, height / 2], jnp.float32)
+    # Not `linear @ centre`, which would be in bfloat16 on a TPU.
+    constant = offset + centre - (linear * centre).sum(axis=-1)
+    return jnp.concatenate([linear, constant[..., None]], axis=-1)
+
+
+def rotation(degrees: jax.Array) -> jax.Array:
+    """[B] -> [B, 2, 2], for `about_centre`: turns images counter-clockwise."""
+    radians = jnp.deg2rad(degrees)
+    cosine, sine = jnp.cos(radians), jnp.sin(radians)
+    return jnp.stack([cosine, -sine, sine, cosine], axis=-1).reshape(-1, 2, 2)
+
+
+def _rotate(shape: tuple[int, int], degrees: jax.Array) -> jax.Array:
+    return about_centre(shape, rotation(degrees))
+
+
+def _one_entry(row: int, column: int) -> Callable[..., jax.Array]:
+    """The op whose argument is added to one entry of the identity."""
+    entry = np.zeros((2, 3), np.float32)
+    entry[row, column] = 1
+    return lambda shape, argument: np.eye(2, 3, dtype=np.float32) + argument[:, None, None] * entry
+
+
+WARPS: dict[str, Callable[[tuple[int, int], jax.Array], jax.Array]] = {
+    "shear_x": _one_entry(0, 1),
+    "shear_y": _one_entry(1, 0),
+    "translate_x": _one_entry(0, 2),
+    "translate_y": _one_entry(1, 2),
+    "rotate": _rotate,
+}
+
+
+# Lookups: a table, uint8 [B, 1 or C, 256], from the images and the argument [B].
+
+
+def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
+    """`tables[b, c, images[b, h, w, c]]` for uint8 images and tables [B, C, 256]."""
+    one_channel = jax.vmap(lambda image, table: table[image], in_axes=(-1, 0), out_axes=-1)
+    return jax.vmap(one_channel)(images, tables)
+
+
+def _brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
+    return blend(0, _VALUES, factor[:, None, None])
+
+
+def _contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
+    count = images.shape[1] * images.shape[2]
+    total = grey(images).astype(jnp.int32).sum(axis=(1, 2, 3))
+    mean = (2 * total + count) // (2 * count)  # rounded half up
+    return blend(mean[:, None, None], _VALUES, factor[:, None, None])
+
+
+def _posterize(images: jax.Array, bits: jax.Array) -> jax.Array:
+    step = jnp.left_shift(1, 8 - bits.astype(jnp.int32))[:, None, None]
+    return (_VALUES // step * step).astype(jnp.uint8)
+
+
+def _solarize(images: jax.Array, threshold: jax.Array) -> jax.Array:
+    kept = threshold[:, None, None] > _VALUES
+    return jnp.where(kept, _VALUES, 255 - _VALUES).astype(jnp.uint8)
+
+
+def _solarize_add(images: jax.Array, addition: jax.Array) -> jax.Array:
+    added = jnp.minimum(_VALUES + addition[:, None, None], 255)
+    return jnp.where(_VALUES < 128, added, _VALUES).astype(jnp.uint8)
+
+
+def _invert(images: jax.Array, argument: jax.Array) -> jax.Array:
+    return jnp.asarray(255 - _VALUES, jnp.uint8)[None, None]
+
+
+def _autocontrast(images: jax.Array, argument: jax.Array) -> jax.Array:
+    # Exact, rounded down. Pillow's floating point is one below where it just misses a whole number.
+    count, height, *_, channels = images.shape
+
+    def extreme(of: Callable[..., jax.Array]) -> jax.Array:
+        """Over whole rows first, which is faster on CPU; [B, C, 1]."""
+        of_column = of(images.reshape(count, height, -1), axis=1)
+        return of(of_column.reshape(count, -1, channels), axis=1).astype(jnp.int32)[..., None]
+
+    low, high = extreme(jnp.min), extreme(jnp.max)
+    stretched = (_VALUES - low) * 255 // jnp.maximum(high - low, 1)
+    return jnp.where(high > low, jnp.clip(stretched, 0, 255), _VALUES).astype(jnp.uint8)
+
+
+def _equalize(images: jax.Array, argument: jax.Array) -> jax.Array:
+    counts = _histogram(images)
+    up_to = jnp.cumsum(counts, axis=-1)
+    below_brightest = jnp.where(counts > 0, up_to - counts, 0).max(axis=-1, keepdims=True)
+    step = below_brightest // 255
+    table = (step // 2 + up_to - counts) // jnp.maximum(step, 1)
+    return jnp.where(step > 0, jnp.minimum(table, 255), _VALUES).astype(jnp.uint8)
+
+
+def _histogram(images: jax.Array) -> jax.Array:
+    """How often each value occurs in each channel, int32 [B, C, 256]."""
+    count, *_, channels = images.shape
+    place = (images + 256 * jnp.arange(channels)).reshape(count, -1)
+
+    def counted(place: jax.Array) -> jax.Array:
+        return jnp.zeros(channels * 256, jnp.int32).at[place].add(1, mode="promise_in_bounds")
+
+    return jax.vmap(counted)(place).reshape(count, channels, 256)
+
+
+TABLES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "brightness": _brightness,
+    "contrast": _contrast,
+    "posterize": _posterize,
+    "solarize": _solarize,
+    "solarize_add": _solarize_add,
+    "invert": _invert,
+    "autocontrast": _autocontrast,
+    "equalize": _equalize,
+}
+
+
+# Blends: the image that an argument of 0 stands for; at 1 there is no change.
+
+
+def blend(other: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
+    """`other` and `factor` times what `images` differ from it, as uint8: Pillow's `Image.blend`."""
+    other = jnp.asarray(other).astype(jnp.float32)
+    difference = images - other
+    # Pillow rounds the product before it is added. A compiler may fuse both into one operation that
+    # does not; but the products with 12 bits of the factor are exact, either way.
+    coarse = jax.lax.reduce_precision(factor, exponent_bits=8, mantissa_bits=11)
+    product = coarse * difference + (factor - coarse) * difference
+    return jnp.clip(other + product, 0, 255).astype(jnp.uint8)
+
+
+def grey(images: jax.Array) -> jax.Array:
+    """Luma (ITU-R 601) as Pillow's mode L has it, uint8 [B, H, W, 1]."""
+    if images.shape[-1] == 1:
+        return images
+    weighted = images.astype(jnp.int32) * np.array([19595, 38470, 7471])
+    return ((weighted.sum(axis=-1, keepdims=True) + 2**15) >> 16).astype(jnp.uint8)
+
+
+def _smooth(images: jax.Array) -> jax.Array:
+    """Pillow's filter SMOOTH: the mean of 3 x 3 pixels, the middle counting five times."""
+    count, height, width, channels = images.shape
+    # Whole rows as vectors, and 16 bits: on CPU many times faster.
+    rows = images.reshape(count, height, width * channels).astype(jnp.int16)
+    padded = jnp.pad(rows, ((0, 0), (1, 1), (channels, channels)))
+    three = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+    nine = three[..., : -2 * channels] + three[..., channels:-channels] + three[..., 2 * channels :]
+    mean = ((nine + 4 * rows).astype(jnp.float32) / 13 + 0.5).astype(jnp.uint8)
+    inside = np.zeros((height, width, channels), bool)
+    inside[1:-1, 1:-1] = True  # Pillow leaves the border as it is
+    return jnp.where(inside, mean.reshape(images.shape), images)
+
+
+BLENDS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "color": lambda images: jnp.broadcast_to(grey(images), images.shape),
+    "sharpness": _smooth,
+}
