@@ -92,6 +92,8 @@ def _about(field: str) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
+        if str(error).startswith("config."):
+            raise
         raise ConfigError(f"config.{field}: {error}") from error
 
 

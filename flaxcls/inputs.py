@@ -96,8 +96,9 @@ def train_transform(config: ConfigDict, source: Source) -> Transform | None:
             raise ConfigError(
                 f"config.image_size is missing: the images of {source.name} have different sizes"
             )
-        if config.crop.name is not None:
-            raise ConfigError(f"config.image_size is missing: {config.crop.name} needs it")
+        for option, value in config.crop.items():
+            if value is not None:
+                raise ConfigError(f"config.image_size is missing: config.crop.{option} needs it")
     name = config.crop.name or ("resize" if fixed else "random_resized_crop")
     transform = _transform("config.crop", name, config.crop)
     return None if config.image_size is None else transform
@@ -107,10 +108,11 @@ def eval_transform(config: ConfigDict, source: Source) -> Transform | None:
     """What becomes of a picture in evaluation, and in everything that uses a trained network."""
     training = train_transform(config, source)
     if training is None and config.eval.image_size is None:
-        if config.eval.crop.name is not None:
-            raise ConfigError(
-                f"config.eval.image_size is missing: {config.eval.crop.name} needs it"
-            )
+        for option, value in config.eval.crop.items():
+            if value is not None:
+                raise ConfigError(
+                    f"config.eval.image_size is missing: config.eval.crop.{option} needs it"
+                )
         return None
     before = config.crop.name or ("resize" if None not in source.image_shape else None)
     name = config.eval.crop.name or (before if before in ("resize", "pad") else "center_crop")

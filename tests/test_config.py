@@ -2,13 +2,16 @@
 
 from pathlib import Path
 
+import cv2
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from flaxcls import augment, build, cli, losses, models, optim, options, run, schedules
+from flaxcls import augment, build, cli, inputs, losses, models, optim, options, run, schedules
 from flaxcls import config as configs
 from flaxcls.data import SOURCES
+from flaxcls.data.transform import TRANSFORMS
 from flaxcls.step import make_init, make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +25,7 @@ PASSED = {
 # What the program itself reads of a section.
 READ = {
     "data": {"name", "dir", "train_split", "eval_split", "mean", "std"},
+    "crop": {"name"},
     "model": {"name", "dtype"},
     "loss": {"name"},
     "optimizer": {"name", "learning_rate", "learning_rate_batch"},
@@ -33,6 +37,8 @@ def taken(section):
     """The options that something with a name in the section takes, in all."""
     if section == "data":
         return set().union(*(options.accepted(f, ("split",)) for f in SOURCES.values()))
+    if section == "crop":
+        return set().union(*map(options.accepted, TRANSFORMS.values()))
     if section == "model":
         return set().union(*(models.options(name) for name in models.MODELS))
     common, table = {
@@ -47,6 +53,16 @@ def taken(section):
 @pytest.mark.parametrize("section", READ)
 def test_options_of_a_section_are_exactly_what_something_takes(section):
     assert set(configs.default()[section]) == taken(section) | READ[section]
+
+
+def test_evaluation_takes_the_options_of_crops_that_are_not_random():
+    known = {
+        key
+        for transform in TRANSFORMS.values()
+        if not transform.draws
+        for key in options.accepted(transform)
+    }
+    assert set(configs.default().eval.crop) == known | {"name"}
 
 
 def test_default_is_locked_and_typed():
@@ -70,23 +86,37 @@ SHAPES = {
     "digits": ((8, 8, 1), 10, 1437),
     "cifar10": ((32, 32, 3), 10, 50_000),
     "imagenet2012": ((224, 224, 3), 1000, 100_000),
+    "idx": ((28, 28, 1), 10, 60_000),
 }
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three classes, ten pictures each."""
+    for number in range(30):
+        path = tmp_path / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), np.full((70 + number, 90, 3), number, np.uint8))
+    return tmp_path
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
-def test_recipe_builds_and_fits_together(path):
-    config = cli.load_config(str(path), [])
-    config.data.image_shape, config.data.num_classes, config.data.num_examples = SHAPES.get(
-        config.data.name, ((224, 224, 3), 1000, 100_000)
-    )
-    config.data.name, config.data.train_split, config.data.eval_split = "fake", "train", "test"
+def test_recipe_builds_and_fits_together(path, pictures):
+    adapts = path.stem == "folder"  # to the pictures, which must be there
+    config = cli.load_config(str(path), [f"data.path={pictures}"] if adapts else [])
+    if not adapts:
+        shape, num_classes, num_examples = SHAPES[config.data.name]
+        config.data.image_shape, config.data.num_classes = shape, num_classes
+        config.data.num_examples, config.data.path, config.data.name = num_examples, None, "fake"
+        config.data.train_split, config.data.eval_split = "train", "test"
     build.check(config)
     plan = build.plan(config)
     assert plan.total_steps > 0 and plan.treatment
     augment.check(config.augment or ())
     assert all(plan.rate(step) >= 0 for step in (0, plan.total_steps - 1))
 
-    shape, num_classes = plan.train_source.image_shape, len(plan.train_source.class_names)
+    num_classes = len(plan.train_source.class_names)
+    shape = inputs.image_shape(plan.train_source, plan.image_sizes(0))
     init = make_init(plan.network, plan.optimizer, num_classes=num_classes, ema=True)
     step = make_train_step(
         plan.network,

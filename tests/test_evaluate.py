@@ -10,7 +10,9 @@ from jax.sharding import AxisType
 
 from flaxcls import build, evaluator, losses, models
 from flaxcls.data import open_source
-from flaxcls.data.decode import materialize
+from flaxcls.data.loader import Loader, materialize
+from flaxcls.data.resident import Resident
+from flaxcls.data.stream import Stream, Workers
 from flaxcls.errors import ConfigError
 from flaxcls.train import train
 
@@ -52,8 +54,9 @@ def test_every_example_counts_once(digits, network, size, batch_size, devices):
     module, variables, logits_of = network
     weights = np.linspace(0.5, 2, 10)
     loss = losses.build("softmax_cross_entropy", class_weights=weights)
+    data = Resident(images, labels)
     evaluate = evaluator.Evaluator(
-        mesh_of(devices), module, loss, images, labels, batch_size=batch_size, mean=MEAN, std=STD
+        mesh_of(devices), module, loss, data, batch_size=batch_size, mean=MEAN, std=STD
     )
     with jax.transfer_guard("disallow"):
         row = evaluate(jax.device_put(variables, jax.NamedSharding(mesh_of(devices), jax.P())))
@@ -65,6 +68,30 @@ def test_every_example_counts_once(digits, network, size, batch_size, devices):
         (logits.argmax(axis=1) == labels).sum(), abs=1e-6
     )
     assert row["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("devices, batch_size", [(1, 5), (8, 64), (8, 1000)])
+def test_streamed_split_evaluates_to_the_same(network, devices, batch_size):
+    module, variables, _ = network
+    mesh, source = mesh_of(devices), open_source("digits", "test")
+    stream = Stream(Loader(source), image_size=lambda step: None, workers=Workers(2, 0, 3))
+    variables = jax.device_put(variables, jax.NamedSharding(mesh, jax.P()))
+    rows = []
+    for data in (Resident(*materialize(source)), stream):
+        evaluate = evaluator.Evaluator(
+            mesh,
+            module,
+            losses.build("softmax_cross_entropy"),
+            data,
+            batch_size=batch_size,
+            mean=MEAN,
+            std=STD,
+        )
+        with jax.transfer_guard("disallow"):
+            rows.append([evaluate(variables) for _ in range(2)])
+        evaluate.close()
+    assert rows[0] == rows[1] and rows[0][0] == rows[0][1]
+    assert rows[0][0]["count"] == 360
 
 
 @pytest.fixture(scope="module")

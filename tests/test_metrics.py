@@ -90,6 +90,12 @@ def test_top_5_is_left_out_where_it_says_little():
     assert result.keys() == {"loss", "accuracy"}
 
 
+def test_broken_images_are_a_sum_and_no_mean():
+    pairs = {"broken_images": (jnp.int32(3), jnp.int32(50)), "loss": (jnp.float32(3), jnp.int32(2))}
+    assert metrics.compute(pairs) == {"broken_images": 3, "loss": 1.5}
+    assert metrics.compute({"broken_images": (jnp.int32(0), jnp.int32(0))})["broken_images"] == 0
+
+
 def test_a_mean_over_nothing_is_nan():
     result = metrics.compute(of(mask=np.zeros(40, bool)))
     assert all(np.isnan(value) for value in result.values())

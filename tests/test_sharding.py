@@ -1,3 +1,6 @@
+import threading
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from flaxcls import sharding
-from flaxcls.errors import ConfigError
+from flaxcls.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
@@ -72,3 +75,62 @@ def test_cpu_devices_divide_the_batch_and_do_not_exceed_the_cores(monkeypatch, b
         count = sharding.cpu_devices(batch_size)
         assert 1 <= count <= min(cores, 8) and batch_size % count == 0
     assert sharding.cpu_devices(128) == 8
+
+
+def numbered(count, taken=None):
+    """Batches that hold their number; `taken` collects the numbers of those that were asked for."""
+    for number in range(count):
+        if taken is not None:
+            taken.append(number)
+        yield {"index": np.full(8, number, np.int32)}
+
+
+def transfer_threads():
+    return [each for each in threading.enumerate() if each.name.startswith("flaxcls-transfer")]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_prefetched_batches_keep_their_order_and_their_places(count, ahead):
+    mesh = sharding.make_mesh()
+    batches = list(sharding.prefetch(mesh, numbered(count), ahead))
+    assert [int(batch["index"][0]) for batch in batches] == list(range(count))
+    assert all(batch["index"].sharding.spec == sharding.BATCH for batch in batches)
+    assert not transfer_threads()
+
+
+def test_batches_are_prefetched_while_the_last_one_is_used():
+    taken = []
+    batches = sharding.prefetch(sharding.make_mesh(), numbered(100, taken), ahead=2)
+    for number in range(3):
+        next(batches)
+        deadline = time.monotonic() + 5
+        while len(taken) < number + 3 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert taken == list(range(number + 3))
+    batches.close()
+
+
+def test_error_of_the_input_comes_out_after_the_batches_before_it():
+    def failing():
+        yield from numbered(3)
+        raise DataError("cat.jpg is not a readable image")
+
+    batches, seen = sharding.prefetch(sharding.make_mesh(), failing()), []
+    with pytest.raises(DataError, match="^cat.jpg is not a readable image$"):
+        for batch in batches:
+            seen.append(int(batch["index"][0]))
+    assert seen == [0, 1, 2] and not transfer_threads()
+
+
+def test_closing_a_prefetched_input_ends_its_thread():
+    batches = sharding.prefetch(sharding.make_mesh(), numbered(10**9))
+    next(batches)
+    assert len(transfer_threads()) == 1
+    batches.close()
+    assert not transfer_threads()
+
+
+def test_prefetching_needs_no_leave_of_the_transfer_guard():
+    with jax.transfer_guard("disallow"):
+        assert len(list(sharding.prefetch(sharding.make_mesh(), numbered(3)))) == 3

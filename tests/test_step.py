@@ -85,9 +85,10 @@ def test_eight_devices_equal_one(tiny_config, on_one_device, rule, data, fsdp):
 def test_hidden_transfer_would_be_noticed(tiny_config):
     config = tiny_config()
     trainer = Trainer(config, build.plan(config), mesh_of(8, 1))
+    trainer.compile()
     state = trainer.init()
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
-        trainer.update(state, trainer._batch(0))
+        trainer.update(state, trainer.input.batch(0))
 
 
 def test_whole_run_compiles_every_function_once(tiny_config, tmp_path):

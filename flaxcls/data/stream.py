@@ -169,9 +169,6 @@ class Stream:
             raise DataError(
                 "a process that decodes images has died; the system may have run out of memory"
             ) from error
-        finally:
-            for _, work in ahead:
-                work.cancel()
 
     def _shape(self, size: int | None) -> tuple[int, int, int]:
         height, width, channels = self.loader.source.image_shape
@@ -188,10 +185,6 @@ class _Work:
         taken, labels, broken = zip(*[part.result() for part in self._parts], strict=True)
         images = self._images()
         return images, (np.concatenate(taken), np.concatenate(labels), sum(broken, []))
-
-    def cancel(self) -> None:
-        for part in self._parts:
-            part.cancel()
 
 
 def _parts(rows: int, workers: int) -> list[slice]:
@@ -238,6 +231,7 @@ class _Processes:
         # The workers live as long as this end of a pipe is open, which is at most until this
         # process ends, in whatever way.
         far_end, self._lifeline = context.Pipe(duplex=False)
+        self._lock = threading.Lock()
         self._executor: Executor = ProcessPoolExecutor(
             workers.processes,
             context,
@@ -275,10 +269,14 @@ class _Processes:
     def _end_if_broken(self, part: Future) -> None:
         # If one has died the others may wait for a lock that it held, and the executor for them.
         if not part.cancelled() and isinstance(part.exception(), BrokenProcessPool):
+            self._end_workers()
+
+    def _end_workers(self) -> None:
+        with self._lock:  # closed by two threads at once, it could be another file the second time
             self._lifeline.close()
 
     def close(self) -> None:
-        self._lifeline.close()
+        self._end_workers()
         self._executor.shutdown(cancel_futures=True)
         for memory in self._memory:
             memory.close()

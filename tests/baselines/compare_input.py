@@ -22,13 +22,13 @@ BATCH = 64
 HERE = Path(__file__).parent
 
 
-def flaxcls_batches(data_dir, *overrides):
+def flaxcls_batches(data_dir, name="imagenet2012", *overrides):
     """The batches of the recipe imagenet_resnet50, as its training loop gets them."""
     from flaxcls import cli, inputs
     from flaxcls.data import open_source
 
     recipe = HERE.parent.parent / "configs/imagenet_resnet50.py"
-    config = cli.load_config(str(recipe), [f"batch_size={BATCH}", *overrides])
+    config = cli.load_config(str(recipe), [f"batch_size={BATCH}", f"data.name={name}", *overrides])
     source = open_source(config.data.name, "train", data_dir=data_dir)
     return inputs.training(config, source, inputs.Sizes((0,), (224,))).batches(0, 10**6)
 
@@ -142,7 +142,8 @@ def main():
             "flaxcls": Pipeline("flaxcls", flags.data_dir),
         }
         if flags.prepared_dir:
-            pipelines["flaxcls, prepared"] = Pipeline("flaxcls", flags.prepared_dir)
+            name = next(path.name for path in Path(flags.prepared_dir).iterdir() if path.is_dir())
+            pipelines["flaxcls, prepared"] = Pipeline("flaxcls", flags.prepared_dir, name)
         rates = {name: [] for name, pipeline in pipelines.items() if pipeline.works}
         for _ in range(flags.rounds):
             for name in rates:

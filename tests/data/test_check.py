@@ -11,8 +11,8 @@ from flaxcls.data import __main__ as commands
 from flaxcls.data import check
 from flaxcls.data.command import source_overrides
 from flaxcls.data.scan import find_problems, scan
-from flaxcls.data.statistics import channel_histogram, channel_statistics, mean_and_std
 from flaxcls.data.source import Example, Source
+from flaxcls.data.statistics import channel_histogram, channel_statistics, mean_and_std
 from flaxcls.errors import ConfigError
 
 

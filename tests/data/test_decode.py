@@ -240,6 +240,50 @@ def test_what_cannot_be_reduced_comes_whole(name):
     np.testing.assert_array_equal(pixels, decode(FILES[name], 3))
 
 
+# Parts. With nvImageCodec a part of a JPEG is decoded alone, without it the whole picture is.
+
+
+def rough(height=203, width=301):
+    noise = np.random.default_rng(0).integers(-40, 40, (height, width, 3))
+    smooth = np.asarray(RGB.resize((width, height), Image.Resampling.BICUBIC), np.int32)
+    return (smooth + noise).clip(0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("JPEG", {}),
+        ("JPEG", {"subsampling": 0}),
+        ("JPEG", {"subsampling": 1, "progressive": True}),
+        ("JPEG", {"restart_marker_blocks": 3, "quality": 30}),
+        ("JPEG", {"exif": exif(1)}),
+        ("JPEG", {"exif": exif(6)}),
+        ("PNG", {}),
+    ],
+)
+@pytest.mark.parametrize("channels", [3, 1])
+def test_part_is_a_piece_of_the_whole_to_the_bit(kind, options, channels):
+    data = save(rough(), kind, **options)
+    whole, random = decode(data, channels), np.random.default_rng(1)
+    height, width = whole.shape[:2]
+    boxes = [(0, 0, height, width), (0, 0, 1, 1), (height - 1, width - 1, 1, 1)]
+    for _ in range(12):
+        tall, wide = (int(random.integers(1, side + 1)) for side in (height, width))
+        top = int(random.integers(height - tall + 1))
+        boxes.append((top, int(random.integers(width - wide + 1)), tall, wide))
+    for top, left, tall, wide in boxes:
+        part = Picture(data, channels).part((top, left, tall, wide))
+        np.testing.assert_array_equal(part, whole[top : top + tall, left : left + wide])
+
+
+@pytest.mark.parametrize("cut", [1, 3, 500, 10_000])
+def test_part_of_a_truncated_jpeg_is_refused_wherever_it_lies(cut):
+    data = save(rough(), "JPEG")[:-cut]
+    for box in ((0, 0, 8, 8), (50, 60, 90, 100), (190, 290, 10, 10)):
+        with pytest.raises(DataError, match="^cat is not a readable image"):
+            Picture(data, 3, where="cat").part(box)
+
+
 # What can't be read.
 
 

@@ -145,8 +145,8 @@ def test_added_pictures_hardly_move_others_between_the_splits(unsplit):
 def test_order_of_the_file_system_does_not_matter(unsplit, pets, monkeypatch):
     opened = {split: open_folder(unsplit, split) for split in ("train", "validation")}
     opened_pets = open_folder(pets)
-    entries = folder._entries
-    monkeypatch.setattr(folder, "_entries", lambda path: reversed(list(entries(path))))
+    entries = folder.visible_entries
+    monkeypatch.setattr(folder, "visible_entries", lambda path: reversed(list(entries(path))))
     for split, source in opened.items():
         again = open_folder(unsplit, split)
         assert contents(again) == contents(source)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from flaxcls.data import open_source
-from flaxcls.data.decode import materialize
 from flaxcls.data.embedded import digits_splits, read_digits
+from flaxcls.data.loader import materialize
 from flaxcls.data.source import Slice, resolve_split
 from flaxcls.errors import ConfigError
 

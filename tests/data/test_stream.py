@@ -23,6 +23,9 @@ from flaxcls.data.stream import Stream, Workers, default_workers
 from flaxcls.data.transform import CenterCrop, RandomResizedCrop
 from flaxcls.errors import ConfigError, DataError
 
+# What a thread dies of would only be printed.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 SIZE = 53  # examples; a prime number
 
 
@@ -479,13 +482,28 @@ def test_death_of_a_process_is_said_in_a_sentence_and_leaves_nothing(folder):
     assert wait_for_end(pids) and not shared_memory_files(names)
 
 
-def test_closing_ends_processes_and_gives_their_memory_back(folder):
+def has_begun(pid):
+    """Whether a worker has chosen what signals do to it."""
+    with open(f"/proc/{pid}/status") as file:
+        fields = dict(line.split(":\t", 1) for line in file)
+    ignored, caught = (int(fields[name], 16) for name in ("SigIgn", "SigCgt"))
+    return ignored & 1 << signal.SIGINT - 1 and caught & 1 << signal.SIGTERM - 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
+def test_processes_work_on_after_a_signal_to_all_until_they_are_closed(folder):
     stream = in_processes(folder)
     batches = stream.batches(0, 10**6)
     next(batches)
     pids, names = pids_and_memory(stream)
-    if os.path.isdir("/dev/shm"):
-        assert shared_memory_files(names) == names
+    assert shared_memory_files(names) == names
+    deadline = time.monotonic() + 20
+    while not all(map(has_begun, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for pid, number in itertools.product(pids, (signal.SIGINT, signal.SIGTERM)):
+        os.kill(pid, number)  # as Ctrl-C or a scheduler does, to the main process too
+    for _ in itertools.islice(batches, 20):
+        pass
     batches.close()
     stream.close()
     assert not any(map(is_running, pids)) and not shared_memory_files(names)

@@ -28,10 +28,10 @@ def get_config():
     config.image_size = (("0 epochs", 8), ("13 steps", 12))
     config.input.mode = "stream"
     config.input.max_broken = 0.1
-    config.augment = ({{"name": "flip"}}, {{"name": "rand_augment"}})
-    config.model.name = "resnet18"
-    config.model.stem = "cifar"
-    config.model.width = 4
+    config.augment = ({{"name": "flip"}}, {{"name": "grayscale"}})
+    config.model.name = "wrn"
+    config.model.depth = 10
+    config.model.width = 1
     config.optimizer.momentum = 0.9
     config.mesh.cpu_devices = 2
     return config
