@@ -12,7 +12,7 @@ from flaxcls.config import default
 def get_config():
     config = default()
     config.batch_size = 500
-    config.duration = "12 epochs"
+    config.duration = "14 epochs"
     config.log_every = "20 steps"
     config.data.name = "idx"
     config.data.path = "/usr/share/datasets/fashion-mnist"
@@ -24,7 +24,7 @@ def get_config():
     config.model.widths = (24, 64, 128)
     config.loss.label_smoothing = 0.1
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 0.15
+    config.optimizer.learning_rate = 0.1
     config.optimizer.momentum = 0.6
     config.optimizer.newton_schulz_steps = 3
     config.optimizer.renormalize = True

@@ -106,39 +106,32 @@ def bench_input(config: Any, mesh: Any) -> None:
     )
     print(f"decoder alone, the same bytes: {_decoder_rate(stream, indices):,.0f} images/s")
 
-    peaks = []
+    batches = sharding.prefetch(mesh, stream.batches(0, 10**9))
+    waits, peaks = [], []  # of every round
 
-    def rounds(wait: float = 0.0) -> tuple[list[float], float]:
-        batches = sharding.prefetch(mesh, stream.batches(0, 10**9))
-        waited = 0.0
+    def round_of(model_seconds: float = 0.0) -> int:
+        begin, waited = time.perf_counter(), 0.0
+        for _ in range(FLAGS.steps):
+            start = time.perf_counter()
+            jax.block_until_ready(next(batches))
+            waited += time.perf_counter() - start
+            time.sleep(model_seconds)
+        waits.append(waited / (time.perf_counter() - begin))
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return config.batch_size * FLAGS.steps
 
-        def one() -> int:
-            nonlocal waited
-            for _ in range(FLAGS.steps):
-                start = time.perf_counter()
-                jax.block_until_ready(next(batches))
-                waited += time.perf_counter() - start
-                time.sleep(wait)
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-            return config.batch_size * FLAGS.steps
-
-        rates = _rates(one)
-        batches.close()
-        return rates, waited
-
-    rates, _ = rounds()
+    rates = _rates(round_of)
     _print_rates(rates)
     rate = statistics.median(rates)
     print(f"that is {rate / cores:,.0f} images/s a core")
     print(
         f"peak memory of the process: {peaks[0]:,.0f} MiB after {FLAGS.steps:,} batches, "
-        f"{peaks[-1]:,.0f} MiB after {FLAGS.steps * (FLAGS.rounds + 1):,}"
+        f"{peaks[-1]:,.0f} MiB after {FLAGS.steps * len(peaks):,}"
     )
-    model_seconds = config.batch_size / (rate * FLAGS.busy)
-    start = time.perf_counter()
-    _, waited = rounds(model_seconds)
-    share = waited / (time.perf_counter() - start)
-    print(f"a model of {rate * FLAGS.busy:,.0f} images/s waits {100 * share:.1f} % of the time")
+    _rates(lambda: round_of(config.batch_size / (rate * FLAGS.busy)))
+    wait = statistics.median(waits[-FLAGS.rounds :])
+    print(f"a model of {rate * FLAGS.busy:,.0f} images/s waits {100 * wait:.1f} % of the time")
+    batches.close()
     stream.close()
 
 

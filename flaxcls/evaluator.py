@@ -1,5 +1,6 @@
 """Exact metrics of a model on a whole split."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +82,7 @@ def evaluate_run(
       workdir: the run's folder.
       split: as in TFDS; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
-      data_dir: where the data lies now; None: as in the run.
+      data_dir: where the data lies now, what config.data.path or .dir was; None: as in the run.
 
     Returns the step, the split and the metrics: those of the parameters as "eval" and those of
     their average, where the run kept one, as "ema".
@@ -89,7 +90,7 @@ def evaluate_run(
     trained = restore(workdir, checkpoint)
     config, facts = trained.config, trained.facts
     if data_dir:
-        config.data.dir = data_dir
+        config.data["path" if config.data.path else "dir"] = data_dir
     split = split or config.data.eval_split
     source = build.source(config, split)
     if list(source.class_names) != facts["class_names"]:
@@ -105,8 +106,8 @@ def evaluate_run(
         mean=facts["mean"],
         std=facts["std"],
     )
-    results = evaluator.results(trained.variables, trained.ema)
-    evaluator.close()
+    with contextlib.closing(evaluator):
+        results = evaluator.results(trained.variables, trained.ema)
     return trained.step, split, results
 
 

@@ -22,6 +22,10 @@ class Broken(NamedTuple):
     reason: str
 
 
+class LabelError(DataError):
+    """A label is out of range: not one image is wrong then, but the data."""
+
+
 class BrokenImages:
     """The unreadable images of a training split: tells of each once, and when they are too many.
 
@@ -76,7 +80,7 @@ class Loader:
         source = self.source
         image, label = source[index]
         if not 0 <= label < len(source.class_names):
-            raise DataError(
+            raise LabelError(
                 f"{source.where(index)} has label {label}, but there are "
                 f"{len(source.class_names)} classes"
             )
@@ -114,7 +118,8 @@ class Loader:
           broken ones among those asked for.
 
         Raises:
-          DataError: an example can't be read and must not be, or can't be, replaced.
+          DataError: an example can't be read and must not be, or can't be, replaced; or a label is
+            out of range, which no other example makes right.
         """
         taken, labels = indices.astype(np.int32), np.empty(len(indices), np.int32)
         broken = []
@@ -124,6 +129,8 @@ class Loader:
                 try:
                     image, labels[row] = self(int(taken[row]), images.shape[1], draws[row].tolist())
                     break
+                except LabelError:
+                    raise
                 except DataError as error:
                     if not substitute or attempt == _SUBSTITUTES - 1:
                         raise

@@ -123,10 +123,10 @@ def test_next_readable_image_takes_the_place_of_a_broken_one():
     assert broken[1].reason == "example 7 of listed 'train' is not a readable image (30 bytes)"
 
 
-def test_example_with_a_label_out_of_range_is_replaced_like_a_broken_one():
+def test_label_out_of_range_is_never_replaced():
     image = random_images(4, 5, 3)
-    _, taken, labels, broken = fill(Listed([(image, 0), (image, 9), (image, 1)]), [1])
-    assert taken == [2] and labels == [1] and "has label 9" in broken[0].reason
+    with pytest.raises(DataError, match="has label 9"):
+        fill(Listed([(image, 0), (image, 9), (image, 1)]), [1])
 
 
 def test_nothing_is_replaced_where_it_must_not():

@@ -127,6 +127,12 @@ def test_broken_images_are_replaced_named_and_counted(tmp_path, streamed, run_ma
     count = sum(row["train"]["broken_images"] for row in rows(workdir) if "train" in row)
     assert count in (12, 14, 16)
 
+    moved = pictures.rename(tmp_path / "elsewhere")
+    result = run_main(f"--run={workdir}", f"--data_dir={moved}", module="flaxcls.evaluate")
+    last = rows(workdir)[-1]["eval"]
+    assert f"({round(last['accuracy'] * 6)} of 6)" in result.stdout
+    moved.rename(pictures)
+
     result = run_main(
         f"--config={recipe}", f"--workdir={tmp_path / 'two'}", "--config.input.max_broken=0.03"
     )
