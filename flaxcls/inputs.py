@@ -34,6 +34,15 @@ class Sizes(NamedTuple):
     def __call__(self, step: int) -> int | None:
         return self.sizes[np.searchsorted(self.begins, step, side="right") - 1]
 
+    def describe(self) -> str:
+        """The end of a sentence about the input."""
+        if self.sizes == (None,):
+            return ""
+        later = zip(self.sizes[1:], self.begins[1:], strict=True)
+        changes = "".join(f", {size} from step {begin:,} on" for size, begin in later)
+        compiled = " (the step is compiled for each)" if changes else ""
+        return f"; images of {self.sizes[0]} pixels a side{changes}{compiled}"
+
 
 class Survey(NamedTuple):
     """What one sees of a split at a glance."""

@@ -78,6 +78,10 @@ def test_image_size_is_none_a_number_or_a_schedule():
         seen = [sizes(step) for step in (0, 19, 20, 44, 45, 49, 50, 10**9)]
         assert seen == [32, 32, 48, 48, 40, 40, 64, 64]
         assert inputs.last_image_size(config_with(image_size=given)) == 64
+        assert sizes.describe() == (
+            "; images of 32 pixels a side, 48 from step 20 on, 40 from step 45 on, 64 from step 50 "
+            "on (the step is compiled for each)"
+        )
 
 
 @pytest.mark.parametrize(
