@@ -216,7 +216,7 @@ def _training_pictures(trained: Trained) -> Source:
         name=trained.config.data.name,
         split="",
         class_names=facts["class_names"],
-        image_shape=tuple(facts["source_shape"]),
+        image_shape=tuple(facts.get("source_shape", facts["image_shape"])),
         fingerprint="",
     )
 

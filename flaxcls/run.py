@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from flaxcls.config import default
 from flaxcls.errors import ConfigError
 
 # What a resumed run may change: these say where and how often, not what is computed.
@@ -63,11 +64,16 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def load_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`; ConfigError if there is no run."""
+    """The config of the run in `workdir`; ConfigError if there is no run.
+
+    Fields that came to be after the run was made have their defaults.
+    """
     content = read_json(workdir / "config.json")
     if content is None:
         raise ConfigError(f"there is no run in {workdir}: it holds no config.json")
-    return ConfigDict(content["config"])
+    config = ConfigDict(plain(default()), type_safe=False)
+    config.update(content["config"])
+    return config
 
 
 def claim(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:

@@ -135,3 +135,12 @@ def test_recipe_builds_and_fits_together(path, pictures):
     sample = jax.ShapeDtypeStruct((min(size, 500), *shape), jnp.float32)
     state = jax.eval_shape(init, key, sample)
     assert jax.eval_shape(step, state, batch) == state  # nothing changes its shape or dtype
+
+
+def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
+    config = tiny_config()
+    saved = run.plain(config)
+    del saved["image_size"], saved["crop"], saved["input"]["max_broken"]
+    run.write_json(tmp_path / "config.json", {"config": saved})
+    assert run.plain(run.load_config(tmp_path)) == run.plain(config)
+    assert run.claim(tmp_path, config) is None
