@@ -5,8 +5,8 @@
 DIR holds the four files `train-images-idx3-ubyte.gz` and so on (Debian's package
 dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist, which is the default).
 
-Run: test accuracy 94.12 % (n = 1) in 878 s on 2 cores (AMD EPYC) with jax 0.10.2, some tests running
-beside it for a third of the time. November 2026.
+Run: test accuracy 94.12 % (n = 1) in 878 s on 2 cores (AMD EPYC) with jax 0.10.2, some tests
+running beside it for a third of the time. November 2026.
 """
 
 from flaxcls.config import default
