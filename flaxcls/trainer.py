@@ -133,8 +133,8 @@ class Trainer:
         return self._batches
 
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
-        """One step; `state` is used up."""
-        step = self._train_steps[_image_size(batch)]
+        """One step, which is compiled now if `compile` has not been called; `state` is used up."""
+        step = self._train_steps.get(_image_size(batch), self._jitted_step)
         return sharding.keep_pace(step(state, self._data, batch))
 
     def take_metrics(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
