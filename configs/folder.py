@@ -41,8 +41,9 @@ def adapt(config):
     """Fills in what was not given, by what the pictures are like."""
     import jax
 
-    from flaxcls import build, inputs
+    from flaxcls import build, inputs, sharding
 
+    sharding.set_up_devices(config.mesh.cpu_devices, config.batch_size or 16)  # before a first use
     images, classes, short_side = inputs.survey(build.source(config, config.data.train_split))
     accelerated = jax.default_backend() != "cpu"
 

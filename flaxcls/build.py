@@ -135,7 +135,9 @@ def plan(config: ConfigDict) -> Plan:
         with _about(field):
             duration = parse_duration(get(config, field))
             if not (may_be_time and duration.unit == "seconds"):
-                duration = Duration(schedules.in_steps(get(config, field), **sizes), "steps")
+                steps = schedules.in_steps(get(config, field), **sizes)
+                # A small part of a short run may be less than a step.
+                duration = Duration(max(1, steps) if duration.unit == "%" else steps, "steps")
         if duration.value < 1:
             raise ConfigError(f"config.{field} must be at least a step, got {get(config, field)!r}")
         return duration

@@ -12,6 +12,7 @@ from flaxcls import augment, build, cli, inputs, losses, models, optim, options,
 from flaxcls import config as configs
 from flaxcls.data import SOURCES
 from flaxcls.data.transform import TRANSFORMS
+from flaxcls.errors import ConfigError
 from flaxcls.step import make_init, make_train_step
 
 ROOT = Path(__file__).parent.parent
@@ -144,3 +145,10 @@ def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
     run.write_json(tmp_path / "config.json", {"config": saved})
     assert run.plain(run.load_config(tmp_path)) == run.plain(config)
     assert run.claim(tmp_path, config) is None
+
+
+def test_small_part_of_a_short_run_is_at_least_a_step(tiny_config):
+    plan = build.plan(tiny_config(eval__every="1%"))
+    assert plan.eval_every == schedules.Duration(1, "steps")
+    with pytest.raises(ConfigError, match="config.eval.every must be at least a step"):
+        build.plan(tiny_config(eval__every="0.01 epochs"))
