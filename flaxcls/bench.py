@@ -82,6 +82,7 @@ def bench_input(config: Any, mesh: Any) -> None:
 
     from flaxcls import build, inputs, sharding
     from flaxcls.data.decode import available_cores
+    from flaxcls.data.order import evenly_spaced
 
     config.input.mode = "stream"
     plan = build.plan(config)
@@ -92,7 +93,7 @@ def bench_input(config: Any, mesh: Any) -> None:
     print(f"{source.name} '{source.split}', {len(source):,} images; {name}, size {size}")
     print(f"{stream.describe()}; {cores} cores")
 
-    indices = [int(index) for index in _spread(len(source), 200)]
+    indices = evenly_spaced(len(source), 200)
     seconds = _stages(stream, indices, size)
     batch = stream.batch(0)
     start = time.perf_counter()
@@ -133,13 +134,6 @@ def bench_input(config: Any, mesh: Any) -> None:
     print(f"a model of {rate * FLAGS.busy:,.0f} images/s waits {100 * wait:.1f} % of the time")
     batches.close()
     stream.close()
-
-
-def _spread(count: int, most: int) -> Any:
-    """At most so many indices, evenly spaced."""
-    import numpy as np
-
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
 def _stages(stream: Any, indices: Sequence[int], size: int | None) -> dict[str, float]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import models, options
 from flaxcls.data.loader import BrokenImages, Loader, materialize
-from flaxcls.data.order import Order
+from flaxcls.data.order import Order, evenly_spaced
 from flaxcls.data.resident import Resident
 from flaxcls.data.source import Source
 from flaxcls.data.statistics import channel_statistics
@@ -55,7 +55,7 @@ class Survey(NamedTuple):
 def survey(source: Source) -> Survey:
     """Looks at the headers of some pictures; for the recipes that adapt to their data."""
     loader, sides = Loader(source), []
-    for index in _evenly_spaced(len(source), 300):
+    for index in evenly_spaced(len(source), 300):
         try:
             picture = loader.picture(source[index].image, index)
         except DataError:  # whoever reads it tells
@@ -64,11 +64,6 @@ def survey(source: Source) -> Survey:
     if not sides:
         raise DataError(f"none of the images of {source.name} that were tried can be read")
     return Survey(len(source), len(source.class_names), int(np.median(sides)))
-
-
-def _evenly_spaced(count: int, most: int) -> list[int]:
-    """At most so many indices below `count`."""
-    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)).tolist()
 
 
 def image_sizes(config: ConfigDict, to_steps: Callable[[str], int]) -> Sizes:
@@ -240,12 +235,11 @@ def _progress(source: Source) -> Callable[[int, int], None] | None:
 
 def sample(config: ConfigDict, source: Source, count: int) -> np.ndarray:
     """Some training images, evenly spaced over the split, as evaluation would see them."""
-    size = config.eval.image_size or last_image_size(config)
     images, _ = materialize(
         source,
         eval_transform(config, source),
-        size,
-        indices=np.array(_evenly_spaced(len(source), count)),
+        eval_image_size(config),
+        indices=np.array(evenly_spaced(len(source), count)),
         max_pixels=config.input.max_pixels,
         broken=BrokenImages(len(source), 1.0, lambda sentence: None),
     )

@@ -26,6 +26,15 @@ class LabelError(DataError):
     """A label is out of range: not one image is wrong then, but the data."""
 
 
+def check_label(source: Source, index: int, label: int) -> None:
+    """Raises LabelError unless the label of an example is one of the source's classes."""
+    if not 0 <= label < len(source.class_names):
+        raise LabelError(
+            f"{source.where(index)} has label {label}, but there are "
+            f"{len(source.class_names)} classes"
+        )
+
+
 class BrokenImages:
     """The unreadable images of a training split: tells of each once, and when they are too many.
 
@@ -77,13 +86,8 @@ class Loader:
         Raises:
           DataError: an unreadable image or a label out of range; the sentence names the example.
         """
-        source = self.source
-        image, label = source[index]
-        if not 0 <= label < len(source.class_names):
-            raise LabelError(
-                f"{source.where(index)} has label {label}, but there are "
-                f"{len(source.class_names)} classes"
-            )
+        image, label = self.source[index]
+        check_label(self.source, index, label)
         if not isinstance(image, bytes) and not self.transform:
             return image, label
         picture = self.picture(image, index)

@@ -68,6 +68,11 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(draws, kind="stable").astype(np.int32)
 
 
+def evenly_spaced(num_examples: int, most: int) -> list[int]:
+    """At most so many of the examples, which stand for all of them."""
+    return np.unique(np.linspace(0, num_examples - 1, min(num_examples, most)).astype(int)).tolist()
+
+
 def evaluation_batches(num_examples: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
     """Every example once, in order: {"index": int32 [B], "mask": float32 [B]}.
 

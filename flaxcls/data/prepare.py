@@ -29,6 +29,8 @@ from flaxcls import cli
 from flaxcls.data import SOURCES
 from flaxcls.data.command import define_flags, read_config
 from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores, read_header
+from flaxcls.data.loader import check_label
+from flaxcls.data.order import evenly_spaced
 from flaxcls.data.source import Source, fingerprint
 from flaxcls.data.writer import DatasetWriter, Tally, is_complete
 from flaxcls.errors import ConfigError, DataError
@@ -233,7 +235,7 @@ def _refuse_broken(tally: Tally, split: str, max_broken: float) -> None:
 
 def _shards(count: int, make: Maker) -> list[range]:
     """The examples of each shard: equal numbers of them, in order, about SHARD_BYTES."""
-    sample = np.unique(np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int)).tolist()
+    sample = evenly_spaced(count, _SAMPLE)
     total = sum((make(range(index, index + 1))[1] for index in sample), Tally())
     shards = max(1, round(count / len(sample) * total.bytes / SHARD_BYTES))
     bounds = [count * number // shards for number in range(shards + 1)]
@@ -244,7 +246,7 @@ def _maker(source: Source, recipe: Recipe) -> Maker:
     """What makes the records of some of a source's examples, and says what became of them."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    channels, classes = source.image_shape[2], len(source.class_names)
+    channels = source.image_shape[2]
 
     def make(examples: range) -> tuple[list[bytes], Tally]:
         records, tally = [], Tally()
@@ -256,8 +258,7 @@ def _maker(source: Source, recipe: Recipe) -> Maker:
             except DataError as error:
                 tally.left_out.append(str(error))
                 continue
-            if not 0 <= label < classes:
-                raise DataError(f"{where} has label {label}, but there are {classes} classes")
+            check_label(source, index, label)
             record = tf_example_pb2.Example()
             record.features.feature["image"].bytes_list.value.append(stored)
             record.features.feature["label"].int64_list.value.append(label)
