@@ -38,7 +38,7 @@ class Evaluator:
         std: Sequence[float],
     ):
         self._mesh, self._input = mesh, data
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._batch_size = sharding.round_up(mesh, batch_size)
         self._data = sharding.replicate(mesh, data.arrays)
         step = make_eval_step(network, loss, lambda x: augment.normalize(x, mean, std))
 

@@ -88,7 +88,7 @@ class Predictor:
         self._config = config
         self._transform = inputs.eval_transform(config, _training_pictures(trained))
         self._mesh = trained.mesh
-        self._batch_size = -(-batch_size // self._mesh.size) * self._mesh.size
+        self._batch_size = sharding.round_up(self._mesh, batch_size)
         self._weights = _choose_weights(trained, run, ema)
         self._variables = trained.ema if self._weights == "ema" else trained.variables
         self._forward = jax.jit(

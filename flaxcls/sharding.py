@@ -122,6 +122,11 @@ def split_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     }
 
 
+def round_up(mesh: Mesh, batch_size: int) -> int:
+    """The next number of examples that splits over the devices."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def prefetch(
     mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:

@@ -57,12 +57,13 @@ def main(argv: Sequence[str]) -> int:
     threads = FLAGS.threads or available_cores()
     train, evaluation = (scan(source, threads, config.input.max_pixels) for source in sources)
     problems = find_problems(train, evaluation, config.input.max_broken)
-    _print_report(train, evaluation, problems)
+    report = describe(train, evaluation, problems)
+    _print_report(report, problems)
     code = DataError.exit_code if any(problem.is_error for problem in problems) else 0
     if FLAGS.json:
-        report = {**describe(train, evaluation, problems), "exit_code": code}
+        text = json.dumps({**report, "exit_code": code}, indent=1)
         try:
-            Path(FLAGS.json).write_text(json.dumps(report, indent=1) + "\n")
+            Path(FLAGS.json).write_text(text + "\n")
         except OSError as error:
             raise ConfigError(f"--json={FLAGS.json} can't be written: {error.strerror}") from error
     return code
@@ -99,11 +100,10 @@ def _describe_split(scan: Scan) -> dict[str, Any]:
     }
 
 
-def _print_report(train: Scan, evaluation: Scan, problems: Sequence[Problem]) -> None:
+def _print_report(report: dict[str, Any], problems: Sequence[Problem]) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
-    report = describe(train, evaluation, problems)
     console.print(f"{report['name']}, {len(report['classes']):,} classes", style="bold")
     console.print(_table_of_splits(report["splits"]))
     console.print(_table_of_classes(report))

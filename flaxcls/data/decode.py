@@ -77,6 +77,7 @@ class Picture:
     Raises DataError as `decode` does.
 
     Attributes:
+      header: what the file says of itself.
       height, width: as a viewer shows the picture.
     """
 
@@ -85,8 +86,8 @@ class Picture:
     ):
         self._bytes, self._channels, self._where = image, channels, where
         self._file = _open(image, where)
-        self._header = _header(self._file)
-        self.height, self.width = self._header.height, self._header.width
+        self.header = _header(self._file)
+        self.height, self.width = self.header.height, self.header.width
         if self.height * self.width > max_pixels:
             raise DataError(
                 f"{where} has {self.width} x {self.height} pixels, more than the "
@@ -99,17 +100,17 @@ class Picture:
         A reduced JPEG is averaged while it is decoded, in a fraction of the time. Its sides are
         divided by `reduction` and rounded up; other formats come in their own size.
         """
-        if self._header.format in ("JPEG", "MPO") and self._header.mode in ("RGB", "L"):
+        if self.header.format in ("JPEG", "MPO") and self.header.mode in ("RGB", "L"):
             pixels = self._pixels_by_opencv(reduction)
         else:
             pixels = self._pixels_by_pillow()
-        pixels = _upright(pixels, self._header.orientation)
+        pixels = _upright(pixels, self.header.orientation)
         return pixels.reshape(*pixels.shape[:2], self._channels)
 
     def part(self, box: tuple[int, int, int, int]) -> np.ndarray:
         """The pixels of a box (top, left, height, width) of the picture."""
-        upright = self._header.orientation == 1
-        if self._channels == 3 and self._header[:2] == ("JPEG", "RGB") and upright:
+        upright = self.header.orientation == 1
+        if self._channels == 3 and self.header[:2] == ("JPEG", "RGB") and upright:
             pixels = decode_region(self._bytes, box)
             if pixels is not None:
                 return pixels

@@ -28,7 +28,7 @@ from PIL import Image
 from flaxcls import cli
 from flaxcls.data import SOURCES
 from flaxcls.data.command import define_flags, read_config
-from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores, read_header
+from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores
 from flaxcls.data.loader import check_label
 from flaxcls.data.order import evenly_spaced
 from flaxcls.data.source import Source, fingerprint
@@ -296,12 +296,12 @@ def smaller(
         (height, width), is_plain, is_lossy = image.shape[:2], False, False
         decode = _no_decoding(image)
     else:
-        header = read_header(image, where=where)
+        picture = Picture(image, channels, where=where, max_pixels=recipe.max_pixels)
+        decode, header = picture.pixels, picture.header
         height, width = header.height, header.width
         is_plain = header.format in ("JPEG", "PNG") and header.mode in ("L", "RGB")
         is_plain = is_plain and header.orientation == 1
         is_lossy = header.format in ("JPEG", "MPO", "WEBP")
-        decode = Picture(image, channels, where=where, max_pixels=recipe.max_pixels).pixels
     shape = shrunk(height, width, recipe.short_side)
     if max(shape) > _JPEG_SIDE:
         raise DataError(f"{where} is {width} x {height} pixels: too long for a JPEG")

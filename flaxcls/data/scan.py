@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxcls.data.command import in_order, progress
-from flaxcls.data.decode import MAX_PIXELS, decode, read_header
+from flaxcls.data.decode import MAX_PIXELS, Picture
 from flaxcls.data.source import Source
 from flaxcls.data.statistics import channel_histogram
 from flaxcls.errors import DataError
@@ -76,8 +76,8 @@ def scan(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Scan:
                 pixels, file_format = image, "pixels"
                 if isinstance(image, bytes):
                     where = source.where(index)
-                    file_format = read_header(image, where=where).format
-                    pixels = decode(image, channels, where=where, max_pixels=max_pixels)
+                    picture = Picture(image, channels, where=where, max_pixels=max_pixels)
+                    file_format, pixels = picture.header.format, picture.pixels()
             except DataError as error:
                 broken[index] = str(error)
                 continue

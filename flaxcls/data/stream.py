@@ -96,9 +96,7 @@ class Stream:
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The training batches of the steps `start` to `stop` - 1."""
-        number, hosts = self._host
-        rows = self._order.batch_size // hosts
-        mine = slice(number * rows, (number + 1) * rows)
+        mine = self._rows(self._order.batch_size)
 
         def plans() -> Iterator[tuple[Batch, np.ndarray, int | None]]:
             for step in range(start, stop):
@@ -119,14 +117,13 @@ class Stream:
         Raises:
           DataError: an image is unreadable; the sentence names it.
         """
-        number, hosts = self._host
-        rows = batch_size // hosts
-        mine = slice(number * rows, (number + 1) * rows)
+        mine = self._rows(batch_size)
 
         def plans() -> Iterator[tuple[Batch, np.ndarray, int | None]]:
             for plan in evaluation_batches(len(self), batch_size):
                 plan = {name: column[mine] for name, column in plan.items()}
-                yield plan, np.zeros((rows, self.loader.draws)), self.image_size(0)
+                draws = np.zeros((len(plan["index"]), self.loader.draws))
+                yield plan, draws, self.image_size(0)
 
         for plan, images, (_, labels, _) in self._load(plans(), substitute=False):
             yield {**plan, "image": images, "label": labels}
@@ -169,6 +166,12 @@ class Stream:
             raise DataError(
                 "a process that decodes images has died; the system may have run out of memory"
             ) from error
+
+    def _rows(self, batch_size: int) -> slice:
+        """Those of a batch that are this host's."""
+        number, hosts = self._host
+        rows = batch_size // hosts
+        return slice(number * rows, (number + 1) * rows)
 
     def _shape(self, size: int | None) -> tuple[int, int, int]:
         height, width, channels = self.loader.source.image_shape
