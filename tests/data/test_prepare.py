@@ -396,27 +396,27 @@ print(kills)
 
 @pytest.mark.slow
 def test_killed_again_and_again_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
-    output = drive(
+    drive(
         tmp_path,
         """
-kills = 0
-for seed in range(5):
-    folder, moments = out / str(seed), random.Random(seed)
-    while True:
+# A kill that comes too late is none: as many folders as it takes, however fast the machine is.
+kills, folders = 0, 0
+while kills < 12:
+    folders += 1
+    folder, moments = out / str(folders), random.Random(folders)
+    for attempts in range(100):
         child = attempt(folder)
-        time.sleep(moments.uniform(0, 0.25))
-        os.kill(child, signal.SIGKILL)
+        if attempts < 50:  # then it is left to finish, however slow the machine is
+            time.sleep(moments.uniform(0, 0.25))
+            os.kill(child, signal.SIGKILL)
         if finished(child):
             break
         kills += 1
         check(folder)
-        if kills > 300:
-            assert finished(attempt(folder))
     check(folder)
-print(kills)
+    assert (folder / "small").exists() and folders < 100
 """,
     )
-    assert int(output) > 8
 
 
 def test_interrupted_work_is_used_only_for_the_same_data_and_options(tmp_path):
