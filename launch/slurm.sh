@@ -1,0 +1,53 @@
+# Runs ${command[@]} as one step of tasks and decides by its exit code what becomes of the job.
+# launch/slurm.py puts before this: the #SBATCH lines, the environment, command, name, stop and
+# max_failures.
+#
+# SLURM itself sends SIGTERM to the tasks, before the time limit (--signal without B:), when it
+# preempts and when the job is cancelled. In the latter two cases this shell is told too: it must
+# stay alive until the tasks have saved, and must not put the job into the queue again, since a
+# preempted job is requeued by SLURM and a cancelled one shall stay cancelled.
+
+step=
+told=
+# Told twice, many processes save once, but a single one takes the second SIGTERM as "at once".
+# shellcheck disable=SC2329 # called by the trap
+forward() {
+  told=yes
+  interrupted=yes
+  if [ -n "$step" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then kill -TERM "$step"; fi
+}
+trap forward TERM
+
+# All tasks end together; a cluster's default may be to kill the others, in the middle of saving.
+srun --kill-on-bad-exit=0 --wait=300 "${command[@]}" &
+step=$!
+while true; do
+  interrupted=
+  wait "$step"
+  code=$? # of the step, the highest of its tasks, unless the trap ended the waiting
+  [ -n "$interrupted" ] || break
+done
+
+requeue() {
+  echo "$name: $1; into the queue again" >&2
+  scontrol requeue "$SLURM_JOB_ID" || echo "$name: scontrol requeue failed" >&2
+}
+
+if [ "$code" -eq 0 ]; then
+  echo "$name: done" >&2
+elif [[ "$code" =~ ^($stop)$ ]]; then
+  echo "$name: exit code $code, to be looked at; see launch/README.md" >&2
+elif [ -n "$told" ]; then
+  echo "$name: exit code $code after SLURM ended the job" >&2
+elif [ "$code" -eq 42 ]; then
+  requeue "preempted, saved"
+else
+  failures="$name-$SLURM_JOB_ID.failures"
+  echo "exit code $code" >>"$failures"
+  if [ "$(wc -l <"$failures")" -le "$max_failures" ]; then
+    requeue "exit code $code"
+  else
+    echo "$name: exit code $code, given up after $max_failures restarts" >&2
+  fi
+fi
+exit "$code"

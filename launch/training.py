@@ -1,0 +1,69 @@
+"""What all launchers know of a training process: its command line and its exit codes."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+DONE = 0
+PREEMPTED = 42  # saved; to be started again, as often as it takes
+STOP = {  # starting it again would only end in the same way
+    2: "the config or the command line is wrong",
+    43: "the training diverged",
+    45: "the data are broken",
+    130: "somebody pressed Ctrl-C",
+}
+# All other codes, 44 (hung) among them, are crashes: started again, but not for ever.
+
+
+def describe(code: int) -> str:
+    """An exit code in words, for messages."""
+    known = {DONE: "done", PREEMPTED: "preempted, saved", 44: "a step hung", **STOP}
+    return f"exit code {code}: {known.get(code, 'crashed')}"
+
+
+def split(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, absolute: bool
+) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's own options, and the arguments of `flaxcls.main`, which follow `--`.
+
+    A run that is started again goes on only where it was, so --workdir has to be said, and
+    `absolute` where the processes' current folder is not a shared one. What is wrong ends the
+    launcher with a sentence and code 2.
+    """
+    own, dashes, arguments = list(argv), [], []
+    if "--" in argv:
+        at = own.index("--")
+        own, dashes, arguments = own[:at], own[at:], own[at + 1 :]
+    options = parser.parse_args(own)
+    values = dict(text.split("=", 1) for text in arguments if "=" in text)
+    if not dashes:
+        parser.error("the arguments of flaxcls.main must follow --, as in -- --config=FILE ...")
+    for name in ("--config", "--workdir"):
+        if not values.get(name):
+            parser.error(f"{name}=... is missing after --")
+    if absolute and not PurePosixPath(values["--workdir"]).is_absolute():
+        parser.error(
+            f"--workdir must be an absolute path of a file system that all hosts share, "
+            f"got {values['--workdir']!r}"
+        )
+    return options, arguments
+
+
+def command(python: str, arguments: Sequence[str]) -> list[str]:
+    """The command that trains."""
+    return [python, "-m", "flaxcls.main", *arguments]
+
+
+def add_env(parser: argparse.ArgumentParser) -> None:
+    """The option --env, which may be given several times."""
+    parser.add_argument(
+        "--env", action="append", default=[], metavar="NAME=VALUE", type=_assignment,
+        help="an environment variable of the training process, such as TFDS_DATA_DIR=...",
+    )  # fmt: skip
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text!r}")
+    return name, value

@@ -1,0 +1,36 @@
+"""The launchers are modules of the checkout, not of the package that is installed."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.append(str(ROOT))
+
+
+@pytest.fixture
+def launch():
+    """Runs `python -m launch.NAME ...` in the checkout and returns what became of it."""
+
+    def run(name, *arguments):
+        words = [sys.executable, "-m", f"launch.{name}", *arguments]
+        return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
+
+    return run
+
+
+@pytest.fixture
+def executable(tmp_path, monkeypatch):
+    """Puts a script onto the PATH under the name of a program."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    def put(name, text):
+        path = folder / name
+        path.write_text(text)
+        path.chmod(0o755)
+
+    return put

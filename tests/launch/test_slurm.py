@@ -1,0 +1,118 @@
+"""The batch script, run by bash with an `srun` and an `scontrol` that are small programs."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+SRUN = """#!/bin/bash
+echo "$@" >>srun.log
+if [ -n "$SAVES" ]; then
+  trap 'echo told >>srun.log; sleep 0.3; echo saved >>srun.log; exit 42' TERM
+  echo $$ >srun.pid
+  echo ready >>srun.log
+  while true; do sleep 0.05; done
+fi
+exit "$CODE"
+"""
+
+
+@pytest.fixture
+def job(launch, executable, tmp_path, monkeypatch):
+    """Starts the batch script as SLURM does, in an empty folder, and returns its process."""
+    executable("srun", SRUN)
+    executable("scontrol", '#!/bin/sh\necho "$@" >>scontrol.log\n')
+    run = ["--max_failures=2", "--dry_run", "--", "--config=c.py", "--workdir=w", "--config.a=b c"]
+    (tmp_path / "job").write_text(launch("slurm", *run).stdout)
+    monkeypatch.chdir(tmp_path)
+
+    def start(**variables):
+        environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", **variables}
+        return subprocess.Popen(["bash", "job"], env=environment, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def requeued():
+    path = Path("scontrol.log")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    "code, again",
+    [(0, False), (42, True), (44, True), (1, True), (137, True)]
+    + [(stop, False) for stop in (2, 43, 45, 130)],
+)
+def test_exit_code_decides_whether_the_job_is_queued_again(code, again, job):
+    process = job(CODE=str(code))
+    process.communicate(timeout=30)
+    assert process.returncode == code
+    assert requeued() == (["requeue 7"] if again else [])
+    arguments = "python -m flaxcls.main --config=c.py --workdir=w --config.a=b c"
+    assert Path("srun.log").read_text().rstrip().endswith(arguments)
+
+
+def test_crashes_are_queued_again_no_more_than_allowed_and_preemptions_always(job):
+    for code in (1, 44, 1, 42, 42):
+        job(CODE=str(code)).communicate(timeout=30)
+    assert len(requeued()) == 2 + 2
+    _, said = job(CODE="44").communicate(timeout=30)
+    assert "given up after 2 restarts" in said and len(requeued()) == 4
+
+
+def test_sigterm_is_forwarded_waited_for_and_the_job_left_to_slurm(job):
+    process = job(SAVES="yes")
+    tell_when_ready(process)
+    process.communicate(timeout=30)
+    assert process.returncode == 42
+    assert Path("srun.log").read_text().endswith("saved\n")
+    assert requeued() == []
+
+
+def test_single_task_is_not_told_twice(job):
+    """SLURM tells the tasks by itself, and one task takes a second SIGTERM as "at once"."""
+    process = job(SAVES="yes", SLURM_NTASKS="1")
+    tell_when_ready(process)
+    time.sleep(0.5)
+    assert process.poll() is None and "told" not in Path("srun.log").read_text()
+    os.kill(int(Path("srun.pid").read_text()), signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 42
+
+
+def test_step_told_by_slurm_alone_is_queued_again(job):
+    process = job(SAVES="yes")
+    wait_until_ready()
+    os.kill(int(Path("srun.pid").read_text()), signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 42 and requeued() == ["requeue 7"]
+
+
+def tell_when_ready(process):
+    wait_until_ready()
+    process.send_signal(signal.SIGTERM)
+
+
+def wait_until_ready():
+    for _ in range(600):
+        if Path("srun.log").exists() and "ready" in Path("srun.log").read_text():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_task_a_node_sees_all_gpus(launch):
+    run = ["--one_task_a_node", "--gpus=4", "--cpus=6", "--dry_run", "--"]
+    text = launch("slurm", *run, "--config=c", "--workdir=w").stdout
+    assert "export JAX_LOCAL_DEVICE_IDS=0,1,2,3\n" in text
+    assert "--ntasks-per-node=1\n" in text and "--cpus-per-task=24\n" in text
+
+
+def test_script_is_handed_to_sbatch(launch, executable, tmp_path):
+    executable("sbatch", f"#!/bin/sh\ncat >'{tmp_path}/submitted'\n")
+    run = ["--", "--config=c", "--workdir=w"]
+    assert launch("slurm", *run).returncode == 0
+    assert (tmp_path / "submitted").read_text() == launch("slurm", "--dry_run", *run).stdout
