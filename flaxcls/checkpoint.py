@@ -1,19 +1,46 @@
 """Checkpoints of a run, saved in the background; the only file that knows Orbax.
 
 A checkpoint holds the whole training state and, as JSON, all else that using or resuming it needs:
-the resolved config, class names, normalisation, best metrics so far. Orbax writes a step into a
-temporary folder and renames it when it is complete, so that a killed run leaves no half of one.
+the resolved config, class names, normalisation, best metrics so far. What is promised:
+
+- A step is there whole or not at all. Orbax writes it into a temporary folder; when all files are
+  there a manifest of their digests is added, all is flushed to the disk, and the folder is renamed.
+- Nothing is restored that is not what was saved: digests, the arrays' names, shapes and dtypes are
+  checked first. Steps saved before there were manifests are restored without that check.
+- An older step is deleted only when the newer one is complete.
+- What could not be saved is told in one sentence, and saving can be tried again.
 """
 
-from collections.abc import Sequence
+import contextlib
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from flaxcls.errors import ConfigError, did_you_mean
+from flaxcls import manifest, processes
+from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
+from flaxcls.manifest import Damaged
+
+UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # ends the name of the folder that is being written
+# Orbax writes these after the manifest, with the time of the commit; restoring needs neither.
+WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+SECONDS_TO_SAVE = 600  # then a save in the background has failed, also where a process is missing
+
+# What Orbax logs with long tracebacks, one a thread, is told in a sentence here.
+logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+
+
+class _OtherCode(ConfigError):
+    """The arrays of a checkpoint are not those that are asked for."""
 
 
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):
@@ -32,7 +59,7 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):
 
 
 class Checkpoints:
-    """The checkpoints in one folder.
+    """The checkpoints in one folder, which all processes share; all of them make the same calls.
 
     Args:
       directory: where they lie, one folder a step; made when the first one is saved.
@@ -40,25 +67,70 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 1):
+        self._directory = directory.resolve()
         self._policy = _NewestAndBest(keep)
-        self._manager = ocp.CheckpointManager(
-            directory.resolve(),
-            item_names=("state", "facts"),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._policy, enable_async_checkpointing=True
-            ),
-        )
+        self._saving: int | None = None  # the step whose saving began last
+        self._failure: CheckpointError | None = None  # of that step, until it is told
+        self._bytes = 0  # of the step that was written last
+        self._has_manifest: dict[int, bool] = {}  # of the steps that are verified
+        self._manager = self._open()
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Starts saving `state` (arrays) and `facts` (JSON) and returns; a failure shows in `wait`.
+        """Starts saving `state` (arrays) and `facts` (JSON) and returns.
 
         The step that `facts["progress"]["best"]` names is kept from then on.
+
+        Raises CheckpointError, and saves nothing, if the folder can't be written, the disk is too
+        full, or the previous save failed in the background, which neither `wait` nor `failure` has
+        told yet.
         """
+        failure = self._told_failure()
+        if not failure and processes.is_first():
+            failure = self._obstacle(step, state)
+        for told in processes.gather(str(failure or "")):
+            if told:
+                raise CheckpointError(told) from failure
         self._policy.best_step = facts["progress"]["best"].get("step")
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(facts)
         )
-        self._manager.save(step, args=arguments)
+        self._saving = step
+        try:
+            # Without `force` Orbax does nothing, and says nothing, at a step before the newest one.
+            self._manager.save(step, args=arguments, force=True)
+        except Exception as error:
+            self._reopen()
+            if isinstance(error, OSError):
+                raise _not_saved(step, _cause(error)) from error
+            raise
+
+    def failure(self) -> CheckpointError | None:
+        """What went wrong with the last save, if that is known by now; never waits.
+
+        A failure is told once: here, or raised by `wait` or the next `save`. The processes need
+        not learn of it at the same time.
+        """
+        if self._manager.is_saving_in_progress():
+            return None
+        return self._told_failure()
+
+    def wait(self) -> None:
+        """Returns when everything is saved; raises CheckpointError if it could not be."""
+        if failure := self._told_failure():
+            raise failure
+
+    def close(self) -> None:
+        """`wait`, and ends what saves in the background."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def steps(self) -> list[int]:
         """The steps that are saved, oldest first."""
@@ -68,7 +140,7 @@ class Checkpoints:
         """The step that "last", "best" or a number means; ConfigError if there is none."""
         steps = self.steps()
         if not steps:
-            raise ConfigError(f"there is no checkpoint in {self._manager.directory}")
+            raise ConfigError(f"there is no checkpoint in {self._directory}")
         if which == "last":
             return steps[-1]
         if which == "best":
@@ -82,35 +154,277 @@ class Checkpoints:
         return int(which)
 
     def facts(self, step: int) -> dict[str, Any]:
-        """The JSON part of a checkpoint."""
-        arguments = ocp.args.Composite(facts=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=arguments).facts
+        """The JSON part of a checkpoint; Damaged if a file of the checkpoint is."""
+        self._verify(step)
+        return self._restore(step, facts=ocp.args.JsonRestore()).facts
 
     def state(self, step: int, shapes: Any, shardings: Any) -> Any:
         """The arrays of a checkpoint that `shapes` names, placed as `shardings` says.
 
         `shapes` may be a part of what was saved, such as the parameters without the optimizer.
+        Raises Damaged if a file of the checkpoint is, and ConfigError if an array is not there or
+        has another shape or dtype.
         """
-        arguments = jax.tree.map(
-            lambda shape, sharding: ocp.ArrayRestoreArgs(
-                sharding=sharding, global_shape=shape.shape, dtype=shape.dtype
+        self._verify(step)
+        self._compare(step, shapes)
+        return self._restore(step, state=_restore_arguments(shapes, shardings)).state
+
+    def restore_newest(
+        self, shapes: Any, shardings: Any, say: Callable[[str], None]
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """The newest step that is whole, its state and its facts; None if there is none.
+
+        Steps that are damaged, or whose arrays are not those of `shapes`, are moved to the folder
+        quarantine beside this one, and `say` gets a sentence for each (in the first process).
+        Raises ConfigError, and moves nothing, if none is left because of their arrays.
+        """
+        self._finish()
+        self._has_manifest.clear()
+        passed: list[tuple[int, CheckpointError | ConfigError]] = []
+        found = None
+        candidates = self.steps()
+        while not found and (step := processes.agree(candidates.pop() if candidates else -1)) >= 0:
+            try:
+                self._inspect(step, shapes)
+                found = step, *self._restore_together(step, shapes, shardings)
+            except (Damaged, _OtherCode) as error:
+                passed.append((step, error))
+        other_code = [error for _, error in passed if isinstance(error, _OtherCode)]
+        if other_code and not found:
+            raise other_code[0]
+        if processes.is_first():
+            for step, error in passed:
+                say(f"{error}; it is moved to {self._quarantine(step)}")
+            if passed and not found:
+                say("no checkpoint is left: the run begins anew")
+            if found and not self._has_manifest[found[0]]:
+                say(f"the checkpoint of step {found[0]} has no manifest: it is used unchecked")
+        if passed:
+            processes.agree(0)  # all are moved before anyone looks again
+            self._reopen()
+        return found
+
+    def discard_after(self, step: int) -> None:
+        """Deletes all checkpoints that are newer than `step`."""
+        self._finish()
+        if processes.is_first():
+            for newer in (known for known in self.steps() if known > step):
+                # Renamed first: a deletion that is cut short leaves no half of a checkpoint.
+                self._folder(newer).rename(self._unfinished(newer))
+        processes.agree(0)
+        self._reopen()
+
+    # Saving.
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._directory,
+            item_names=("state", "facts"),
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                preservation_policy=self._policy,
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=SECONDS_TO_SAVE,
+                    post_finalization_callback=self._write_manifest,
+                    create_directories_asynchronously=False,
+                ),
             ),
-            shapes,
-            shardings,
         )
-        restore = ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
-        return self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
 
-    def wait(self) -> None:
-        """Returns when everything is saved; raises what went wrong meanwhile."""
-        self._manager.wait_until_finished()
+    def _reopen(self) -> None:
+        """Begins again with what is on the disk, after a failure or a change by others."""
+        with contextlib.suppress(Exception):  # told already
+            self._manager.close()
+        self._remove_unfinished()
+        self._has_manifest.clear()
+        self._manager = self._open()
 
-    def close(self) -> None:
-        """Returns when everything is saved, and ends what saves in the background."""
-        self._manager.close()
+    def _finish(self) -> None:
+        """Waits for the save that is under way, and notes its failure."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failure = _not_saved(self._saving, _cause(error))
+            self._failure.__cause__ = error
+            self._reopen()
 
-    def __enter__(self) -> "Checkpoints":
-        return self
+    def _told_failure(self) -> CheckpointError | None:
+        self._finish()
+        failure, self._failure = self._failure, None
+        return failure
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def _write_manifest(self) -> None:
+        """Orbax calls this in the first process, when all have written, before the renaming."""
+        self._bytes = manifest.write(self._unfinished(self._saving), WRITTEN_LAST)
+
+    def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
+        """Why `state` can't be saved now."""
+        self._remove_unfinished()
+        arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = max(int(1.02 * arrays) + 2**20, self._bytes)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory):
+                free = shutil.disk_usage(self._directory).free
+        except OSError as error:
+            return _not_saved(step, f"{self._directory} can't be written: {_cause(error)}")
+        if free < needed:
+            room = f"{_size(needed)} needed, {_size(free)} free in {self._directory}"
+            return _not_saved(step, room)
+        return None
+
+    def _remove_unfinished(self) -> None:
+        """Frees the space of what a failure or the end of a process left half written."""
+        if processes.is_first():
+            for folder in self._directory.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folder(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _unfinished(self, step: int) -> Path:
+        return self._directory / f"{step}{UNFINISHED}"
+
+    # Restoring.
+
+    def _verify(self, step: int) -> None:
+        """Raises Damaged if a file of the step is; once is enough."""
+        if step in self._has_manifest:
+            return
+        try:
+            self._has_manifest[step] = manifest.verify(self._folder(step), WRITTEN_LAST)
+        except Damaged as error:
+            raise Damaged(f"the checkpoint of step {step} is damaged: {error}") from error
+
+    def _compare(self, step: int, shapes: Any, whole: bool = False) -> None:
+        """Raises _OtherCode unless the step has the arrays of `shapes`, and if `whole` no others.
+
+        Orbax itself casts silently to another dtype.
+        """
+        with self._reading(step):
+            folder = self._folder(step) / "state"
+            saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        saved, expected = _arrays(saved), _arrays(shapes)
+        names = [*expected, *(sorted(saved.keys() - expected.keys()) if whole else ())]
+        for name in names:
+            if saved.get(name) != expected.get(name):
+                raise _OtherCode(
+                    f"the checkpoint of step {step} is from other code: {name} is "
+                    f"{saved.get(name, 'not there')} and should be {expected.get(name, 'absent')}"
+                )
+
+    def _inspect(self, step: int, shapes: Any) -> None:
+        """Raises Damaged or _OtherCode in all processes if the first one, which looks, does."""
+        problem = None
+        if processes.is_first():
+            try:
+                self._verify(step)
+                self._compare(step, shapes, whole=True)
+            except (Damaged, _OtherCode) as error:
+                problem = error
+        _raise_together(problem)
+
+    def _restore_together(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict]:
+        """State and facts; Damaged in all processes if any of them can't read them."""
+        problem = restored = None
+        try:
+            restored = self._restore(
+                step, state=_restore_arguments(shapes, shardings), facts=ocp.args.JsonRestore()
+            )
+        except Damaged as error:
+            problem = error
+        _raise_together(problem)
+        return restored.state, restored.facts
+
+    def _restore(self, step: int, **items: Any) -> Any:
+        with self._reading(step):
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Says what it means that Orbax can't read a step.
+
+        It is damaged, unless its digests are right or the devices, not the files, failed.
+        """
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            if self._has_manifest.get(step):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} is whole but can't be read: {_cause(error)}"
+                ) from error
+            raise Damaged(
+                f"the checkpoint of step {step} is damaged: it can't be read: {_cause(error)}"
+            ) from error
+
+    def _quarantine(self, step: int) -> Path:
+        """Moves a step out of the way; where to."""
+        folder = self._directory.parent / "quarantine"
+        names = (f"{step}.{number}" if number else str(step) for number in range(10**6))
+        try:
+            folder.mkdir(exist_ok=True)
+            target = next(folder / name for name in names if not (folder / name).exists())
+            return self._folder(step).rename(target)
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} can't be moved to {folder}: {_cause(error)}"
+            ) from error
+
+
+def _restore_arguments(shapes: Any, shardings: Any) -> ocp.args.PyTreeRestore:
+    arguments = jax.tree.map(
+        lambda shape, sharding: ocp.ArrayRestoreArgs(
+            sharding=sharding, global_shape=shape.shape, dtype=shape.dtype
+        ),
+        shapes,
+        shardings,
+    )
+    return ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """`params/layer/kernel` -> `float32[128, 256]`, of arrays, shapes or Orbax's metadata."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        )
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def _raise_together(problem: Damaged | _OtherCode | None) -> None:
+    """Raises a problem that any process has in all of them, so that they all go the same way."""
+    kinds = {kind.__name__: kind for kind in (Damaged, _OtherCode)}
+    for told in processes.gather(f"{type(problem).__name__} {problem}" if problem else ""):
+        if told:
+            kind, _, sentence = told.partition(" ")
+            raise kinds[kind](sentence)
+
+
+def _not_saved(step: int, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint of step {step} not saved: {why}")
+
+
+def _cause(error: BaseException) -> str:
+    """One line of what went wrong; of what TensorStore says, what the system said."""
+    while _is_late(error) and error.__context__:  # a failure has made this process late
+        error = error.__context__
+    if _is_late(error):
+        return f"not all processes wrote their part within {SECONDS_TO_SAVE} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip() or type(error).__name__
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else text.splitlines()[0][:300]
+
+
+def _is_late(error: BaseException) -> bool:
+    """Whether it says that the processes have waited for one another in vain."""
+    text = str(error)
+    return "DEADLINE_EXCEEDED" in text or "Timed out while waiting for async" in text
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Iterable
 
 SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}  # of being asked to end
+HUNG_EXIT_CODE = 44  # of a process that the watchdog ends: there is nobody left to raise anything
 
 
 class FlaxclsError(Exception):
@@ -28,7 +29,7 @@ class Interrupted(FlaxclsError):
 
 
 class DivergedError(FlaxclsError):
-    """The loss or the parameters are no longer finite."""
+    """Updates, results or the state are not finite or far too large."""
 
     exit_code = 43
 
@@ -37,6 +38,10 @@ class DataError(FlaxclsError):
     """The data is missing, broken or not what it says it is."""
 
     exit_code = 45
+
+
+class CheckpointError(FlaxclsError):
+    """A checkpoint could not be written or read."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
