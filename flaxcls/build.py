@@ -60,10 +60,14 @@ def check(config: ConfigDict) -> None:
         "eval.batch_size",
         "eval.image_size",
         "checkpoint.keep",
+        "divergence.max_skipped",
         "mesh.fsdp",
         "mesh.cpu_devices",
     ):
         require(field, get(config, field) is None or get(config, field) >= 1, "at least 1")
+    for field in ("hang_after", "divergence.max_rollbacks"):
+        require(field, get(config, field) >= 0, "at least 0")
+    require("divergence.max_update", config.divergence.max_update > 0, "above 0")
     require("input.processes", (config.input.processes or 0) >= 0, "at least 0")
     require("input.max_broken", 0 <= config.input.max_broken <= 1, "at least 0 and at most 1")
     require(
@@ -74,6 +78,7 @@ def check(config: ConfigDict) -> None:
     for field, choices in (
         ("input.mode", ("auto", "resident", "stream")),
         ("checkpoint.best_metric", ("accuracy", "accuracy_top5", "loss")),
+        ("checkpoint.on_error", ("continue", "stop")),
         ("model.dtype", ("auto", "float32", "bfloat16")),
     ):
         require(field, get(config, field) in choices, " or ".join(choices))

@@ -161,4 +161,11 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except FlaxclsError as error:
         print(f"flaxcls: {error}", file=sys.stderr)
         code = error.exit_code
+    except Exception:
+        if "flaxcls.processes" not in sys.modules:
+            raise
+        traceback.print_exc()
+        code = 1
+    if "flaxcls.processes" in sys.modules:  # it may be one of several
+        sys.modules["flaxcls.processes"].leave(code or 0)
     sys.exit(code)

@@ -29,6 +29,7 @@ def default() -> ConfigDict:
     config.duration = "10 epochs"
     config.ema_decay = placeholder(float)  # 0 to 1; None: no average of the parameters is kept
     config.log_every = "50 steps"
+    config.hang_after = 600  # seconds without a step after which the run ends itself; 0: never
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits, fake, folder, list, idx, or any TFDS name
@@ -144,9 +145,15 @@ def default() -> ConfigDict:
     config.eval.crop.antialias = _option()
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = "1 epochs"  # or a time: "10 minutes"
+    config.checkpoint.every = "1 epochs"  # or a time, looked at at log steps: "10 minutes"
     config.checkpoint.keep = 2  # newest ones; the best one is kept besides
     config.checkpoint.best_metric = "accuracy"  # accuracy, accuracy_top5, loss
+    config.checkpoint.on_error = "continue"  # until the next one is due; or stop
+
+    config.divergence = ConfigDict()  # an update that is not finite or too large is left out
+    config.divergence.max_update = 10.0  # its norm over that of the parameters (or 1, if larger)
+    config.divergence.max_skipped = 10  # in a row; then the run goes back to its last checkpoint
+    config.divergence.max_rollbacks = 3  # then it ends
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that parameters are split over

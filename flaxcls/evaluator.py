@@ -49,19 +49,27 @@ class Evaluator:
         self._step = jax.jit(eval_step, donate_argnums=1, out_shardings=place)
         self._zeros = jax.jit(lambda: zero_metrics(network.num_classes), out_shardings=place)
 
-    def __call__(self, variables: Any) -> dict[str, float]:
-        """{"accuracy", "loss", "count", and "accuracy_top5" with more than 10 classes}."""
+    def __call__(
+        self, variables: Any, alive: Callable[[], None] = lambda: None
+    ) -> dict[str, float]:
+        """{"accuracy", "loss", "count", and "accuracy_top5" with more than 10 classes}.
+
+        `alive` is called after every batch.
+        """
         sums = self._zeros()
         batches = self._input.evaluation_batches(self._batch_size)
         for batch in sharding.prefetch(self._mesh, batches):
             sums = sharding.keep_pace(self._step(variables, sums, self._data, batch))
+            alive()
         return {**metrics.compute(sums), "count": int(jax.device_get(sums["accuracy"][1]))}
 
-    def results(self, variables: Any, ema: Any) -> dict[str, dict[str, float]]:
+    def results(
+        self, variables: Any, ema: Any, alive: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, float]]:
         """The metrics of the parameters as "eval" and, unless {}, of their average as "ema"."""
-        results = {"eval": self(variables)}
+        results = {"eval": self(variables, alive)}
         if ema:
-            results["ema"] = self(ema)
+            results["ema"] = self(ema, alive)
         return results
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from flaxcls.data.transform import TRANSFORMS, Transform
 from flaxcls.errors import ConfigError, DataError
 
 Input = Resident | Stream
+Rows = Callable[[int], np.ndarray]  # from a batch's size to those of its rows that one reads
 
 RESIDENT_BYTES = 2**30  # a split that is larger, decoded, is streamed unless the config says else
 FIRST_IMAGES = 2000  # for the networks whose first weights depend on the data
@@ -166,9 +167,13 @@ def _is_changing(transform: Transform | None, sizes: Sizes) -> bool:
 
 
 def training(
-    config: ConfigDict, source: Source, sizes: Sizes, report: Callable[[str], None] = print
+    config: ConfigDict,
+    source: Source,
+    sizes: Sizes,
+    report: Callable[[str], None] = print,
+    rows: Rows | None = None,
 ) -> Input:
-    """The batches to train on; `report` is told about broken images."""
+    """The batches to train on, or some `rows` of each; `report` is told about broken images."""
     transform = train_transform(config, source)
     order = Order(
         len(source), batch_size=config.batch_size, seed=config.seed, repeats=config.repeats
@@ -183,27 +188,29 @@ def training(
             broken=broken,
             progress=_progress(source),
         )
-        return Resident(images, labels, order)
+        return Resident(images, labels, order, rows)
     return Stream(
         Loader(source, transform, config.input.max_pixels),
         order,
         image_size=sizes,
         workers=_workers(config),
+        rows=rows,
         broken=broken,
     )
 
 
-def evaluation(config: ConfigDict, source: Source) -> Input:
-    """Every example of a split once."""
+def evaluation(config: ConfigDict, source: Source, rows: Rows | None = None) -> Input:
+    """Every example of a split once, or some `rows` of each batch."""
     transform = eval_transform(config, source)
     size = eval_image_size(config)
     if _is_resident(config, source, size):
         loaded = materialize(source, transform, size, max_pixels=config.input.max_pixels)
-        return Resident(*loaded)
+        return Resident(*loaded, rows=rows)
     return Stream(
         Loader(source, transform, config.input.max_pixels),
         image_size=lambda step: size,
         workers=_workers(config),
+        rows=rows,
     )
 
 

@@ -19,6 +19,21 @@ flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py."
 flags.DEFINE_string(
     "workdir", None, "The run's folder; runs/NAME-<date-time> if not given.", flag_values=FLAGS
 )
+flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT where process 0 listens, for several processes that no cluster introduces.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=FLAGS)
+flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "heartbeat_timeout",
+    60,
+    "Seconds after which a silent process is taken for dead and the others end.",
+    lower_bound=5,
+    flag_values=FLAGS,
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,13 +44,19 @@ def main(argv: Sequence[str]) -> int:
 
     config, recipe = cli.load_config(FLAGS.config, overrides), FLAGS.config
 
-    from flaxcls import run, train, watch  # JAX, which takes seconds: not for --help
+    # JAX takes seconds: not for --help
+    from flaxcls import compilation_cache, goodput, processes, run, train, watch
 
+    compilation_cache.enable()
+
+    processes.join(
+        FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_timeout
+    )
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(recipe)
-    summary = train.train(config, workdir)
-    print(
+    summary = train.train(config, workdir, goodput.process_age())
+    processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
-        f"{watch.describe(summary['eval'])}\n"
+        f"{watch.describe(summary['eval'])}\n{summary['goodput']}\n"
         f"The run is in {workdir}. To go on:\n"
         f"  evaluate:  python -m flaxcls.evaluate --run={workdir}\n"
         f"  predict:   python -m flaxcls.predict --run={workdir} FILES\n"

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-TOTALS = ("broken_images",)  # metrics whose sums are wanted, not their means
+TOTALS = ("broken_images", "skipped_updates")  # metrics whose sums are wanted, not their means
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 

@@ -6,12 +6,13 @@ checkpoints/     the newest steps and the best one
 summary.json     how it ended
 """
 
+import hashlib
 import importlib.metadata
 import json
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,17 @@ from ml_collections import ConfigDict
 from flaxcls.config import default
 from flaxcls.errors import ConfigError
 
+# What may differ between the processes of a run: where the data lies and who decodes it.
+OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "input.read_ahead")
 # What a resumed run may change: these say where and how often, not what is computed.
 FREE_FIELDS = (
-    "data.dir",
-    "data.path",
-    "input.threads",
-    "input.processes",
-    "input.read_ahead",
+    *OWN_FIELDS,
     "eval.batch_size",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.on_error",
+    "divergence.max_rollbacks",
+    "hang_after",
     "mesh",
 )
 PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -82,8 +84,7 @@ def claim(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
         return None
     before, now = dict(fields(load_config(workdir))), dict(fields(ConfigDict(plain(config))))
     for field in sorted(before.keys() | now.keys()):
-        free = any(field == name or field.startswith(name + ".") for name in FREE_FIELDS)
-        if not free and before.get(field) != now.get(field):
+        if not _is_among(field, FREE_FIELDS) and before.get(field) != now.get(field):
             raise ConfigError(
                 f"the run in {workdir} has config.{field} = {before.get(field)!r}, got "
                 f"{now.get(field)!r}; give another --workdir to start a new run"
@@ -101,6 +102,29 @@ def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, An
             yield f"{path}{name}", value
 
 
+def _is_among(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(name + ".") for name in names)
+
+
+def identity(config: ConfigDict, facts: Mapping[str, Any], eval_fingerprint: str) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name; JSON."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        **{
+            f"config.{field}": value
+            for field, value in fields(ConfigDict(plain(config)))
+            if not _is_among(field, OWN_FIELDS)
+        },
+        **{name: fact for name, fact in facts.items() if name not in ("config", "fingerprint")},
+        "the fingerprint of the training data": facts["fingerprint"],
+        "the fingerprint of the evaluation data": eval_fingerprint,
+        "the code of flaxcls": code.hexdigest()[:16],
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
 def record(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
     """Writes config.json: the config, and what else one wants to know of a run years later."""
     content = {
@@ -110,7 +134,11 @@ def record(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
         "commit": _commit(),
         **facts,
     }
-    write_json(workdir / "config.json", content)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", content)
+    except OSError as error:
+        raise ConfigError(f"{workdir} can't be written: {error.strerror or error}") from error
 
 
 def _versions() -> dict[str, str]:

@@ -30,20 +30,26 @@ RULES = (
 SMALLEST_TO_SPLIT = 2**14  # elements; below this the gather costs more than the memory saved
 
 
-def cpu_devices(batch_size: int) -> int:
+def cpu_devices(batch_size: int, num_processes: int = 1) -> int:
     """How many host devices serve a CPU best: one a core, at most 8, and a divisor of the batch.
+
+    Several processes are taken to be on one machine: clusters of CPUs are for tests.
 
     XLA:CPU parallelises many operations of a training step badly inside one device; the same step
     with its batch split over two devices did 1.5 times as many images/s on 2 cores (the network
     `quick`, batch 500, jax 0.10.2).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(d for d in range(1, min(cores or 1, 8) + 1) if batch_size % d == 0)
+    most = max(1, min(cores or 1, 8) // num_processes)
+    return max(d for d in range(1, most + 1) if batch_size % (d * num_processes) == 0 or d == 1)
 
 
-def set_up_devices(count: int | None, batch_size: int) -> None:
-    """Chooses the number of CPU host devices; must come before the first use of a device."""
-    count = count or cpu_devices(batch_size)
+def set_up_devices(count: int | None, batch_size: int, num_processes: int = 1) -> None:
+    """Chooses the number of CPU host devices; must come before the first use of a device.
+
+    `batch_size` is that of all processes together.
+    """
+    count = count or cpu_devices(batch_size, num_processes)
     # XLA:CPU takes this for the number of threads, which is that of the cores without it. A device
     # that waits for the others in a collective holds a thread; with as few threads as devices runs
     # hung for good, 4 of 6 on 2 busy cores (jax 0.10.2), and none with at least 4 threads.
@@ -109,12 +115,19 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts host arrays, the same on every host, whole onto every device."""
-    return jax.device_put(tree, everywhere(mesh))
+    """Puts host arrays, the same in every process, whole onto every device."""
+    place = everywhere(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x, x.shape), tree)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices, in their order."""
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in places.values()]))
 
 
 def split_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Makes global device arrays, split over all devices, of this host's part of a batch."""
+    """Makes global device arrays, split over all devices, of this process's rows of a batch."""
     sharding = NamedSharding(mesh, BATCH)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)

@@ -42,7 +42,9 @@ def make_init(
                 **zero_metrics(num_classes),
                 "grad_norm": (jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)),
                 "broken_images": (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+                "skipped_updates": (jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
             },
+            skipped=jnp.zeros((), jnp.int32),
         )
 
     return init
@@ -64,6 +66,11 @@ def take_metrics(state: TrainState) -> tuple[TrainState, metrics.Metrics]:
     return state.replace(metrics=metrics.zeros_like(state.metrics)), state.metrics
 
 
+def forgive(state: TrainState) -> TrainState:
+    """The state with no update left out until now."""
+    return state.replace(skipped=jnp.zeros_like(state.skipped))
+
+
 def is_finite(state: TrainState) -> jax.Array:
     """Whether all floating-point numbers of a state are finite; bool []."""
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -79,11 +86,18 @@ def make_train_step(
     num_classes: int,
     ema_decay: float | None,
     gradient_accumulation: int,
+    max_update: float,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, batch) -> state`, one update.
 
     `batch` has "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B]. Its metrics are
     added to the state's.
+
+    An update that is not sound is left out: one with a number that is not finite, in the gradient,
+    the update or the statistics of BatchNorm, or that is longer than `max_update` times the
+    parameters (or than `max_update`, if they are shorter than 1), in the L2 norm. The state then
+    keeps its parameters, statistics, averages and optimizer, whose schedule waits; the step counts
+    in "skipped_updates" and in no other mean.
 
     With `gradient_accumulation` = k the batch is computed in k parts and updates once. The gradient
     is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout
@@ -125,16 +139,34 @@ def make_train_step(
         if ema_decay is not None:
             averaged = {"params": params, "batch_stats": batch_stats}
             ema = ema_update(state.ema, averaged, state.step, ema_decay)
-        one = jnp.ones((), jnp.int32)
+
+        # A norm is finite only if every number is, so that norms tell all.
+        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+        longest = max_update * jnp.maximum(optax.tree.norm(state.params), 1)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(batch_stats))
+        sound = finite & (update_norm <= longest)  # false if it is NaN
+
+        def if_sound(new, old):
+            return jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
+
+        one = sound.astype(jnp.int32)
+        sums = {**total["sums"], "grad_norm": (grad_norm, one)}
         broken = jnp.sum(batch.get("broken", 0), dtype=jnp.int32)
-        others = {"grad_norm": (optax.tree.norm(grads), one), "broken_images": (broken, one)}
+        counts = {"broken_images": broken, "skipped_updates": 1 - one}
         return state.replace(
             step=state.step + 1,
-            params=params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema=ema,
-            metrics=metrics.add(state.metrics, {**total["sums"], **others}),
+            params=if_sound(params, state.params),
+            batch_stats=if_sound(batch_stats, state.batch_stats),
+            opt_state=if_sound(opt_state, state.opt_state),
+            ema=if_sound(ema, state.ema),
+            skipped=jnp.where(sound, 0, state.skipped + 1),
+            metrics=metrics.add(
+                state.metrics,
+                {
+                    **if_sound(sums, metrics.zeros_like(sums)),
+                    **{name: (number, jnp.ones_like(one)) for name, number in counts.items()},
+                },
+            ),
         )
 
     return train_step

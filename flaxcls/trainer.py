@@ -2,24 +2,27 @@
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import augment, build, inputs, metrics, run, sharding
+from flaxcls import augment, build, inputs, metrics, processes, run, sharding
 from flaxcls.data.resident import gather
 from flaxcls.evaluator import Evaluator
 from flaxcls.state import TrainState
-from flaxcls.step import is_finite, make_init, make_train_step, take_metrics
+from flaxcls.step import forgive, is_finite, make_init, make_train_step, take_metrics
 
 
 def mesh_for(config: ConfigDict) -> Mesh:
     """The devices that a config asks for, checked against its batch."""
     part = config.batch_size // config.gradient_accumulation
-    sharding.set_up_devices(config.mesh.cpu_devices, part)
+    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.told_count())
+    processes.check_device_counts()
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch_size(mesh, part)
     return mesh
@@ -46,7 +49,8 @@ class Trainer:
         self._image_sizes = plan.image_sizes
 
         # The data.
-        self.input = inputs.training(config, source, plan.image_sizes, report)
+        rows = partial(sharding.local_rows, mesh)
+        self.input = inputs.training(config, source, plan.image_sizes, report, rows)
         self._data = sharding.replicate(mesh, self.input.arrays)
         mean, std = inputs.normalization(config, source, self.input)
         class_weights = build.class_weights(config, source, num_classes)
@@ -55,7 +59,7 @@ class Trainer:
             mesh,
             network,
             loss,
-            inputs.evaluation(config, plan.eval_source),
+            inputs.evaluation(config, plan.eval_source, rows),
             batch_size=config.eval.batch_size or config.batch_size,
             mean=mean,
             std=std,
@@ -73,8 +77,8 @@ class Trainer:
 
         # The state: shapes, then places; the arrays come with `init` or from a checkpoint.
         images = inputs.first_images(config, source, self.input, network)
-        self._sample = augment.normalize(jnp.asarray(images), mean, std)
-        self._rng = jax.random.key_data(jax.random.key(config.seed))
+        self._sample = np.asarray(augment.normalize(jnp.asarray(images), mean, std))
+        self._rng = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
         with_ema = config.ema_decay is not None
         init = make_init(network, plan.optimizer, num_classes=num_classes, ema=with_ema)
         self.shapes = jax.eval_shape(init, self._rng, self._sample)
@@ -89,6 +93,7 @@ class Trainer:
             num_classes=num_classes,
             ema_decay=config.ema_decay,
             gradient_accumulation=config.gradient_accumulation,
+            max_update=config.divergence.max_update,
         )
 
         def update(state, data, batch):
@@ -101,7 +106,8 @@ class Trainer:
         self._take_metrics = jax.jit(
             take_metrics, donate_argnums=0, out_shardings=(self.places, None)
         )
-        self._is_finite = jax.jit(is_finite)
+        self._is_finite = jax.jit(is_finite, out_shardings=sharding.everywhere(mesh))
+        self._forgive = jax.jit(forgive, donate_argnums=0, out_shardings=self.places)
 
     def compile(self, start: int = 0) -> float:
         """Compiles the training step for every image size from step `start` on; in seconds."""
@@ -127,9 +133,13 @@ class Trainer:
         """The batch of the update number `step`, counted from 0, on the devices."""
         return sharding.split_batch(self._mesh, self.input.batch(step))
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, jax.Array]]:
-        """The batches of the updates `start` to `stop` - 1, made ahead of time."""
-        self._batches = sharding.prefetch(self._mesh, self.input.batches(start, stop))
+    def batches(self, start: int, stop: int, offset: int) -> Iterator[dict[str, jax.Array]]:
+        """The batches of the updates `start` to `stop` - 1, made ahead of time.
+
+        Their examples are those that come `offset` steps later. Ends the batches made until now.
+        """
+        self._end_batches()
+        self._batches = sharding.prefetch(self._mesh, self.input.batches(start, stop, offset))
         return self._batches
 
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
@@ -142,14 +152,27 @@ class Trainer:
         state, sums = self._take_metrics(state)
         return state, metrics.compute(sums)
 
+    def skipped(self, state: TrainState) -> int:
+        """The updates left out in a row until now."""
+        return int(jax.device_get(state.skipped))
+
+    def forgive(self, state: TrainState) -> TrainState:
+        """The state with no update left out until now; `state` is used up."""
+        return self._forgive(state)
+
     def rate(self, step: int) -> float:
         """The learning rate of the update number `step`, counted from 0."""
         with jax.transfer_guard("allow"):
             return float(self._rate(step))
 
-    def evaluate(self, state: TrainState) -> dict[str, dict[str, float]]:
-        """The exact metrics of the parameters as "eval" and, where kept, their average as "ema"."""
-        return self._evaluator.results(state.variables, state.ema)
+    def evaluate(
+        self, state: TrainState, alive: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, float]]:
+        """The exact metrics of the parameters as "eval" and, where kept, their average as "ema".
+
+        `alive` is called after every batch.
+        """
+        return self._evaluator.results(state.variables, state.ema, alive)
 
     def is_finite(self, state: TrainState) -> bool:
         return bool(self._is_finite(state))
@@ -159,10 +182,13 @@ class Trainer:
 
     def __exit__(self, *exception: object) -> None:
         """Ends what makes the batches."""
-        if self._batches is not None:
-            self._batches.close()
+        self._end_batches()
         self.input.close()
         self._evaluator.close()
+
+    def _end_batches(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
 
 
 def _image_size(batch: dict[str, jax.Array]) -> int | None:

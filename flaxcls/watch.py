@@ -1,10 +1,11 @@
 """What a run tells while it goes: the terminal, metrics.jsonl and TensorBoard."""
 
 import json
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
@@ -12,74 +13,40 @@ from rich.text import Text
 from tensorboardX import SummaryWriter
 
 
-class Stopwatch:
-    """Where the time of training goes, in seconds; evaluating and saving are left out.
-
-    The devices work on while Python goes on, so that only `lap`, called when they are known to have
-    finished, and `pause`, to be entered then, measure something.
-    """
-
-    def __init__(self):
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
-        self._begin()
-
-    def _begin(self) -> None:
-        self._lap_start, self._lap_paused, self._lap_waited = time.perf_counter(), 0.0, 0.0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._lap_waited += time.perf_counter() - start
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Around what is not training."""
-        start = time.perf_counter()
-        yield
-        self._lap_paused += time.perf_counter() - start
-
-    def lap(self, steps: int) -> tuple[float, float]:
-        """Ends a stretch of `steps` steps: its steps a second and share of time spent waiting."""
-        seconds = time.perf_counter() - self._lap_start - self._lap_paused
-        waited = self._lap_waited
-        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
-        self._waited += waited
-        self._begin()
-        return steps / seconds, waited / seconds
-
-    @property
-    def steps_per_second(self) -> float:
-        """Over all laps."""
-        return self._steps / self._seconds if self._seconds else 0.0
-
-    @property
-    def data_wait(self) -> float:
-        """The share of all laps' time spent waiting for data."""
-        return self._waited / self._seconds if self._seconds else 0.0
-
-
 class Watch:
     """Writes one row at a time to `metrics.jsonl`, TensorBoard and the terminal.
+
+    Without a folder it does nothing, for processes that leave writing to another one.
 
     Rows of `metrics.jsonl` hold nothing that depends on the clock, so that the file of a resumed
     run is byte for byte that of one that was never interrupted. Rows after `start_step`, from which
     the run goes on, are cut off.
     """
 
-    def __init__(self, workdir: Path, start_step: int, total_steps: int, batch_size: int):
+    def __init__(self, workdir: Path | None, start_step: int, total_steps: int, batch_size: int):
         self._total_steps, self._batch_size = total_steps, batch_size
-        self._path = workdir / "metrics.jsonl"
-        self._cut(start_step)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._workdir = workdir
+        self._console = Console(highlight=False, soft_wrap=True, quiet=workdir is None)
         self._live = None
-        if self._console.is_terminal:
+        if workdir and self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        self._open(start_step)
 
-    def _cut(self, start_step: int) -> None:
+    def _open(self, start_step: int) -> None:
+        writes = self._workdir is not None
+        self._path = self._workdir / "metrics.jsonl" if writes else Path(os.devnull)
+        if writes:
+            self._keep_until(start_step)
+        self._file = self._path.open("a")
+        folder = str(self._workdir / "tensorboard") if writes else None
+        self._board = SummaryWriter(folder, purge_step=start_step + 1, write_to_disk=writes)
+
+    def cut(self, step: int) -> None:
+        """Forgets what came after a step, to which the run has gone back."""
+        self._close()
+        self._open(step)
+
+    def _keep_until(self, start_step: int) -> None:
         kept = []
         for line in self._path.read_text().splitlines() if self._path.exists() else []:
             try:
@@ -124,11 +91,12 @@ class Watch:
 
     def _write(self, step: int, epoch: float, groups: Mapping[str, Mapping[str, float]]) -> None:
         row = {"step": step, "epoch": round(epoch, 4), **groups}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(_json(row)) + "\n")
         self._file.flush()
         for group, values in groups.items():
             for name, value in values.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                if not math.isnan(value):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
 
     def __enter__(self) -> "Watch":
         if self._live:
@@ -138,8 +106,18 @@ class Watch:
     def __exit__(self, *exception: object) -> None:
         if self._live:
             self._live.stop()
+        self._close()
+
+    def _close(self) -> None:
         self._board.close()
         self._file.close()
+
+
+def _json(value: Any) -> Any:
+    """The value with None for NaN, the mean of nothing: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: _json(each) for key, each in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def describe(row: Mapping[str, float]) -> str:

@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxcls import augment
 from flaxcls import train as training
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import ConfigError, DataError, DivergedError, Interrupted
@@ -110,8 +113,6 @@ def test_checkpoint_is_self_sufficient(finished):
 
 
 def test_lost_summary_is_written_again_without_training(finished, tmp_path):
-    import shutil
-
     config, workdir, summary = finished
     copy = tmp_path / "run"
     shutil.copytree(workdir, copy)
@@ -217,20 +218,89 @@ def test_signal_saves_and_the_run_goes_on_bitwise(
     assert_same_arrays(*arrays)
 
 
-@pytest.mark.parametrize(
-    ("save_every", "message"),
-    [
-        ("1 steps", "the state after step 2 is not finite; the checkpoint of step 1 is good"),
-        ("1 epochs", "the loss of steps 1 to 3 is not finite; no checkpoint was saved yet"),
-    ],
-)
-def test_divergence_names_the_steps_and_the_last_good_checkpoint(
-    tiny_config, tmp_path, save_every, message
-):
-    config = tiny_config(optimizer__learning_rate=1e30, checkpoint__every=save_every)
+def diverging(tiny_config, **changes):
+    """Every update is far too large from the beginning."""
+    return tiny_config(
+        **{"optimizer__learning_rate": 1e30, "divergence__max_skipped": 3, "log_every": "1 steps"}
+        | changes
+    )
+
+
+def test_run_that_diverges_again_and_again_ends_and_says_what_is_good(tiny_config, tmp_path):
+    message = (
+        "steps [0-9]+ to [0-9]+ were not finite or too large, after 3 rollbacks; the checkpoint of "
+        "step [0-9]+ is good; a lower config.optimizer.learning_rate"
+    )
     with pytest.raises(DivergedError, match=message):
-        train(config, tmp_path / "run")
+        train(diverging(tiny_config, checkpoint__every="1 steps"), tmp_path / "run")
     assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_run_that_diverges_before_it_was_saved_begins_anew(tiny_config, tmp_path):
+    config = diverging(tiny_config, checkpoint__every="100%", divergence__max_rollbacks=1)
+    with pytest.raises(DivergedError, match="steps 1 to 3 .*, after 1 rollbacks; nothing is saved"):
+        train(config, tmp_path / "run")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the images of chosen examples NaN, as the network sees them."""
+    build = augment.build
+
+    def choose(condition):
+        def poisoned(*arguments, **options):
+            augmentation = build(*arguments, **options)
+
+            def apply(key, batch):
+                bad = condition(batch)[:, None, None, None]
+                batch = augmentation(key, batch)
+                return {**batch, "image": jnp.where(bad, jnp.nan, batch["image"])}
+
+            return apply
+
+        monkeypatch.setattr(augment, "build", poisoned)
+
+    return choose
+
+
+def test_update_that_is_not_finite_is_left_out_and_counted(tiny_config, tmp_path, poison):
+    poison(lambda batch: (batch["index"] == 5) & (batch["epoch"] == 0))
+    summary = train(tiny_config(ema_decay=0.9), tmp_path / "run")
+    rows = [row["train"] for row in rows_of(tmp_path / "run") if "train" in row]
+    assert sum(row["skipped_updates"] for row in rows) == 1
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert summary["rollbacks"] == 0 and math.isfinite(summary["ema"]["loss"])
+
+
+def test_run_goes_back_and_on_with_other_data_and_ends_well(
+    tiny_config, tmp_path, poison, saved_arrays, assert_same_arrays
+):
+    poison(lambda batch: batch["epoch"] == 1)  # the batches 7 to 12 of the order
+    config = tiny_config(
+        log_every="1 steps",
+        checkpoint__every="2 steps",
+        checkpoint__keep=10,
+        divergence__max_skipped=3,
+    )
+    summary = train(config, tmp_path / "run")
+    assert summary["rollbacks"] == 2
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "train" in row] == list(range(1, 13))
+    for name, array in saved_arrays(tmp_path / "run", 12).items():
+        assert np.isfinite(array).all(), name
+
+    # Stopped at any moment, it ends in the same way: the rollback is made again.
+    steps = saved_steps(tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "run", other)
+    (other / "summary.json").unlink()
+    for step in steps:
+        if step > 4:
+            shutil.rmtree(other / "checkpoints" / str(step))
+    again = train(config, other)
+    assert again["rollbacks"] == 2 and again["eval"] == summary["eval"]
+    assert (other / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert_same_arrays(saved_arrays(other, 12), saved_arrays(tmp_path / "run", 12))
 
 
 def test_balanced_class_weights_are_kept_for_the_evaluation(tiny_config, tmp_path):

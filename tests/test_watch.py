@@ -1,12 +1,11 @@
 import json
 import os
 import pty
-import time
 
 import pytest
 from tensorboardX.proto import event_pb2
 
-from flaxcls.watch import Stopwatch, Watch, describe
+from flaxcls.watch import Watch, describe
 
 ROW = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 0.1}
 
@@ -106,16 +105,3 @@ def test_description_says_how_many_were_right():
     assert describe(row) == (
         "accuracy 98.61 % (355 of 360), top-5 accuracy 100.00 % (360 of 360), loss 0.0512"
     )
-
-
-def test_stopwatch_leaves_pauses_out_and_shares_the_wait():
-    stopwatch = Stopwatch()
-    with stopwatch.waiting():
-        time.sleep(0.1)
-    time.sleep(0.1)
-    with stopwatch.pause():
-        time.sleep(0.5)
-    steps_per_second, data_wait = stopwatch.lap(4)
-    assert 4 / 0.35 < steps_per_second < 4 / 0.2
-    assert 0.25 < data_wait < 0.65
-    assert (stopwatch.steps_per_second, stopwatch.data_wait) == (steps_per_second, data_wait)

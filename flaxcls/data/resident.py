@@ -4,7 +4,7 @@ The host computes only which examples make up a batch, a pure function of (seed,
 resumed run needs nothing but its step number.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import numpy as np
 
 from flaxcls.data.order import Order, evaluation_batches
 
+Batch = dict[str, np.ndarray]
+
 
 class Resident:
     """Batches of a split that lies whole on the device.
@@ -20,15 +22,22 @@ class Resident:
     Args:
       images, labels: uint8 [N, H, W, C] and int [N].
       order: which examples come when; None for a split that is only evaluated.
+      rows: which rows of a batch of a size are this process's; None: all.
 
     Attributes:
       arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, to be placed on the devices and
         given to `gather`.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, order: Order | None = None):
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        order: Order | None = None,
+        rows: Callable[[int], np.ndarray] | None = None,
+    ):
         self.arrays: Any = {"image": images, "label": labels.astype(np.int32)}
-        self._order = order
+        self._order, self._rows = order, rows or np.arange
 
     def __len__(self) -> int:
         return len(self.arrays["label"])
@@ -37,17 +46,21 @@ class Resident:
         """Of the batch of a step, where that can change: here it can't."""
         return None
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int, offset: int = 0) -> Batch:
         """Which examples training batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
-        return self._order.batch(step)
+        return self._mine(self._order.batch(step + offset))
 
-    def batches(self, start: int, stop: int) -> Iterator[dict[str, np.ndarray]]:
-        """The training batches of the steps `start` to `stop` - 1."""
-        return map(self.batch, range(start, stop))
+    def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[Batch]:
+        """The training batches of the steps `start` to `stop` - 1, `offset` steps on."""
+        return (self.batch(step, offset) for step in range(start, stop))
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, in order: {"index": int32 [B], "mask": float32 [B]}."""
-        return evaluation_batches(len(self), batch_size)
+        return map(self._mine, evaluation_batches(len(self), batch_size))
+
+    def _mine(self, batch: Batch) -> Batch:
+        rows = self._rows(len(batch["index"]))
+        return {name: column[rows] for name, column in batch.items()}
 
     def describe(self) -> str:
         """In words, with the memory it takes."""

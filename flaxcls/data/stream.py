@@ -1,7 +1,7 @@
 """The input of large data sets: batches decoded as they are needed, some of them ahead.
 
 Batch `step` is a function of (seed, step) and the data alone: the same examples with the same
-random crops on one host or several, with any number of workers, before and after a resume.
+random crops in one process or several, with any number of workers, before and after a resume.
 """
 
 import collections
@@ -57,7 +57,7 @@ class Stream:
       order: which examples come when; None for a split that is only evaluated.
       image_size: of the batch of a step, in pixels a side; a constant function mostly.
       workers: who decodes.
-      host: number of this host and of all; each gets its rows of every batch.
+      rows: which rows of a batch of a size this process reads; None: all.
       broken: is told about unreadable images, which are replaced in training by their next
         neighbour; in evaluation nothing ever is.
     """
@@ -71,19 +71,19 @@ class Stream:
         *,
         image_size: Callable[[int], int | None],
         workers: Workers,
-        host: tuple[int, int] = (0, 1),
+        rows: Callable[[int], np.ndarray] | None = None,
         broken: BrokenImages | None = None,
     ):
         self.loader, self._order, self._workers = loader, order, workers
         self.image_size = image_size
-        self._host, self._broken = host, broken
+        self._rows, self._broken = rows or np.arange, broken
         self._pool: _Threads | _Processes | None = None
 
     def __len__(self) -> int:
         return len(self.loader.source)
 
-    def batch(self, step: int) -> Batch:
-        """This host's rows of the training batch `step`, counted from 0.
+    def batch(self, step: int, offset: int = 0) -> Batch:
+        """This process's rows of the training batch `step`, counted from 0.
 
         "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B], and "broken" int32 [B],
         which is 1 where another example took the place of an unreadable one.
@@ -91,17 +91,22 @@ class Stream:
         Raises:
           DataError: an image is unreadable, or more are than `broken` allows.
         """
-        (batch,) = self.batches(step, step + 1)
+        (batch,) = self.batches(step, step + 1, offset)
         return batch
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The training batches of the steps `start` to `stop` - 1."""
+    def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[Batch]:
+        """The training batches of the steps `start` to `stop` - 1.
+
+        Each has the image size of its step, and the examples that come `offset` steps later.
+        """
         mine = self._rows(self._order.batch_size)
 
         def plans() -> Iterator[tuple[Batch, np.ndarray, int | None]]:
             for step in range(start, stop):
-                plan = {name: column[mine] for name, column in self._order.batch(step).items()}
-                yield plan, self._order.draws(step, self.loader.draws)[mine], self.image_size(step)
+                chosen = self._order.batch(step + offset)
+                draws = self._order.draws(step + offset, self.loader.draws)
+                plan = {name: column[mine] for name, column in chosen.items()}
+                yield plan, draws[mine], self.image_size(step)
 
         for plan, images, (taken, labels, broken) in self._load(
             plans(), substitute=self._broken is not None
@@ -134,7 +139,7 @@ class Stream:
         who = f"{processes} processes of {threads} threads" if processes else f"{threads} threads"
         # Those read ahead, the one that is handed over, and those that `sharding.prefetch` holds.
         batches = ahead + 3
-        rows = self._order.batch_size // self._host[1]
+        rows = len(self._rows(self._order.batch_size))
         size = batches * rows * int(np.prod(self._shape(self.image_size(2**31))))
         return f"streamed by {who}, at most {batches} batches in memory, {size / 2**20:,.0f} MiB"
 
@@ -166,12 +171,6 @@ class Stream:
             raise DataError(
                 "a process that decodes images has died; the system may have run out of memory"
             ) from error
-
-    def _rows(self, batch_size: int) -> slice:
-        """Those of a batch that are this host's."""
-        number, hosts = self._host
-        rows = batch_size // hosts
-        return slice(number * rows, (number + 1) * rows)
 
     def _shape(self, size: int | None) -> tuple[int, int, int]:
         height, width, channels = self.loader.source.image_shape

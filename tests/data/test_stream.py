@@ -80,6 +80,10 @@ def make(source=None, *, batch_size=12, workers=(2, 0, 3), size=8, repeats=1, **
     )
 
 
+def rows_of(number, hosts):
+    return lambda batch_size: np.split(np.arange(batch_size), hosts)[number]
+
+
 def assert_same(first, second):
     assert first.keys() == second.keys()
     for name, column in first.items():
@@ -133,7 +137,7 @@ def test_every_example_comes_once_an_epoch_with_other_crops(expected):
 
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_together_have_the_batch_of_one(expected, hosts):
-    parts = [take(make(host=(number, hosts)), 0, 14) for number in range(hosts)]
+    parts = [take(make(rows=rows_of(number, hosts)), 0, 14) for number in range(hosts)]
     for step, batch in enumerate(expected):
         rows = [part[step] for part in parts]
         assert all(len(column) == 12 // hosts for part in rows for column in part.values())
@@ -213,7 +217,7 @@ def evaluation(source=None, workers=(2, 0, 3), **options):
 @pytest.mark.parametrize("batch_size", [4, 12, 64])
 @pytest.mark.parametrize("hosts", [1, 2, 4])
 def test_evaluation_has_every_example_once(hosts, batch_size):
-    streams = [evaluation(host=(number, hosts)) for number in range(hosts)]
+    streams = [evaluation(rows=rows_of(number, hosts)) for number in range(hosts)]
     batches = [
         concatenate(rows)
         for rows in zip(*[s.evaluation_batches(batch_size) for s in streams], strict=True)
@@ -373,7 +377,7 @@ def test_memory_stays_flat_over_thousands_of_batches():
 def test_it_says_who_works_and_what_memory_that_takes():
     stream = make(batch_size=2**10, size=lambda step: 32, workers=(3, 0, 5))
     assert stream.describe() == "streamed by 3 threads, at most 8 batches in memory, 24 MiB"
-    stream = make(batch_size=2**10, size=lambda step: 32, workers=(3, 2, 5), host=(0, 2))
+    stream = make(batch_size=2**10, size=lambda step: 32, workers=(3, 2, 5), rows=rows_of(0, 2))
     assert "streamed by 2 processes of 3 threads, at most 8 batches" in stream.describe()
     assert "12 MiB" in stream.describe()
 
