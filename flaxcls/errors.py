@@ -44,6 +44,10 @@ class CheckpointError(FlaxclsError):
     """A checkpoint could not be written or read."""
 
 
+class ProcessesError(FlaxclsError):
+    """One of several processes has ended, so that the others can't go on."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: the closest known one, or all of them."""
     known = sorted(known)

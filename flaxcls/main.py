@@ -53,7 +53,8 @@ def main(argv: Sequence[str]) -> int:
         FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_timeout
     )
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(recipe)
-    summary = train.train(config, workdir, goodput.process_age())
+    with processes.together():
+        summary = train.train(config, workdir, goodput.process_age())
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
         f"{watch.describe(summary['eval'])}\n{summary['goodput']}\n"

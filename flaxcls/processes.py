@@ -20,7 +20,7 @@ import numpy as np
 from jax._src import distributed  # the number of processes is public only with their devices
 from jax.experimental import multihost_utils
 
-from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError
+from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
 
 # What a cluster sets in the processes that it starts, and JAX finds its neighbours by: `srun`, Open
 # MPI's `mpirun`, TPUs on GKE. TPU virtual machines are told by JAX itself, where libtpu is there.
@@ -172,8 +172,9 @@ def check_shared(path: Path) -> None:
 class StopRequest:
     """While it is entered, SIGINT and SIGTERM ask the run to end after a step.
 
-    Alone, the first signal is noted and a second one acts at once. Of several processes any may be
-    told: JAX's preemption service, which SIGTERM wakes, finds the step at which all can stop.
+    A second Ctrl-C acts at once; SIGTERM, which schedulers may send again, does not. Of several
+    processes any may be told: JAX's preemption service, which SIGTERM wakes, finds the step at
+    which all can stop.
     """
 
     _received: int | None = None
@@ -186,7 +187,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: Any) -> None:
         self._received = number
-        self.__exit__()
+        if number == signal.SIGINT:
+            self.__exit__()
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -199,6 +201,24 @@ class StopRequest:
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Around what the processes do together: says in a sentence that one of them is gone.
+
+    What JAX raises then is any error of the transport; if it notices by the heartbeat alone, it
+    aborts this process by itself.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if count() == 1:
+            raise
+        raise ProcessesError(
+            f"process {jax.process_index()} can't go on with the others, one of which has probably "
+            f"ended; the same command goes on from the last checkpoint ({str(error).strip()[:200]})"
+        ) from error
 
 
 def leave(code: int) -> None:

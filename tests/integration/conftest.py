@@ -1,0 +1,137 @@
+"""What the tests of whole runs share: recipes, waiting for a moment, and what a run has left."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+# All that a run can carry: BatchNorm, Adam's moments, an average, a best result, augmentation,
+# dropout and accumulation.
+EVERYTHING = """
+from flaxcls.config import default
+
+
+def get_config():
+    config = default()
+    config.batch_size = 32
+    config.gradient_accumulation = 2
+    config.duration = "60 steps"
+    config.ema_decay = 0.9
+    config.log_every = "7 steps"
+    config.eval.every = "9 steps"
+    config.checkpoint.every = "1 steps"
+    config.augment = ({"name": "pad_crop", "padding": 1}, {"name": "mixup", "alpha": 0.2})
+    config.data.name = "digits"
+    config.data.train_split = "train[:200]"
+    config.data.eval_split = "test[:77]"
+    config.model.name = "digits_cnn"
+    config.model.dropout = 0.2
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.01
+    config.schedule.warmup = "5 steps"
+    config.mesh.cpu_devices = 2
+    return config
+"""
+
+
+@pytest.fixture(scope="session")
+def everything(tmp_path_factory):
+    """The file of a recipe of 60 steps with all that a run can carry."""
+    path = tmp_path_factory.mktemp("recipe") / "everything.py"
+    path.write_text(EVERYTHING)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(everything):
+    """The folder of a run of `everything` that was never interrupted."""
+    folder = everything.parent / "whole"
+    command = [sys.executable, "-m", "flaxcls.main", f"--config={everything}"]
+    subprocess.run([*command, f"--workdir={folder}"], cwd=ROOT, check=True)
+    return folder
+
+
+class Run:
+    """The folder of a run, looked at from outside."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def steps(self):
+        """The steps that are saved."""
+        return [int(p.name) for p in self.folder.glob("checkpoints/[0-9]*") if p.name.isdigit()]
+
+    def unfinished(self):
+        """The folders that Orbax writes into before it renames them."""
+        return set(self.folder.glob("checkpoints/*tmp*"))
+
+    def rows(self):
+        """(step, "train" or "eval" or ..., metrics) of every group of metrics.jsonl."""
+        found = []
+        for line in (self.folder / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            found += [
+                (row["step"], key, row[key]) for key in ("train", "eval", "ema") if key in row
+            ]
+        return found
+
+    def log(self):
+        path = self.folder / "metrics.jsonl"
+        return path.read_bytes() if path.exists() else b""
+
+    def json(self, name):
+        return json.loads((self.folder / name).read_text())
+
+
+@pytest.fixture
+def run_folder():
+    return Run
+
+
+def wait_until(process, condition, timeout=120):
+    """Polls without a pause; False if the process ends before."""
+    end = time.monotonic() + timeout
+    while process.poll() is None:
+        if condition():
+            return True
+        assert time.monotonic() < end, "the run does not get there"
+        time.sleep(0.0005)
+    return False
+
+
+@pytest.fixture(name="wait_until")
+def _wait_until():
+    return wait_until
+
+
+@pytest.fixture
+def recovery(request):
+    """Measures what the README's table of faults says: seconds until a run is where it was."""
+
+    def measure(process, run, fault):
+        began, before = time.perf_counter(), run.log()
+
+        def goes_on():
+            now = run.log()
+            return now != before and len(now) > 0
+
+        if wait_until(process, goes_on):
+            print(f"RECOVERY {request.node.name}: {fault}: {time.perf_counter() - began:.1f} s")
+
+    return measure
+
+
+def stopped_step(stderr):
+    """The step that a run says it has stopped and saved at."""
+    return int(re.search(r"stopped after step (\d+) of \d+ and saved", stderr)[1])
+
+
+@pytest.fixture(name="stopped_step")
+def _stopped_step():
+    return stopped_step
