@@ -16,7 +16,9 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,11 @@ UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # ends the name of the folder that is bei
 WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 SECONDS_TO_SAVE = 600  # then a save in the background has failed, also where a process is missing
 
-# What Orbax logs with long tracebacks, one a thread, is told in a sentence here.
+# What Orbax says of a failed save, with a long traceback for each of its threads and for each write
+# that it has begun or not yet begun, is told in a sentence here.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+warnings.filterwarnings("ignore", r"coroutine '.*serialize.*' was never awaited", RuntimeWarning)
 
 
 class _OtherCode(ConfigError):
@@ -94,7 +99,7 @@ class Checkpoints:
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(facts)
         )
-        self._saving = step
+        self._saving, sys.unraisablehook = step, _ignore_late_writes
         try:
             # Without `force` Orbax does nothing, and says nothing, at a step before the newest one.
             self._manager.save(step, args=arguments, force=True)
@@ -401,6 +406,15 @@ def _raise_together(problem: Damaged | _OtherCode | None) -> None:
         if told:
             kind, _, sentence = told.partition(" ")
             raise kinds[kind](sentence)
+
+
+def _ignore_late_writes(unraisable: Any) -> None:
+    """Prints an exception that nobody can handle, but not what follows from a save that failed.
+
+    TensorStore then tells the other writes, begun already, to an event loop that Orbax has closed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _not_saved(step: int, why: str) -> CheckpointError:

@@ -178,6 +178,8 @@ class StopRequest:
     """
 
     _received: int | None = None
+    _asked = 0  # how often; in step with the other processes
+    _stops = False
 
     def __enter__(self) -> "StopRequest":
         self._alone = count() == 1
@@ -192,11 +194,14 @@ class StopRequest:
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def __call__(self, step: int) -> int | None:
+    def __call__(self) -> int | None:
         """The signal, if the run is to end after this step; to be asked after every step."""
         if self._alone:
             return self._received
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else None
+        self._asked += 1
+        if multihost_utils.reached_preemption_sync_point(self._asked):
+            self._stops = True
+        return signal.SIGTERM if self._stops else None
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():

@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]
             training.advance()
             step = training.step
             watchdog.alive(step)
-            signal, evaluates = asked(step), eval_due(step)
+            signal, evaluates = asked(), eval_due(step)
             logs = log_due(step) or evaluates
             try:
                 if logs:

@@ -133,7 +133,7 @@ class Trainer:
         """The batch of the update number `step`, counted from 0, on the devices."""
         return sharding.split_batch(self._mesh, self.input.batch(step))
 
-    def batches(self, start: int, stop: int, offset: int) -> Iterator[dict[str, jax.Array]]:
+    def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[dict[str, jax.Array]]:
         """The batches of the updates `start` to `stop` - 1, made ahead of time.
 
         Their examples are those that come `offset` steps later. Ends the batches made until now.
