@@ -65,8 +65,10 @@ def check(config: ConfigDict) -> None:
         "mesh.cpu_devices",
     ):
         require(field, get(config, field) is None or get(config, field) >= 1, "at least 1")
-    for field in ("hang_after", "divergence.max_rollbacks"):
-        require(field, get(config, field) >= 0, "at least 0")
+    require("divergence.max_rollbacks", config.divergence.max_rollbacks >= 0, "at least 0")
+    with _about("hang_after"):
+        unit = parse_duration(config.hang_after).unit
+    require("hang_after", unit == "seconds", "a time, such as '10 minutes'")
     require("divergence.max_update", config.divergence.max_update > 0, "above 0")
     require("input.processes", (config.input.processes or 0) >= 0, "at least 0")
     require("input.max_broken", 0 <= config.input.max_broken <= 1, "at least 0 and at most 1")

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getM
 warnings.filterwarnings("ignore", r"coroutine '.*serialize.*' was never awaited", RuntimeWarning)
 
 
-class _OtherCode(ConfigError):
+class OtherCode(ConfigError):
     """The arrays of a checkpoint are not those that are asked for."""
 
 
@@ -106,7 +106,7 @@ class Checkpoints:
         except Exception as error:
             self._reopen()
             if isinstance(error, OSError):
-                raise _not_saved(step, _cause(error)) from error
+                raise _not_saved(step, cause_of(error)) from error
             raise
 
     def failure(self) -> CheckpointError | None:
@@ -160,7 +160,7 @@ class Checkpoints:
 
     def facts(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint; Damaged if a file of the checkpoint is."""
-        self._verify(step)
+        self.verify(step)
         return self._restore(step, facts=ocp.args.JsonRestore()).facts
 
     def state(self, step: int, shapes: Any, shardings: Any) -> Any:
@@ -170,53 +170,50 @@ class Checkpoints:
         Raises Damaged if a file of the checkpoint is, and ConfigError if an array is not there or
         has another shape or dtype.
         """
-        self._verify(step)
-        self._compare(step, shapes)
+        self.verify(step)
+        self.compare(step, shapes)
         return self._restore(step, state=_restore_arguments(shapes, shardings)).state
 
-    def restore_newest(
-        self, shapes: Any, shardings: Any, say: Callable[[str], None]
-    ) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest step that is whole, its state and its facts; None if there is none.
+    def state_and_facts(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+        """The whole of a checkpoint, unchecked; Damaged if it can't be read."""
+        restored = self._restore(
+            step, state=_restore_arguments(shapes, shardings), facts=ocp.args.JsonRestore()
+        )
+        return restored.state, restored.facts
 
-        Steps that are damaged, or whose arrays are not those of `shapes`, are moved to the folder
-        quarantine beside this one, and `say` gets a sentence for each (in the first process).
-        Raises ConfigError, and moves nothing, if none is left because of their arrays.
-        """
-        self._finish()
-        self._has_manifest.clear()
-        passed: list[tuple[int, CheckpointError | ConfigError]] = []
-        found = None
-        candidates = self.steps()
-        while not found and (step := processes.agree(candidates.pop() if candidates else -1)) >= 0:
+    def verify(self, step: int) -> bool:
+        """Whether a step has a manifest; Damaged if a file of the step is. Once is enough."""
+        if step not in self._has_manifest:
             try:
-                self._inspect(step, shapes)
-                found = step, *self._restore_together(step, shapes, shardings)
-            except (Damaged, _OtherCode) as error:
-                passed.append((step, error))
-        other_code = [error for _, error in passed if isinstance(error, _OtherCode)]
-        if other_code and not found:
-            raise other_code[0]
-        if processes.is_first():
-            for step, error in passed:
-                say(f"{error}; it is moved to {self._quarantine(step)}")
-            if passed and not found:
-                say("no checkpoint is left: the run begins anew")
-            if found and not self._has_manifest[found[0]]:
-                say(f"the checkpoint of step {found[0]} has no manifest: it is used unchecked")
-        if passed:
-            processes.agree(0)  # all are moved before anyone looks again
-            self._reopen()
-        return found
+                self._has_manifest[step] = manifest.verify(self.folder(step), WRITTEN_LAST)
+            except Damaged as error:
+                raise Damaged(f"the checkpoint of step {step} is damaged: {error}") from error
+        return self._has_manifest[step]
 
-    def discard_after(self, step: int) -> None:
-        """Deletes all checkpoints that are newer than `step`."""
+    def compare(self, step: int, shapes: Any, whole: bool = False) -> None:
+        """Raises OtherCode unless the step has the arrays of `shapes`, and if `whole` no others.
+
+        Orbax itself casts silently to another dtype.
+        """
+        with self._reading(step):
+            folder = self.folder(step) / "state"
+            saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        saved, expected = _arrays(saved), _arrays(shapes)
+        names = [*expected, *(sorted(saved.keys() - expected.keys()) if whole else ())]
+        for name in names:
+            if saved.get(name) != expected.get(name):
+                raise OtherCode(
+                    f"the checkpoint of step {step} is from other code: {name} is "
+                    f"{saved.get(name, 'not there')} and should be {expected.get(name, 'absent')}"
+                )
+
+    def folder(self, step: int) -> Path:
+        """Where a step lies."""
+        return self._directory / str(step)
+
+    def reload(self) -> None:
+        """Looks anew at what is on the disk, when everything is saved."""
         self._finish()
-        if processes.is_first():
-            for newer in (known for known in self.steps() if known > step):
-                # Renamed first: a deletion that is cut short leaves no half of a checkpoint.
-                self._folder(newer).rename(self._unfinished(newer))
-        processes.agree(0)
         self._reopen()
 
     # Saving.
@@ -249,7 +246,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._failure = _not_saved(self._saving, _cause(error))
+            self._failure = _not_saved(self._saving, cause_of(error))
             self._failure.__cause__ = error
             self._reopen()
 
@@ -272,7 +269,7 @@ class Checkpoints:
             with tempfile.TemporaryFile(dir=self._directory):
                 free = shutil.disk_usage(self._directory).free
         except OSError as error:
-            return _not_saved(step, f"{self._directory} can't be written: {_cause(error)}")
+            return _not_saved(step, f"{self._directory} can't be written: {cause_of(error)}")
         if free < needed:
             room = f"{_size(needed)} needed, {_size(free)} free in {self._directory}"
             return _not_saved(step, room)
@@ -284,62 +281,10 @@ class Checkpoints:
             for folder in self._directory.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _folder(self, step: int) -> Path:
-        return self._directory / str(step)
-
     def _unfinished(self, step: int) -> Path:
         return self._directory / f"{step}{UNFINISHED}"
 
     # Restoring.
-
-    def _verify(self, step: int) -> None:
-        """Raises Damaged if a file of the step is; once is enough."""
-        if step in self._has_manifest:
-            return
-        try:
-            self._has_manifest[step] = manifest.verify(self._folder(step), WRITTEN_LAST)
-        except Damaged as error:
-            raise Damaged(f"the checkpoint of step {step} is damaged: {error}") from error
-
-    def _compare(self, step: int, shapes: Any, whole: bool = False) -> None:
-        """Raises _OtherCode unless the step has the arrays of `shapes`, and if `whole` no others.
-
-        Orbax itself casts silently to another dtype.
-        """
-        with self._reading(step):
-            folder = self._folder(step) / "state"
-            saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
-        saved, expected = _arrays(saved), _arrays(shapes)
-        names = [*expected, *(sorted(saved.keys() - expected.keys()) if whole else ())]
-        for name in names:
-            if saved.get(name) != expected.get(name):
-                raise _OtherCode(
-                    f"the checkpoint of step {step} is from other code: {name} is "
-                    f"{saved.get(name, 'not there')} and should be {expected.get(name, 'absent')}"
-                )
-
-    def _inspect(self, step: int, shapes: Any) -> None:
-        """Raises Damaged or _OtherCode in all processes if the first one, which looks, does."""
-        problem = None
-        if processes.is_first():
-            try:
-                self._verify(step)
-                self._compare(step, shapes, whole=True)
-            except (Damaged, _OtherCode) as error:
-                problem = error
-        _raise_together(problem)
-
-    def _restore_together(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict]:
-        """State and facts; Damaged in all processes if any of them can't read them."""
-        problem = restored = None
-        try:
-            restored = self._restore(
-                step, state=_restore_arguments(shapes, shardings), facts=ocp.args.JsonRestore()
-            )
-        except Damaged as error:
-            problem = error
-        _raise_together(problem)
-        return restored.state, restored.facts
 
     def _restore(self, step: int, **items: Any) -> Any:
         with self._reading(step):
@@ -358,23 +303,10 @@ class Checkpoints:
         except Exception as error:
             if self._has_manifest.get(step):
                 raise CheckpointError(
-                    f"the checkpoint of step {step} is whole but can't be read: {_cause(error)}"
+                    f"the checkpoint of step {step} is whole but can't be read: {cause_of(error)}"
                 ) from error
             raise Damaged(
-                f"the checkpoint of step {step} is damaged: it can't be read: {_cause(error)}"
-            ) from error
-
-    def _quarantine(self, step: int) -> Path:
-        """Moves a step out of the way; where to."""
-        folder = self._directory.parent / "quarantine"
-        names = (f"{step}.{number}" if number else str(step) for number in range(10**6))
-        try:
-            folder.mkdir(exist_ok=True)
-            target = next(folder / name for name in names if not (folder / name).exists())
-            return self._folder(step).rename(target)
-        except OSError as error:
-            raise CheckpointError(
-                f"the checkpoint of step {step} can't be moved to {folder}: {_cause(error)}"
+                f"the checkpoint of step {step} is damaged: it can't be read: {cause_of(error)}"
             ) from error
 
 
@@ -399,15 +331,6 @@ def _arrays(tree: Any) -> dict[str, str]:
     }
 
 
-def _raise_together(problem: Damaged | _OtherCode | None) -> None:
-    """Raises a problem that any process has in all of them, so that they all go the same way."""
-    kinds = {kind.__name__: kind for kind in (Damaged, _OtherCode)}
-    for told in processes.gather(f"{type(problem).__name__} {problem}" if problem else ""):
-        if told:
-            kind, _, sentence = told.partition(" ")
-            raise kinds[kind](sentence)
-
-
 def _ignore_late_writes(unraisable: Any) -> None:
     """Prints an exception that nobody can handle, but not what follows from a save that failed.
 
@@ -421,7 +344,7 @@ def _not_saved(step: int, why: str) -> CheckpointError:
     return CheckpointError(f"checkpoint of step {step} not saved: {why}")
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """One line of what went wrong; of what TensorStore says, what the system said."""
     while _is_late(error) and error.__context__:  # a failure has made this process late
         error = error.__context__

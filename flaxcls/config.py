@@ -29,7 +29,7 @@ def default() -> ConfigDict:
     config.duration = "10 epochs"
     config.ema_decay = placeholder(float)  # 0 to 1; None: no average of the parameters is kept
     config.log_every = "50 steps"
-    config.hang_after = 600  # seconds without a step after which the run ends itself; 0: never
+    config.hang_after = "10 minutes"  # without a step; then the run ends itself; 0 minutes: never
 
     config.data = ConfigDict()
     config.data.name = "digits"  # digits, fake, folder, list, idx, or any TFDS name

@@ -25,9 +25,11 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.run is None:
         raise ConfigError("--run=DIR is missing; it is the folder that training made")
 
+    from flaxcls import compilation_cache
     from flaxcls.evaluator import evaluate_run
     from flaxcls.watch import describe
 
+    compilation_cache.enable()
     step, split, results = evaluate_run(
         Path(FLAGS.run), split=FLAGS.split, checkpoint=FLAGS.checkpoint, data_dir=FLAGS.data_dir
     )

@@ -121,8 +121,10 @@ def main(argv: Sequence[str]) -> int:
     if not first:
         raise ConfigError(f"there are no pictures in {', '.join(arguments)}")
 
-    from flaxcls.predictor import Predictor  # JAX, which takes seconds: not for --help
+    from flaxcls import compilation_cache  # JAX, which takes seconds: not for --help
+    from flaxcls.predictor import Predictor
 
+    compilation_cache.enable()
     predictor = Predictor(
         FLAGS.run, checkpoint=FLAGS.checkpoint, ema=FLAGS.ema, batch_size=len(first)
     )

@@ -25,7 +25,8 @@ from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
 # What a cluster sets in the processes that it starts, and JAX finds its neighbours by: `srun`, Open
 # MPI's `mpirun`, TPUs on GKE. TPU virtual machines are told by JAX itself, where libtpu is there.
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
-_GRACE = 10  # seconds that a process that ends waits for the others to end too
+_GRACE = 10  # seconds that a process that fails waits for the others, who may have failed too
+_PATIENCE = 120  # and one that ends as all do
 
 
 def join(
@@ -238,5 +239,6 @@ def leave(code: int) -> None:
     sys.stderr.flush()
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     farewell.start()
-    farewell.join(_GRACE)
+    together = code in (0, *SIGNAL_EXIT_CODES.values())
+    farewell.join(_PATIENCE if together else _GRACE)
     os._exit(code)

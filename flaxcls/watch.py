@@ -1,8 +1,10 @@
 """What a run tells while it goes: the terminal, metrics.jsonl and TensorBoard."""
 
+import contextlib
 import json
 import math
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import scalar
 
 
 class Watch:
@@ -25,25 +30,24 @@ class Watch:
 
     def __init__(self, workdir: Path | None, start_step: int, total_steps: int, batch_size: int):
         self._total_steps, self._batch_size = total_steps, batch_size
-        self._workdir = workdir
+        self._path = workdir / "metrics.jsonl" if workdir else Path(os.devnull)
         self._console = Console(highlight=False, soft_wrap=True, quiet=workdir is None)
         self._live = None
         if workdir and self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
+        self._board = _Board(workdir and workdir / "tensorboard")
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
-        writes = self._workdir is not None
-        self._path = self._workdir / "metrics.jsonl" if writes else Path(os.devnull)
-        if writes:
+        if self._path != Path(os.devnull):
             self._keep_until(start_step)
-        self._file = self._path.open("a")
-        folder = str(self._workdir / "tensorboard") if writes else None
-        self._board = SummaryWriter(folder, purge_step=start_step + 1, write_to_disk=writes)
+        self._file = self._path.open("ab", buffering=0)
+        self._pending = b""  # of the file, while the disk is full
+        self._board.open(start_step + 1)
 
     def cut(self, step: int) -> None:
         """Forgets what came after a step, to which the run has gone back."""
-        self._close()
+        self._file.close()
         self._open(step)
 
     def _keep_until(self, start_step: int) -> None:
@@ -60,7 +64,8 @@ class Watch:
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        self._console.print(text, markup=False)
+        with contextlib.suppress(OSError):  # a file on a full disk
+            self._console.print(text, markup=False)
 
     def training(
         self, step: int, epoch: float, row: dict[str, float], lap: tuple[float, float]
@@ -69,8 +74,7 @@ class Watch:
         self._write(step, epoch, {"train": row})
         steps_per_second, data_wait = lap
         rate = self._batch_size * steps_per_second
-        self._board.add_scalar("time/images_per_second", rate, step)
-        self._board.add_scalar("time/data_wait", data_wait, step)
+        self._board.add(step, {"time/images_per_second": rate, "time/data_wait": data_wait})
         eta = (self._total_steps - step) / steps_per_second
         line = (
             f"step {step}/{self._total_steps}  epoch {epoch:.2f}  loss {row['loss']:.4f}  "
@@ -78,6 +82,8 @@ class Watch:
             f"{rate:,.0f} images/s  data wait {100 * data_wait:.0f} %  "
             f"ETA {_clock(eta)}"
         )
+        if row.get("skipped_updates"):
+            line += f"  {row['skipped_updates']} updates left out"
         if self._live:
             self._live.update(Text(line))
         else:
@@ -91,12 +97,20 @@ class Watch:
 
     def _write(self, step: int, epoch: float, groups: Mapping[str, Mapping[str, float]]) -> None:
         row = {"step": step, "epoch": round(epoch, 4), **groups}
-        self._file.write(json.dumps(_json(row)) + "\n")
-        self._file.flush()
+        self._pending += (json.dumps(_json(row)) + "\n").encode()
+        self.flush()
         for group, values in groups.items():
-            for name, value in values.items():
-                if not math.isnan(value):
-                    self._board.add_scalar(f"{group}/{name}", value, step)
+            self._board.add(step, {f"{group}/{name}": value for name, value in values.items()})
+
+    def flush(self) -> None:
+        """Writes the rows that there was no room for when they came, if there is now."""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            self.say(
+                f"{self._path} can't be written: {error.strerror}; its rows are kept for later"
+            )
 
     def __enter__(self) -> "Watch":
         if self._live:
@@ -106,11 +120,53 @@ class Watch:
     def __exit__(self, *exception: object) -> None:
         if self._live:
             self._live.stop()
-        self._close()
-
-    def _close(self) -> None:
-        self._board.close()
+        self.flush()
         self._file.close()
+        self._board.close()
+
+
+class _Board:
+    """TensorBoard's files in a folder, or none; what can't be written is left out there.
+
+    A SummaryWriter writes in a thread, which a full disk would end, and the run would wait for it.
+    """
+
+    def __init__(self, folder: Path | None):
+        self._folder, self._writer = folder, None
+
+    def open(self, step: int) -> None:
+        """Begins with a step; TensorBoard forgets what was written of it and later ones before."""
+        self.close()
+        if self._folder is None:
+            return
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Two beginnings in a second: a name of its own for each.
+            suffix = f".{os.getpid()}.{time.monotonic_ns()}"
+            self._writer = EventsWriter(str(self._folder / "events"), suffix)
+            self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Notes numbers by their names; not those that are NaN, the mean of nothing."""
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
+        parts = [part for name, value in known.items() for part in scalar(name, value).value]
+        self._write(Event(step=step, summary=Summary(value=parts)))
+
+    def _write(self, event: Event) -> None:
+        if self._writer is None:
+            return
+        event.wall_time = time.time()
+        try:
+            self._writer.write_event(event)
+            self._writer.flush()
+        except OSError:
+            self.open(event.step)  # what comes after half an event can't be read
+
+    def close(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer:
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 def _json(value: Any) -> Any:

@@ -9,12 +9,11 @@
 
 step=
 told=
-# Told twice, many processes save once, but a single one takes the second SIGTERM as "at once".
 # shellcheck disable=SC2329 # called by the trap
 forward() {
   told=yes
   interrupted=yes
-  if [ -n "$step" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; then kill -TERM "$step"; fi
+  if [ -n "$step" ]; then kill -TERM "$step"; fi # who is told twice saves once
 }
 trap forward TERM
 

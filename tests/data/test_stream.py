@@ -264,7 +264,7 @@ def test_broken_images_are_replaced_counted_and_reported_once(expected):
     )
 
 
-@pytest.mark.parametrize("options", [{"workers": (8, 0, 0)}, {"host": (1, 2)}])
+@pytest.mark.parametrize("options", [{"workers": (8, 0, 0)}, {"rows": rows_of(1, 2)}])
 def test_substitutes_are_the_same_for_all_workers_and_hosts(options):
     def batches(**options):
         return take(make(pictures(BROKEN), broken=BrokenImages(SIZE, 1, str), **options), 0, 9)

