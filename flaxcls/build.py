@@ -69,7 +69,7 @@ def check(config: ConfigDict) -> None:
     with _about("hang_after"):
         unit = parse_duration(config.hang_after).unit
     require("hang_after", unit == "seconds", "a time, such as '10 minutes'")
-    require("divergence.max_update", config.divergence.max_update > 0, "above 0")
+    require("divergence.max_grad_norm", config.divergence.max_grad_norm > 0, "above 0")
     require("input.processes", (config.input.processes or 0) >= 0, "at least 0")
     require("input.max_broken", 0 <= config.input.max_broken <= 1, "at least 0 and at most 1")
     require(

@@ -151,7 +151,7 @@ def default() -> ConfigDict:
     config.checkpoint.on_error = "continue"  # until the next one is due; or stop
 
     config.divergence = ConfigDict()  # an update that is not finite or too large is left out
-    config.divergence.max_update = 10.0  # its norm over that of the parameters (or 1, if larger)
+    config.divergence.max_grad_norm = 1e4  # before clipping; usual ones, as logged, are below 100
     config.divergence.max_skipped = 10  # in a row; then the run goes back to its last checkpoint
     config.divergence.max_rollbacks = 3  # then it ends
 

@@ -176,7 +176,8 @@ class Session:
         rollbacks, offset = self._progress["rollbacks"] + 1, self._progress["data_offset"]
         diverged, self._state = self.step, None  # its memory is needed for the other one
         if rollbacks > self._config.divergence.max_rollbacks:
-            self._checkpoints.wait()
+            with contextlib.suppress(CheckpointError):
+                self._checkpoints.wait()
             steps = self._checkpoints.steps()
             raise DivergedError(
                 f"{trouble}, after {rollbacks - 1} rollbacks; "

@@ -86,18 +86,17 @@ def make_train_step(
     num_classes: int,
     ema_decay: float | None,
     gradient_accumulation: int,
-    max_update: float,
+    max_grad_norm: float,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, batch) -> state`, one update.
 
     `batch` has "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B]. Its metrics are
     added to the state's.
 
-    An update that is not sound is left out: one with a number that is not finite, in the gradient,
-    the update or the statistics of BatchNorm, or that is longer than `max_update` times the
-    parameters (or than `max_update`, if they are shorter than 1), in the L2 norm. The state then
-    keeps its parameters, statistics, averages and optimizer, whose schedule waits; the step counts
-    in "skipped_updates" and in no other mean.
+    An update that is not sound is left out: one with a number that is not finite in the loss, the
+    gradient or the statistics of BatchNorm, or whose gradient's L2 norm exceeds `max_grad_norm`.
+    The state then keeps its parameters, statistics, averages and optimizer, whose schedule waits;
+    the step counts in "skipped_updates" and in no mean.
 
     With `gradient_accumulation` = k the batch is computed in k parts and updates once. The gradient
     is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout
@@ -133,43 +132,53 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / total["weight"], total["grads"])
         batch_stats = jax.tree.map(lambda s: s / gradient_accumulation, total["batch_stats"])
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = state.ema
-        if ema_decay is not None:
-            averaged = {"params": params, "batch_stats": batch_stats}
-            ema = ema_update(state.ema, averaged, state.step, ema_decay)
+        # A norm is finite only if every number is.
+        grad_norm, stats_norm = optax.tree.norm(grads), optax.tree.norm(batch_stats)
+        finite = jnp.isfinite(total["sums"]["loss"][0]) & jnp.isfinite(stats_norm)
+        sound = finite & (grad_norm <= max_grad_norm)  # false if the norm is NaN
 
-        # A norm is finite only if every number is, so that norms tell all.
-        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
-        longest = max_update * jnp.maximum(optax.tree.norm(state.params), 1)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(batch_stats))
-        sound = finite & (update_norm <= longest)  # false if it is NaN
-
-        def if_sound(new, old):
-            return jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
+        def updated(state: TrainState) -> TrainState:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params, ema = optax.apply_updates(state.params, updates), state.ema
+            if ema_decay is not None:
+                averaged = {"params": params, "batch_stats": batch_stats}
+                ema = ema_update(state.ema, averaged, state.step, ema_decay)
+            return state.replace(
+                params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
+            )
 
         one = sound.astype(jnp.int32)
         sums = {**total["sums"], "grad_norm": (grad_norm, one)}
         broken = jnp.sum(batch.get("broken", 0), dtype=jnp.int32)
         counts = {"broken_images": broken, "skipped_updates": 1 - one}
-        return state.replace(
+        sums = {
+            **_where(sound, sums, metrics.zeros_like(sums)),
+            **{name: (number, jnp.ones_like(one)) for name, number in counts.items()},
+        }
+        return _if(sound, updated, state).replace(
             step=state.step + 1,
-            params=if_sound(params, state.params),
-            batch_stats=if_sound(batch_stats, state.batch_stats),
-            opt_state=if_sound(opt_state, state.opt_state),
-            ema=if_sound(ema, state.ema),
             skipped=jnp.where(sound, 0, state.skipped + 1),
-            metrics=metrics.add(
-                state.metrics,
-                {
-                    **if_sound(sums, metrics.zeros_like(sums)),
-                    **{name: (number, jnp.ones_like(one)) for name, number in counts.items()},
-                },
-            ),
+            metrics=metrics.add(state.metrics, sums),
         )
 
     return train_step
+
+
+def _where(condition: jax.Array, true: Any, false: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), true, false)
+
+
+def _if(condition: jax.Array, function: Callable[[Any], Any], tree: Any) -> Any:
+    """`function(tree)` or, if the condition is false, `tree` as it is.
+
+    A choice of every number costs nothing where it is fused into what computes it, on GPUs and
+    TPUs, where a branch would have to be waited for. On a CPU it keeps XLA from updating the arrays
+    in place: ResNet-18's took 46 to 50 instead of 17 ms, and 17 ms in a branch (2 cores, jax
+    0.10.2).
+    """
+    if jax.default_backend() == "cpu":
+        return jax.lax.cond(condition, function, lambda tree: tree, tree)
+    return _where(condition, function(tree), tree)
 
 
 def _sum_over_parts(part: Callable, batch: Batch, parts: int) -> Any:

@@ -93,7 +93,7 @@ class Trainer:
             num_classes=num_classes,
             ema_decay=config.ema_decay,
             gradient_accumulation=config.gradient_accumulation,
-            max_update=config.divergence.max_update,
+            max_grad_norm=config.divergence.max_grad_norm,
         )
 
         def update(state, data, batch):

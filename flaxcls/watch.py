@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Watch:
         if self._path != Path(os.devnull):
             self._keep_until(start_step)
         self._file = self._path.open("ab", buffering=0)
-        self._pending = b""  # of the file, while the disk is full
+        self._pending, self._waiting = b"", False  # rows that a full disk has no room for
         self._board.open(start_step + 1)
 
     def cut(self, step: int) -> None:
@@ -107,10 +107,11 @@ class Watch:
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
+            self._waiting = False
         except OSError as error:
-            self.say(
-                f"{self._path} can't be written: {error.strerror}; its rows are kept for later"
-            )
+            if not self._waiting:  # said once
+                self.say(f"{self._path} can't be written: {error.strerror}; its rows are kept")
+            self._waiting = True
 
     def __enter__(self) -> "Watch":
         if self._live:
@@ -139,7 +140,7 @@ class _Board:
         self.close()
         if self._folder is None:
             return
-        with contextlib.suppress(OSError):
+        with self._trying():
             self._folder.mkdir(parents=True, exist_ok=True)
             # Two beginnings in a second: a name of its own for each.
             suffix = f".{os.getpid()}.{time.monotonic_ns()}"
@@ -148,19 +149,26 @@ class _Board:
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Notes numbers by their names; not those that are NaN, the mean of nothing."""
-        known = {name: value for name, value in values.items() if not math.isnan(value)}
-        parts = [part for name, value in known.items() for part in scalar(name, value).value]
-        self._write(Event(step=step, summary=Summary(value=parts)))
+        if self._writer is None:
+            self.open(step)
+        if self._writer is not None:
+            known = {name: value for name, value in values.items() if not math.isnan(value)}
+            parts = [part for name, value in known.items() for part in scalar(name, value).value]
+            with self._trying():
+                self._write(Event(step=step, summary=Summary(value=parts)))
 
     def _write(self, event: Event) -> None:
-        if self._writer is None:
-            return
         event.wall_time = time.time()
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    @contextlib.contextmanager
+    def _trying(self) -> Iterator[None]:
+        """After a failure the next file begins: what comes after half an event can't be read."""
         try:
-            self._writer.write_event(event)
-            self._writer.flush()
+            yield
         except OSError:
-            self.open(event.step)  # what comes after half an event can't be read
+            self.close()
 
     def close(self) -> None:
         writer, self._writer = self._writer, None

@@ -127,7 +127,7 @@ def test_recipe_builds_and_fits_together(path, pictures):
         num_classes=num_classes,
         ema_decay=0.9,
         gradient_accumulation=config.gradient_accumulation,
-        max_update=10.0,
+        max_grad_norm=1e4,
     )
     key = jax.random.key_data(jax.random.key(0))
     size = config.batch_size

@@ -33,7 +33,7 @@ def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
         num_classes=5,
         ema_decay=None,
         gradient_accumulation=1,
-        max_update=10.0,
+        max_grad_norm=1e4,
     )
     init = make_init(plan.network, plan.optimizer, num_classes=5, ema=False)
     batch = {"image": np.zeros((4, 8, 8, 1), np.uint8), "label": np.arange(4)}

@@ -144,7 +144,7 @@ def step_in_parts(config, parts, steps=2):
         num_classes=5,
         ema_decay=0.9,
         gradient_accumulation=parts,
-        max_update=10.0,
+        max_grad_norm=1e4,
     )
     step, batch = jax.jit(step), tiny_batch()
     state = init(jax.random.key_data(jax.random.key(0)), batch["image"].astype(jnp.float32))

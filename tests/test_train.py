@@ -221,7 +221,7 @@ def test_signal_saves_and_the_run_goes_on_bitwise(
 def diverging(tiny_config, **changes):
     """Every update is far too large from the beginning."""
     return tiny_config(
-        **{"optimizer__learning_rate": 1e30, "divergence__max_skipped": 3, "log_every": "1 steps"}
+        **{"divergence__max_grad_norm": 1e-9, "divergence__max_skipped": 3, "log_every": "1 steps"}
         | changes
     )
 

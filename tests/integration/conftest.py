@@ -40,6 +40,38 @@ def get_config():
 """
 
 
+POISON = """
+from flaxcls import augment
+import jax.numpy as jnp
+build = augment.build
+
+
+def poisoned(*arguments, **options):
+    augmentation = build(*arguments, **options)
+
+    def apply(key, batch):
+        epoch = batch["epoch"]
+        bad = ({condition})[:, None, None, None]
+        batch = augmentation(key, batch)
+        return {{**batch, "image": jnp.where(bad, jnp.nan, batch["image"])}}
+
+    return apply
+
+
+augment.build = poisoned
+"""
+
+
+@pytest.fixture
+def poison():
+    """Changes a recipe's file: images become NaN where a condition on `epoch` holds."""
+
+    def change(recipe, condition):
+        recipe.write_text(recipe.read_text() + POISON.format(condition=condition))
+
+    return change
+
+
 @pytest.fixture(scope="session")
 def everything(tmp_path_factory):
     """The file of a recipe of 60 steps with all that a run can carry."""
@@ -108,23 +140,6 @@ def wait_until(process, condition, timeout=120):
 @pytest.fixture(name="wait_until")
 def _wait_until():
     return wait_until
-
-
-@pytest.fixture
-def recovery(request):
-    """Measures what the README's table of faults says: seconds until a run is where it was."""
-
-    def measure(process, run, fault):
-        began, before = time.perf_counter(), run.log()
-
-        def goes_on():
-            now = run.log()
-            return now != before and len(now) > 0
-
-        if wait_until(process, goes_on):
-            print(f"RECOVERY {request.node.name}: {fault}: {time.perf_counter() - began:.1f} s")
-
-    return measure
 
 
 def stopped_step(stderr):

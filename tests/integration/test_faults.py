@@ -4,6 +4,8 @@ import os
 import re
 import resource
 import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,9 +16,6 @@ SHORT = ("--config.duration=20 steps", "--config.checkpoint.keep=3")
 @pytest.fixture(scope="module")
 def short(everything, tmp_path_factory):
     """The folder of an undisturbed run of 20 steps, with the checkpoints of the last three."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("short") / "run"
     command = [sys.executable, "-m", "flaxcls.main", f"--config={everything}", *SHORT]
     subprocess.run([*command, f"--workdir={folder}"], check=True)
@@ -99,7 +98,7 @@ def file_size_limit(process, size):
 
 
 LONG = (
-    "--config.duration=2000 steps",
+    "--config.duration=20000 steps",
     "--config.log_every=20 steps",
     "--config.model.widths=(256,)",
 )
@@ -137,6 +136,56 @@ def test_full_disk_is_told_and_training_goes_on_until_there_is_room_again(
     assert sentence.endswith("training goes on until the next one is due"), sentence
     assert "Traceback" not in output.read_text() + stderr
     assert not run.unfinished()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(path):
+    """Leaves not a byte on a disk, whatever has become free since the last time."""
+    with path.open("ab", buffering=0) as file:
+        try:
+            while file.write(bytes(2**10)):
+                pass
+        except OSError:
+            return
+
+
+@pytest.mark.slow
+def test_disk_without_a_byte_left_costs_no_row_of_the_log(
+    small_disk, tmp_path, recipe, start_main, run_main, run_folder, wait_until, stopped_step
+):
+    run, output = run_folder(small_disk / "run"), tmp_path / "output"
+    arguments = [f"--config={recipe}", *LONG, "--config.checkpoint.every=100 steps"]
+    with output.open("w") as stdout:
+        process = start_main(*arguments, f"--workdir={run.folder}", stdout=stdout)
+    assert wait_until(process, run.steps)
+
+    def said(text):
+        fill(small_disk / "ballast")
+        return re.search(text, output.read_text())
+
+    assert wait_until(process, lambda: said("its rows are kept"))
+    assert wait_until(process, lambda: said("checkpoint of step .* not saved"))
+    kept = run.steps()
+    (small_disk / "ballast").unlink()
+    assert wait_until(process, lambda: max(run.steps(), default=0) > max(kept))
+    process.terminate()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 42 and "Traceback" not in stderr + output.read_text(), stderr
+    step = stopped_step(stderr)
+    rows = [row[0] for row in run.rows() if row[1] == "train"]
+    assert rows == sorted({*range(20, step + 1, 20), *range(6, step + 1, 6)} & set(rows))
+    assert set(range(20, step + 1, 20)) <= set(rows)
 
 
 @pytest.mark.slow
@@ -192,36 +241,14 @@ def test_step_that_hangs_ends_the_run_with_44_and_every_threads_stack(
     assert max(run.steps()) == 12
 
 
-POISON = """
-from flaxcls import augment
-import jax.numpy as jnp
-build = augment.build
-
-
-def poisoned(*arguments, **options):
-    augmentation = build(*arguments, **options)
-
-    def apply(key, batch):
-        bad = (batch["epoch"] == 1)[:, None, None, None]
-        batch = augmentation(key, batch)
-        return {**batch, "image": jnp.where(bad, jnp.nan, batch["image"])}
-
-    return apply
-
-
-augment.build = poisoned
-"""
-
-
 @pytest.mark.slow
 def test_run_that_meets_a_stretch_of_nan_goes_back_and_on_with_other_data(
-    tmp_path, recipe, run_main, run_folder, saved_arrays
+    tmp_path, recipe, poison, run_main, run_folder, saved_arrays
 ):
-    poisoned = tmp_path / "poisoned.py"
-    poisoned.write_text(recipe.read_text() + POISON)
+    poison(recipe, "epoch == 1")
     run = run_folder(tmp_path / "run")
     result = run_main(
-        f"--config={poisoned}",
+        f"--config={recipe}",
         f"--workdir={run.folder}",
         "--config.divergence.max_skipped=3",
         "--config.log_every=1 steps",
