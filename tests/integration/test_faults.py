@@ -256,6 +256,9 @@ def test_run_that_meets_a_stretch_of_nan_goes_back_and_on_with_other_data(
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("and on with the examples that come after those") == 2
+    print(
+        f"RECOVERY NaN: the whole run of 12 steps, with two rollbacks, took {result.seconds:.1f} s"
+    )
     assert run.json("summary.json")["rollbacks"] == 2
     assert [row[0] for row in run.rows() if row[1] == "train"] == list(range(1, 13))
     for name, array in saved_arrays(run.folder, 12).items():
