@@ -1,0 +1,144 @@
+"""What several processes agree on, without starting them; tests/integration starts them."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from flaxcls import processes, run, sharding
+from flaxcls.errors import ConfigError, ProcessesError
+
+
+def others_say(monkeypatch, facts):
+    """The second of two processes says `facts`."""
+    monkeypatch.setattr(processes, "gather", lambda text: [text, json.dumps(facts)])
+
+
+def test_what_differs_is_named_with_both_values(monkeypatch, tiny_config):
+    facts = {"fingerprint": "a", "mean": [0.5], "class_names": ["cat", "dog"]}
+    identity = run.identity(tiny_config(), facts, "b")
+    others_say(monkeypatch, identity)
+    processes.check_same(identity)
+    for name, other in (
+        ("config.optimizer.momentum", 0.5),
+        ("the code of flaxcls", "0" * 16),
+        ("the fingerprint of the training data", "c"),
+        ("the fingerprint of the evaluation data", "c"),
+        ("class_names", ["cat"]),
+        ("mean", [0.4]),
+    ):
+        others_say(monkeypatch, {**identity, name: other})
+        with pytest.raises(ConfigError) as raised:
+            processes.check_same(identity)
+        assert f"differ in {name}: process 0 has {identity[name]!r}" in str(raised.value)
+        assert f"process 1 {other!r}" in str(raised.value)
+    others_say(monkeypatch, {**identity, "config.new": 1})
+    with pytest.raises(ConfigError, match="differ in config.new: process 0 has None, process 1 1"):
+        processes.check_same(identity)
+
+
+def test_where_the_data_lies_and_who_decodes_may_differ(tiny_config):
+    facts = {"fingerprint": "a"}
+    one = run.identity(tiny_config(), facts, "b")
+    other = tiny_config(data__dir="/elsewhere", input__threads=3, input__read_ahead=9)
+    assert run.identity(other, facts, "b") == one
+
+
+def test_other_number_of_devices_is_named(monkeypatch):
+    devices = [SimpleNamespace(process_index=index) for index in (0, 0, 1, 1, 2)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(ConfigError, match="process 2 has 1 devices, process 0 has 2"):
+        processes.check_device_counts()
+    monkeypatch.setattr(jax, "devices", lambda: devices[:4])
+    processes.check_device_counts()
+
+
+def test_folder_that_is_not_shared_is_told(tmp_path):
+    with pytest.raises(ConfigError, match="must be shared by all"):
+        processes.check_shared(tmp_path / "config.json")
+    (tmp_path / "config.json").touch()
+    processes.check_shared(tmp_path / "config.json")
+
+
+def test_alone_everything_is_one_s_own(capsys):
+    assert processes.count() == 1 and processes.is_first() and processes.agree(7) == 7
+    assert processes.gather("text") == ["text"]
+    with processes.first_before_others():
+        processes.say("hello")
+    assert capsys.readouterr().out == "hello\n"
+    processes.leave(3)  # leaves nothing: there is nobody to leave
+
+
+def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
+    with processes.StopRequest() as asked:
+        assert asked() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked() == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_step_to_stop_at_stays_known_when_a_rollback_comes_between(monkeypatch):
+    reached = []
+
+    def sync_point(number):
+        reached.append(number)
+        return number == 3
+
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes.multihost_utils, "reached_preemption_sync_point", sync_point)
+    with processes.StopRequest() as asked:
+        assert [asked() for _ in range(5)] == [None, None] + [signal.SIGTERM] * 3
+    assert reached == [1, 2, 3, 4, 5]
+
+
+def test_error_of_the_transport_is_a_sentence_about_the_other_processes(monkeypatch):
+    error = jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection reset by peer")
+    with pytest.raises(jax.errors.JaxRuntimeError), processes.together():
+        raise error
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    message = "one of which has probably ended"
+    with pytest.raises(ProcessesError, match=message), processes.together():
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, False),  # a batch script, not `srun`
+        ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "8"}, True),
+        ({"SLURM_STEP_NODELIST": "a", "SLURM_NTASKS": "1"}, False),  # all of the node's GPUs
+        ({"OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a notebook's pod
+    ],
+)
+def test_clusters_are_told_by_what_they_set(monkeypatch, environment, expected):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    assert processes._in_cluster() is expected
+
+
+def test_rows_of_all_processes_are_the_batch():
+    mesh = sharding.make_mesh(2)
+    np.testing.assert_array_equal(sharding.local_rows(mesh, 24), np.arange(24))
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "count", "expected"),
+    [(128, 1, 8), (128, 2, 4), (6, 2, 3), (10, 2, 1), (7, 1, 7), (128, 64, 1)],
+)
+def test_cpu_devices_of_all_processes_divide_the_batch(monkeypatch, batch_size, count, expected):
+    monkeypatch.setattr(sharding.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    assert sharding.cpu_devices(batch_size, count) == expected
