@@ -130,7 +130,7 @@ def tiny_batch(size=24, classes=5):
     }
 
 
-def step_in_parts(config, parts, steps=2):
+def step_in_parts(config, parts, steps=2, max_grad_norm=1e4):
     """State and metrics after some steps on one batch that is computed in parts."""
     network = models.build(config.model.name, num_classes=5, **build._given(config.model, "dtype"))
     params = models.shapes(network, (8, 8, 1))["params"]
@@ -144,7 +144,7 @@ def step_in_parts(config, parts, steps=2):
         num_classes=5,
         ema_decay=0.9,
         gradient_accumulation=parts,
-        max_grad_norm=1e4,
+        max_grad_norm=max_grad_norm,
     )
     step, batch = jax.jit(step), tiny_batch()
     state = init(jax.random.key_data(jax.random.key(0)), batch["image"].astype(jnp.float32))
@@ -203,3 +203,32 @@ def test_same_seed_gives_bitwise_the_same_run_and_another_seed_does_not(
     assert logs[0] == logs[1] and logs[0] != logs[2]
     name = "params/hidden1/kernel"
     assert (arrays[0][name] != arrays[2][name]).any()
+
+
+# Updates that are left out.
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # a branch there, a choice of numbers here
+def test_update_that_is_left_out_changes_nothing_but_the_counts(tiny_config, monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    config = tiny_config(model__name="quick", model__widths=(4, 8), optimizer__momentum=0.9)
+    before, _ = step_in_parts(config, 1, steps=0)
+    after, sums = step_in_parts(config, 1, steps=3, max_grad_norm=1e-9)
+    for name in ("params", "batch_stats", "opt_state", "ema", "rng"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
+    assert after.step == 3 and after.skipped == 3
+    assert sums["skipped_updates"] == (3, 3)
+    assert sums["loss"] == sums["accuracy"] == sums["grad_norm"] == (0, 0)
+    trained, sums = step_in_parts(config, 1, steps=3)
+    assert trained.skipped == 0 and sums["skipped_updates"] == (0, 3)
+    assert sums["accuracy"][1] == 72
+
+
+def test_branch_and_choice_train_alike(tiny_config, monkeypatch):
+    config = tiny_config(model__name="quick", model__widths=(4, 8), optimizer__momentum=0.9)
+    branch, _ = step_in_parts(config, 1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    choice, _ = step_in_parts(config, 1)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), branch, choice
+    )
