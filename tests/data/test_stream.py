@@ -269,7 +269,7 @@ def test_substitutes_are_the_same_for_all_workers_and_hosts(options):
     def batches(**options):
         return take(make(pictures(BROKEN), broken=BrokenImages(SIZE, 1, str), **options), 0, 9)
 
-    rows = slice(6, 12) if "host" in options else slice(12)
+    rows = slice(6, 12) if "rows" in options else slice(12)
     for batch, whole in zip(batches(**options), batches(), strict=True):
         assert_same(batch, {name: column[rows] for name, column in whole.items()})
 

@@ -66,13 +66,13 @@ def test_two_processes_of_two_devices_equal_one_of_four(
 ):
     arguments = [
         f"--config={everything}",
-        "--config.duration=20 steps",
+        "--config.duration=10 steps",
         "--config.checkpoint.every=10 steps",
         f"--config.input.mode={mode}",
     ]
     code, stdout, stderr = run_processes(*arguments, f"--workdir={tmp_path / 'two'}")
     assert code == 0, stderr
-    assert stdout.count("Finished after 20 steps") == 1  # only process 0 speaks
+    assert stdout.count("Finished after 10 steps") == 1  # only process 0 speaks
     assert "devices: 4 x cpu" in stdout
     one = run_main(*arguments, f"--workdir={tmp_path / 'one'}", "--config.mesh.cpu_devices=4")
     assert one.returncode == 0, one.stderr
