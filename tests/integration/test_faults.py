@@ -55,8 +55,16 @@ def link_elsewhere(checkpoint):
     return path.name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", [flip_a_bit, truncate, remove_a_file, empty, link_elsewhere])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(pytest.param(damage, marks=pytest.mark.slow) for damage in (flip_a_bit, empty)),
+        *(
+            pytest.param(damage, marks=pytest.mark.torture)  # as in tests/test_checkpoint.py
+            for damage in (truncate, remove_a_file, link_elsewhere)
+        ),
+    ],
+)
 def test_damaged_checkpoint_is_named_and_quarantined_and_the_run_ends_bitwise_the_same(
     tmp_path, everything, short, run_main, run_folder, saved_arrays, assert_same_arrays, damage
 ):
