@@ -230,5 +230,5 @@ def test_branch_and_choice_train_alike(tiny_config, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     choice, _ = step_in_parts(config, 1)
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), branch, choice
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), branch, choice
     )
