@@ -211,9 +211,13 @@ class Checkpoints:
         """Where a step lies."""
         return self._directory / str(step)
 
-    def reload(self) -> None:
-        """Looks anew at what is on the disk, when everything is saved."""
+    def settle(self) -> None:
+        """Waits for the save under way, whose failure is told later; all is to be verified anew."""
         self._finish()
+        self._has_manifest.clear()
+
+    def reload(self) -> None:
+        """Looks anew at what is on the disk, after others have changed it."""
         self._reopen()
 
     # Saving.

@@ -239,6 +239,6 @@ def leave(code: int) -> None:
     sys.stderr.flush()
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     farewell.start()
-    together = code in (0, *SIGNAL_EXIT_CODES.values())
-    farewell.join(_PATIENCE if together else _GRACE)
+    all_end = code in (0, *SIGNAL_EXIT_CODES.values())
+    farewell.join(_PATIENCE if all_end else _GRACE)
     os._exit(code)

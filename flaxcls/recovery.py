@@ -19,7 +19,7 @@ def restore_newest(
     quarantine beside the checkpoints, and `say` gets a sentence for each, in the first process.
     Raises OtherCode, and moves nothing, if none is left because of their arrays.
     """
-    checkpoints.reload()
+    checkpoints.settle()
     passed: list[tuple[int, Damaged | OtherCode]] = []
     found = None
     steps = checkpoints.steps()

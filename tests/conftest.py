@@ -118,20 +118,15 @@ def recipe(tmp_path):
     return path
 
 
-def start(*arguments, module="flaxcls.main", **options):
-    """Starts `python -m MODULE ARGUMENTS` in the checkout."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen(command, cwd=ROOT, **options)
-
-
 @pytest.fixture
-def start_main():
-    """Starts a real process; what is left of them is killed at the end of the test."""
+def start_python():
+    """Starts `python ARGUMENTS` in the checkout; what is left is killed at the end of the test."""
     processes = []
 
     def starter(*arguments, **options):
-        processes.append(start(*arguments, **options))
+        command = [sys.executable, *map(str, arguments)]
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        processes.append(subprocess.Popen(command, cwd=ROOT, **options))
         return processes[-1]
 
     yield starter
@@ -139,6 +134,16 @@ def start_main():
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
         process.communicate()
+
+
+@pytest.fixture
+def start_main(start_python):
+    """Starts `python -m MODULE ARGUMENTS` in the checkout."""
+
+    def starter(*arguments, module="flaxcls.main", **options):
+        return start_python("-m", module, *arguments, **options)
+
+    return starter
 
 
 @pytest.fixture

@@ -1,17 +1,13 @@
 """Real processes that hang, or only look as if they did."""
 
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from flaxcls.errors import HUNG_EXIT_CODE
 from flaxcls.watchdog import Watchdog
 
-ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import sys, threading, time
 from flaxcls.watchdog import Watchdog
@@ -31,22 +27,14 @@ print("left", flush=True)
 
 
 @pytest.fixture
-def start_watched():
-    """Starts a process that runs `body` watched; what is left is killed at the end of the test."""
-    processes = []
+def start_watched(start_python):
+    """Starts a process that runs `body` watched."""
 
     def starter(body, seconds=1.0):
         indented = "".join(f"    {line}\n" for line in body.strip().splitlines())
-        command = [sys.executable, "-c", PROGRAM.format(seconds=seconds, body=indented)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        processes.append(subprocess.Popen(command, cwd=ROOT, text=True, **pipes))
-        return processes[-1]
+        return start_python("-c", PROGRAM.format(seconds=seconds, body=indented))
 
-    yield starter
-    for process in processes:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
+    return starter
 
 
 HANGS = {

@@ -10,6 +10,8 @@ import numpy as np
 
 from flaxcls.errors import ConfigError
 
+Batch = dict[str, np.ndarray]
+
 _DRAWS = 2**64 - 1  # second word of the key of the draws; an epoch's order has its number there
 
 
@@ -34,7 +36,7 @@ class Order:
             functools.partial(epoch_order, num_examples, seed)
         )
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+    def batch(self, step: int) -> Batch:
         """Which examples batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epoch, place = np.divmod(positions // self._repeats, self._num_examples)
@@ -73,7 +75,12 @@ def evenly_spaced(num_examples: int, most: int) -> list[int]:
     return np.unique(np.linspace(0, num_examples - 1, min(num_examples, most)).astype(int)).tolist()
 
 
-def evaluation_batches(num_examples: int, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def take_rows(batch: Batch, rows: np.ndarray) -> Batch:
+    """Some rows of a batch, in the order given."""
+    return {name: column[rows] for name, column in batch.items()}
+
+
+def evaluation_batches(num_examples: int, batch_size: int) -> Iterator[Batch]:
     """Every example once, in order: {"index": int32 [B], "mask": float32 [B]}.
 
     The last batch is filled up with example 0 at mask 0, so that all have one shape.

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcls.data.order import Order, evaluation_batches
-
-Batch = dict[str, np.ndarray]
+from flaxcls.data.order import Batch, Order, evaluation_batches, take_rows
 
 
 class Resident:
@@ -59,8 +57,7 @@ class Resident:
         return map(self._mine, evaluation_batches(len(self), batch_size))
 
     def _mine(self, batch: Batch) -> Batch:
-        rows = self._rows(len(batch["index"]))
-        return {name: column[rows] for name, column in batch.items()}
+        return take_rows(batch, self._rows(len(batch["index"])))
 
     def describe(self) -> str:
         """In words, with the memory it takes."""

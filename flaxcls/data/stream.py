@@ -21,12 +21,10 @@ import numpy as np
 
 from flaxcls.data.decode import available_cores
 from flaxcls.data.loader import Broken, BrokenImages, Loader
-from flaxcls.data.order import Order, evaluation_batches
+from flaxcls.data.order import Batch, Order, evaluation_batches, take_rows
 from flaxcls.errors import DataError
 
 _GRACE = 20  # seconds that a decoding process works on after SIGTERM
-
-Batch = dict[str, np.ndarray]
 
 
 class Workers(NamedTuple):
@@ -105,8 +103,7 @@ class Stream:
             for step in range(start, stop):
                 chosen = self._order.batch(step + offset)
                 draws = self._order.draws(step + offset, self.loader.draws)
-                plan = {name: column[mine] for name, column in chosen.items()}
-                yield plan, draws[mine], self.image_size(step)
+                yield take_rows(chosen, mine), draws[mine], self.image_size(step)
 
         for plan, images, (taken, labels, broken) in self._load(
             plans(), substitute=self._broken is not None
@@ -126,7 +123,7 @@ class Stream:
 
         def plans() -> Iterator[tuple[Batch, np.ndarray, int | None]]:
             for plan in evaluation_batches(len(self), batch_size):
-                plan = {name: column[mine] for name, column in plan.items()}
+                plan = take_rows(plan, mine)
                 draws = np.zeros((len(plan["index"]), self.loader.draws))
                 yield plan, draws, self.image_size(0)
 

@@ -13,9 +13,9 @@ def import_torchvision():
 
     PIL transforms need none of the operators; they only have to be declared.
     """
-    import torch
+    from torch import library
 
-    declared = torch.library.Library("torchvision", "FRAGMENT")
+    declared = library.Library("torchvision", "FRAGMENT")
     while True:
         try:
             import torchvision
