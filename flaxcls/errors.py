@@ -44,6 +44,12 @@ class CheckpointError(FlaxclsError):
     """A checkpoint could not be written or read."""
 
 
+class OutputError(FlaxclsError):
+    """The result of a command can't be written: its reader has gone, or the disk is full."""
+
+    exit_code = 46
+
+
 class ProcessesError(FlaxclsError):
     """One of several processes has ended, so that the others can't go on."""
 

@@ -1,7 +1,6 @@
 """A trained network as a function from pictures to probabilities; needs the run's folder only."""
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +15,10 @@ from PIL import Image
 from flaxcls import augment, inputs, sharding
 from flaxcls.data.command import in_order
 from flaxcls.data.decode import Picture, available_cores
-from flaxcls.data.files import printable
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.evaluator import Trained, restore
+from flaxcls.output import printable
 
 # What a network's outputs say of the classes, by the loss it was trained with. Those trained to the
 # squared error are probabilities already, but for errors that take them out of [0, 1] or their sum
@@ -102,7 +101,7 @@ class Predictor:
 
         Can be called in threads. Raises DataError for a file that can't be read; it names it.
         """
-        where = printable(os.fspath(path))
+        where = printable(path)
         try:
             content = Path(path).read_bytes()
         except OSError as error:

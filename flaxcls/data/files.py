@@ -14,6 +14,7 @@ import numpy as np
 
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split, take_slices
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.output import printable
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case
 
@@ -171,11 +172,6 @@ def check_classes(classes: Mapping[str, set[str]]) -> None:
 def class_name(text: str) -> str:
     """The name that is meant, whichever way its accents are encoded (macOS has its own)."""
     return unicodedata.normalize("NFC", printable(text))
-
-
-def printable(path: str) -> str:
-    """A file's name as text, even where it is not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def is_picture(name: str) -> bool:

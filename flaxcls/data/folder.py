@@ -16,9 +16,9 @@ from flaxcls.data.files import (
     class_name,
     divide,
     is_picture,
-    printable,
 )
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.output import printable
 
 _LAYOUT = "the layout should be DIR/train/CLASS/* with DIR/val/CLASS/*, or DIR/CLASS/*"
 _IGNORED = ("__MACOSX", "@eaDir")  # what macOS's zip files and Synology's disks put beside pictures

@@ -1,0 +1,79 @@
+"""Names that are safe to print, and printing that can't fail."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flaxcls.output import printable
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Größe 2.jpg", "Größe 2.jpg"),
+        ("a\nb\tc", "a\\nb\\tc"),
+        ("\x1b[31mred\x1b[0m", "\\x1b[31mred\\x1b[0m"),
+        ("\x9b31m", "\\x9b31m"),  # the same escape sequence in one character
+        ("gpj.\u202etac", "gpj.\\u202etac"),  # would be shown as cat.jpg
+        ("\udcff.jpg", "\\xff.jpg"),  # a byte that is not UTF-8, as Python has it
+        ("half \ud800", "half \\ud800"),
+        (Path("a") / "b", "a/b"),
+    ],
+)
+def test_name_is_one_line_without_control_characters(name, expected):
+    assert printable(name) == expected
+
+
+SAY = "from flaxcls.output import say\nfor n in range(10000): say(f'line {n}')\n"
+
+
+def run(code, tail, **environment):
+    command = f'set -o pipefail; {sys.executable} -c "$CODE" {tail}'
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=ROOT,
+        env={"CODE": code, "PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("tail", ["| head -1", "> /dev/full", ">&-"])
+def test_saying_something_to_nobody_is_no_error(tail):
+    result = run(SAY + "import os; os.write(2, b'went on')", tail)
+    assert (result.returncode, result.stderr) == (0, "went on")
+
+
+def test_letter_that_the_encoding_lacks_is_escaped():
+    result = run(
+        "from flaxcls.output import say\nsay('Kätzchen \U0001f431')", "", PYTHONIOENCODING="ascii"
+    )
+    assert result.stdout == "K\\xe4tzchen \\U0001f431\n"
+
+
+@pytest.mark.parametrize(
+    ("tail", "sentence"),
+    [
+        ("| head -1", "the reader of standard output has gone"),
+        ("> /dev/full", "standard output can't be written: No space left on device"),
+        (">&-", "standard output can't be written: it is closed"),
+    ],
+)
+def test_result_that_is_lost_is_an_error(tail, sentence):
+    code = (
+        "import sys\n"
+        "from flaxcls.errors import FlaxclsError\n"
+        "from flaxcls.output import write_result\n"
+        "try:\n"
+        "    for n in range(10000): write_result(f'line {n}')\n"
+        "except FlaxclsError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(error.exit_code)\n"
+    )
+    result = run(code, tail)
+    assert result.returncode == 46
+    assert result.stderr.startswith(sentence) and len(result.stderr.splitlines()) == 1
