@@ -9,12 +9,12 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls import options
+from flaxcls import options, output
 from flaxcls.config import default
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, did_you_mean
 
@@ -46,12 +46,28 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return overrides, [text for text in argv if not text.startswith(prefix)]
 
 
+class Recipe(NamedTuple):
+    """A recipe's config, and what fills in the rest of it and says so; "" if there is nothing."""
+
+    config: ConfigDict
+    adapt: Callable[[], str]
+
+
 def load_config(recipe: str | None, overrides: Sequence[str]) -> ConfigDict:
+    """The config of a recipe, complete; see `load_recipe`."""
+    config, adapt = load_recipe(recipe, overrides)
+    if said := adapt():
+        output.say(said)
+    return config
+
+
+def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
     """What `get_config()` of the file `recipe` returns, changed by overrides "field=value".
 
     Values are written as in Python; text needs no quotes. A recipe may also define
-    `adapt(config) -> str`, which fills in what is left to the data and says so; it is called last.
-    Without a recipe the default config is changed. Raises ConfigError for whatever is wrong.
+    `adapt(config) -> str`, which fills in what is left to the data and the devices and says so; it
+    is called last, as it uses devices. Without a recipe the default config is changed. Raises
+    ConfigError for whatever is wrong.
     """
     path = Path(recipe) if recipe is not None else None
     namespace = _read_recipe(path) if path else {"get_config": default}
@@ -63,10 +79,12 @@ def load_config(recipe: str | None, overrides: Sequence[str]) -> ConfigDict:
         )
     for override in overrides:
         _override(config, override)
-    if "adapt" in namespace:
+
+    def adapt() -> str:
         with _in_recipe(path):
-            print(namespace["adapt"](config))
-    return config
+            return namespace["adapt"](config) if "adapt" in namespace else ""
+
+    return Recipe(config, adapt)
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:
@@ -154,18 +172,22 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     A signal to end ends the process at once, unless `main` takes it over while it has something to
     save: Python's KeyboardInterrupt becomes an ImportError or a crash inside of JAX's native code.
     """
-    for number in SIGNAL_EXIT_CODES:
-        signal.signal(number, lambda received, frame: os._exit(SIGNAL_EXIT_CODES[received]))
+    for number, exit_code in SIGNAL_EXIT_CODES.items():
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda *_, exit_code=exit_code: os._exit(exit_code))
+    sentence = ""
     try:
-        code = main(sys.argv)
+        code = main(sys.argv) or 0
     except FlaxclsError as error:
-        print(f"flaxcls: {error}", file=sys.stderr)
-        code = error.exit_code
-    except Exception:
-        if "flaxcls.processes" not in sys.modules:
-            raise
+        code, sentence = error.exit_code, f"flaxcls: {error}"
+    except Exception as error:
         traceback.print_exc()
         code = 1
-    if "flaxcls.processes" in sys.modules:  # it may be one of several
-        sys.modules["flaxcls.processes"].leave(code or 0)
+        if (processes := sys.modules.get("flaxcls.processes")) and processes.count() > 1:
+            what = f"{type(error).__name__}: {_one_line(error)}"
+            sentence = f"flaxcls: process {processes.index()} has failed: {what}"
+    if processes := sys.modules.get("flaxcls.processes"):
+        processes.leave(code, sentence)  # does not return if it is one of several
+    if sentence:
+        output.say(sentence, error=True)
     sys.exit(code)

@@ -4,7 +4,11 @@ import difflib
 import signal
 from collections.abc import Iterable
 
-SIGNAL_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 42}  # of being asked to end
+SIGNAL_EXIT_CODES = {  # of being asked to end: Ctrl-C, a scheduler, a connection that is closed
+    getattr(signal, name): code
+    for name, code in {"SIGINT": 130, "SIGTERM": 42, "SIGHUP": 42, "SIGUSR1": 42}.items()
+    if hasattr(signal, name)  # Windows has the first two
+}
 HUNG_EXIT_CODE = 44  # of a process that the watchdog ends: there is nobody left to raise anything
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError
@@ -28,6 +29,13 @@ flags.DEFINE_string(
 flags.DEFINE_integer("num_processes", None, "How many processes there are.", flag_values=FLAGS)
 flags.DEFINE_integer("process_id", None, "Which one this is, from 0.", flag_values=FLAGS)
 flags.DEFINE_integer(
+    "join_timeout",
+    300,
+    "Seconds to wait for the other processes at the start.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer(
     "heartbeat_timeout",
     60,
     "Seconds after which a silent process is taken for dead and the others end.",
@@ -42,18 +50,28 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.config is None:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
 
-    config, recipe = cli.load_config(FLAGS.config, overrides), FLAGS.config
+    problem = None
+    try:
+        recipe = cli.load_recipe(FLAGS.config, overrides)
+    except ConfigError as error:
+        problem = error  # of one process alone, perhaps: the others have to learn of it
 
     # JAX takes seconds: not for --help
     from flaxcls import compilation_cache, goodput, processes, run, train, watch
 
-    compilation_cache.enable()
-
     processes.join(
-        FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id, FLAGS.heartbeat_timeout
+        FLAGS.coordinator_address,
+        FLAGS.num_processes,
+        FLAGS.process_id,
+        heartbeat=FLAGS.heartbeat_timeout,
+        patience=FLAGS.join_timeout,
     )
-    workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(recipe)
-    with processes.together():
+    if problem:
+        raise problem
+    compilation_cache.enable()
+    with processes.explain_lost_peer():
+        config = _adapted(recipe)
+        workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(FLAGS.config)
         summary = train.train(config, workdir, goodput.process_age())
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
@@ -64,6 +82,21 @@ def main(argv: Sequence[str]) -> int:
         f"  resume:    the same command with --workdir={workdir} (this run is complete)"
     )
     return 0
+
+
+def _adapted(recipe: cli.Recipe) -> ConfigDict:
+    """The recipe's config with what it leaves to data and devices, as process 0 sees them."""
+    from flaxcls import processes, run
+
+    before = dict(run.fields(recipe.config))
+    said = recipe.adapt()
+    after = dict(run.fields(recipe.config))
+    changes = {field: value for field, value in after.items() if before[field] != value}
+    said, changes = processes.from_first([said, changes])
+    recipe.config.update_from_flattened_dict(changes)
+    if said:
+        processes.say(said)
+    return recipe.config
 
 
 if __name__ == "__main__":

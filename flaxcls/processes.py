@@ -1,32 +1,43 @@
-"""Several processes that train as one: how they find each other, agree, and stop together.
+"""Several processes that train as one: how they find each other, agree, fail and stop together.
 
 Every process runs the same command. Each reads its rows of every batch and writes its shards of
 every checkpoint; all else that is written or said is process 0's.
+
+What they tell each other in words goes through the key-value store of JAX's coordination service,
+which needs no devices: so they can agree, and fail alike, before there are any.
 """
 
 import importlib.util
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # the number of processes is public only with their devices
+from jax._src import distributed  # the store, and the number of processes before their devices
 from jax.experimental import multihost_utils
 
-from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
+from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, DivergedError, ProcessesError
+from flaxcls.output import say as print_line
 
 # What a cluster sets in the processes that it starts, and JAX finds its neighbours by: `srun`, Open
 # MPI's `mpirun`, TPUs on GKE. TPU virtual machines are told by JAX itself, where libtpu is there.
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
-_GRACE = 10  # seconds that a process that fails waits for the others, who may have failed too
-_PATIENCE = 120  # and one that ends as all do
+_GRACE = 10  # seconds that a process that fails waits for the others to end as well
+_OWN_END = 2  # and that the others have to end by themselves, who may have found the same
+_PATIENCE = 120  # seconds that one that ends as all do waits for the others
+_FOREVER = 10**9  # milliseconds; a process that dies meanwhile is noticed by its heartbeat
+# What all processes come to at the same step, and end with by themselves.
+_COMMON_CODES = (0, DivergedError.exit_code, *SIGNAL_EXIT_CODES.values())
 
 
 def join(
@@ -34,6 +45,7 @@ def join(
     num_processes: int | None = None,
     process_id: int | None = None,
     heartbeat: int = 60,
+    patience: int = 300,
 ) -> None:
     """Makes this process one of several, as told or as the cluster says; else it stays alone.
 
@@ -45,6 +57,7 @@ def join(
       num_processes, process_id: how many there are, and which one this is, from 0.
       heartbeat: seconds after which a process that gives no sign of life is taken for dead; the
         others then end.
+      patience: seconds to wait for the other processes; then ProcessesError.
     """
     told = (coordinator_address, num_processes, process_id)
     if None in told and told != (None, None, None):
@@ -63,13 +76,61 @@ def join(
             )
     elif not _in_cluster():
         return
-    try:
-        jax.distributed.initialize(
-            *told, heartbeat_timeout_seconds=heartbeat, shutdown_timeout_seconds=heartbeat
-        )
-    except ValueError as error:  # a cluster's variables, but no cluster
-        if told != (None, None, None):
-            raise ConfigError(f"the processes could not be joined: {error}") from error
+    _Joining(told, heartbeat).wait(patience)
+    threading.Thread(target=_end_with_others, name="flaxcls-failures", daemon=True).start()
+
+
+class _Joining:
+    """`jax.distributed.initialize` in a thread, as it can neither be interrupted nor fail.
+
+    JAX waits in native code, in which Python hears no signal, and aborts the process when its own
+    time is up.
+    """
+
+    def __init__(self, told: tuple[str | None, int | None, int | None], heartbeat: int):
+        self._told, self._heartbeat = told, heartbeat
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="flaxcls-join", daemon=True)
+
+    def wait(self, patience: int) -> None:
+        global _waits_in_vain
+        self._thread.start()
+        self._thread.join(patience)
+        if self._thread.is_alive():
+            _waits_in_vain = True
+            state = distributed.global_state
+            raise ProcessesError(
+                f"after {patience} s not all processes have found each other: process "
+                f"{state.process_id} of {state.num_processes} waited for "
+                + (
+                    f"others to come to {state.coordinator_address}"
+                    if state.process_id == 0
+                    else f"process 0 at {state.coordinator_address} and for all others: is that "
+                    "address right and reachable?"
+                )
+            )
+        if isinstance(self._error, ValueError):  # a cluster's variables, but no cluster
+            if self._told != (None, None, None):
+                raise ConfigError(f"the processes can't be joined: {self._error}") from self._error
+        elif self._error:
+            raise ProcessesError(
+                f"the processes can't be joined at {distributed.global_state.coordinator_address}: "
+                f"{_one_line(self._error)}"
+            ) from self._error
+
+    def _run(self) -> None:
+        try:
+            jax.distributed.initialize(
+                *self._told,
+                initialization_timeout=2**30,
+                heartbeat_timeout_seconds=self._heartbeat,
+                shutdown_timeout_seconds=self._heartbeat,
+            )
+        except Exception as error:
+            self._error = error
+
+
+_waits_in_vain = False  # a thread that can't be ended
 
 
 def _in_cluster() -> bool:
@@ -81,25 +142,25 @@ def _in_cluster() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def told_count() -> int:
-    """How many processes have joined; may be asked before the first use of a device."""
+def count() -> int:
+    """How many processes there are; may be asked before the first use of a device."""
     return distributed.global_state.num_processes or 1
 
 
-def count() -> int:
-    """How many processes there are."""
-    return jax.process_count()
+def index() -> int:
+    """Which of them this is, from 0; may be asked before the first use of a device."""
+    return distributed.global_state.process_id or 0
 
 
 def is_first() -> bool:
     """Whether this is process 0, which writes and speaks for all."""
-    return jax.process_index() == 0
+    return index() == 0
 
 
 def say(text: str) -> None:
     """Prints, in process 0."""
     if is_first():
-        print(text, flush=True)
+        print_line(text)
 
 
 def agree(value: int) -> int:
@@ -110,20 +171,27 @@ def agree(value: int) -> int:
         return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+_rounds = itertools.count()
+
+
 def gather(text: str) -> list[str]:
-    """The texts of all processes, in their order; all must call it."""
+    """The texts of all processes, in their order; all must call it, in the same order of calls."""
     if count() == 1:
         return [text]
-    content = np.frombuffer(text.encode(), np.uint8)
-    with jax.transfer_guard("allow"):
-        lengths = multihost_utils.process_allgather(np.int32(content.size))
-        padded = np.zeros(lengths.max(), np.uint8)
-        padded[: content.size] = content
-        rows = multihost_utils.process_allgather(padded)
-    return [
-        bytes(row[:length]).decode()
-        for row, length in zip(rows.astype(np.uint8), lengths, strict=True)
+    store, number = distributed.global_state.client, next(_rounds)
+    store.key_value_set(f"flaxcls/gather/{number}/{index()}", text)
+    texts = [
+        store.blocking_key_value_get(f"flaxcls/gather/{number}/{process}", _FOREVER)
+        for process in range(count())
     ]
+    if number:  # all are in this round, so nobody needs the one before
+        store.key_value_delete(f"flaxcls/gather/{number - 1}/{index()}")
+    return texts
+
+
+def from_first(value: Any) -> Any:
+    """Process 0's value (JSON), in all processes; all must call it."""
+    return json.loads(gather(json.dumps(value) if is_first() else "")[0])
 
 
 @contextmanager
@@ -165,15 +233,15 @@ def check_shared(path: Path) -> None:
     gather("")
     if not path.exists():
         raise ConfigError(
-            f"process {jax.process_index()} does not see {path}, which process 0 has written: the "
+            f"process {index()} does not see {path}, which process 0 has written: the "
             "run's folder must be shared by all"
         )
 
 
 class StopRequest:
-    """While it is entered, SIGINT and SIGTERM ask the run to end after a step.
+    """While it is entered, signals to end (SIGNAL_EXIT_CODES) ask the run to end after a step.
 
-    A second Ctrl-C acts at once; SIGTERM, which schedulers may send again, does not. Of several
+    A second Ctrl-C acts at once; the others, which schedulers may send again, don't. Of several
     processes any may be told: JAX's preemption service, which SIGTERM wakes, finds the step at
     which all can stop.
     """
@@ -184,7 +252,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._alone = count() == 1
-        numbers = SIGNAL_EXIT_CODES if self._alone else (signal.SIGINT,)
+        numbers = [n for n in SIGNAL_EXIT_CODES if signal.getsignal(n) != signal.SIG_IGN]
+        if not self._alone:  # JAX's own handler, which tells the others, is not Python's
+            numbers.remove(signal.SIGTERM)
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
@@ -209,8 +279,12 @@ class StopRequest:
             signal.signal(number, handler)
 
 
+# How absl::Status, in which all of JAX's transports tell their errors, begins.
+_STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ?")
+
+
 @contextmanager
-def together() -> Iterator[None]:
+def explain_lost_peer() -> Iterator[None]:
     """Around what the processes do together: says in a sentence that one of them is gone.
 
     What JAX raises then is any error of the transport; if it notices by the heartbeat alone, it
@@ -218,27 +292,94 @@ def together() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        is_transport = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(str(error))
+        if count() == 1 or not is_transport:
             raise
         raise ProcessesError(
-            f"process {jax.process_index()} can't go on with the others, one of which has probably "
-            f"ended; the same command goes on from the last checkpoint ({str(error).strip()[:200]})"
+            f"process {index()} can't continue without the others, one of which has probably "
+            f"ended; the same command resumes from the last checkpoint ({_one_line(error)[:200]})"
         ) from error
 
 
-def leave(code: int) -> None:
-    """Ends this process, if it is one of several, with an exit code; does nothing if it is alone.
+# Failing alike. A process that fails publishes its exit code and its sentence; a thread of each
+# other one, which waits for that, ends it with the same code wherever it is: it may be in a
+# collective that never comes back. Process 0 says the sentence for all and, as it holds the store,
+# ends last.
 
-    It waits for the others, so that process 0, through which all talk, does not end before them. If
-    they don't end too, because only this one has failed, it goes without them.
+_FAILURE, _SAID = "flaxcls/failure", "flaxcls/said"
+_ending = threading.Lock()  # of this process; is never released
+
+
+def leave(code: int, sentence: str = "") -> None:
+    """Ends this process, if it is one of several, with an exit code; if alone, does nothing.
+
+    If it fails, all others end with the same code, and process 0 says the `sentence`. What all come
+    to at the same step (done, diverged, asked to end) each process ends with by itself.
     """
+    if _waits_in_vain:
+        print_line(sentence, error=True)
+        os._exit(code)
     if not jax.distributed.is_initialized():
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    farewell.start()
-    all_end = code in (0, *SIGNAL_EXIT_CODES.values())
-    farewell.join(_PATIENCE if all_end else _GRACE)
+    _ending.acquire()  # or the thread is at it: it does not come back
+    if code in _COMMON_CODES:
+        if sentence and is_first():
+            print_line(sentence, error=True)
+        farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        farewell.start()
+        farewell.join(_PATIENCE)
+        _exit(code)
+    store = distributed.global_state.client
+    with suppress(jax.errors.JaxRuntimeError):  # another one has failed before, with the same code
+        store.key_value_set(_FAILURE, json.dumps({"code": code, "sentence": sentence}))
+    _end_alike()
+
+
+def _end_with_others() -> None:
+    """Waits for the failure of another process, and ends this one like that."""
+    try:
+        distributed.global_state.client.blocking_key_value_get(_FAILURE, _FOREVER)
+    except Exception:  # the coordinator has gone, which ends this process elsewhere
+        return
+    end = time.monotonic() + _OWN_END
+    while time.monotonic() < end:
+        if _ending.locked():
+            return
+        time.sleep(0.05)
+    _ending.acquire()
+    _end_alike()
+
+
+def _end_alike() -> None:
+    """Ends this process with the code of the failure, which process 0 says."""
+    store = distributed.global_state.client
+    failure = json.loads(store.blocking_key_value_get(_FAILURE, 1000 * _GRACE))
+    said = False
+    with suppress(jax.errors.JaxRuntimeError):
+        if is_first():
+            print_line(failure["sentence"], error=True)
+            store.key_value_set(_SAID, "", allow_overwrite=True)
+        else:
+            store.blocking_key_value_get(_SAID, 1000 * _GRACE)
+        said = True
+        store.key_value_set(f"{_SAID}/{index()}", "")
+        if is_first():
+            for process in range(count()):
+                store.blocking_key_value_get(f"{_SAID}/{process}", 1000 * _GRACE)
+            time.sleep(0.5)  # JAX aborts a process that is still there when the store goes
+    if not said:
+        print_line(failure["sentence"], error=True)
+    _exit(failure["code"])
+
+
+def _exit(code: int) -> None:
+    """Without Python's own end, which native threads that still wait would turn into a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
     os._exit(code)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -147,18 +147,17 @@ class Session:
         with self._clock.spending("save"), jax.transfer_guard("allow"):
             if not self._trainer.is_finite(self._state):
                 raise DivergedError(f"the state after step {self.step} is not finite")
-            with self._saving(must=False):  # the last time's failure: this is the next try
-                self._checkpoints.wait()
+            with self._saving(must=False), self.watchdog.pause():  # a slow disk is no hang
+                self._checkpoints.wait()  # the last time's failure: this is the next try
             self._watch.flush()  # what a checkpoint counts as done has its rows
             self._progress["seconds"] = self._clock.totals
             # A copy: it is written in the background, while training goes on.
             facts = {**self._trainer.facts, "progress": dict(self._progress)}
             must = must or self.step == self._plan.total_steps
-            with self._saving(must):
+            with self._saving(must), self.watchdog.pause():
                 self._checkpoints.save(self.step, self._state, facts)
                 if must:
-                    with self.watchdog.pause():
-                        self._checkpoints.wait()
+                    self._checkpoints.wait()
             self._clock.write()
 
     @contextlib.contextmanager

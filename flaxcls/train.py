@@ -96,7 +96,7 @@ def _broken_images_log(workdir: Path) -> Callable[[str], None]:
     Every process notes those that it meets itself, but 0 in a file with its number.
     """
 
-    number = "" if processes.is_first() else f".{jax.process_index()}"
+    number = "" if processes.is_first() else f".{processes.index()}"
 
     def report(sentence: str) -> None:
         print(f"flaxcls: {sentence}", file=sys.stderr)

@@ -21,7 +21,7 @@ from flaxcls.step import forgive, is_finite, make_init, make_train_step, take_me
 def mesh_for(config: ConfigDict) -> Mesh:
     """The devices that a config asks for, checked against its batch."""
     part = config.batch_size // config.gradient_accumulation
-    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.told_count())
+    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count())
     processes.check_device_counts()
     mesh = sharding.make_mesh(config.mesh.fsdp)
     sharding.check_batch_size(mesh, part)

@@ -2,9 +2,9 @@
 
     python -m launch.local -n 2 [--heartbeat_timeout=60] -- --config=FILE --workdir=DIR
 
-Process 0 speaks for all; what the others say on standard error is marked with their number. SIGTERM
-and Ctrl-C are passed on to all of them, once. The exit code is that of the first process that
-failed; the others then have the heartbeat's time to end by themselves.
+Process 0 speaks for all; what the others say on standard error is marked with their number.
+SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C are passed on to all of them, as SIGTERM. The exit code is that
+of the first process that failed; the others then have the heartbeat's time to end by themselves.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> int:
     ]
     for listener in listeners:
         listener.start()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         # Ctrl-C too: for several processes there is one way to end, and it saves.
         signal.signal(number, lambda *_: _send(processes, signal.SIGTERM))
 

@@ -25,6 +25,7 @@ import pytest  # noqa: E402
 
 from flaxcls import config as configs  # noqa: E402
 from flaxcls import sharding  # noqa: E402
+from flaxcls.errors import SIGNAL_EXIT_CODES  # noqa: E402
 
 sharding.set_up_devices(8, 8)
 jax.devices()
@@ -41,7 +42,7 @@ def pytest_unconfigure(config):
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """A command that runs inside this process takes Ctrl-C over; give it back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in SIGNAL_EXIT_CODES}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

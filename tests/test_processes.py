@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flaxcls import processes, run, sharding
-from flaxcls.errors import ConfigError, ProcessesError
+from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
 
 
 def others_say(monkeypatch, facts):
@@ -79,10 +79,23 @@ def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert asked() == signal.SIGTERM
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+            assert asked() == number and SIGNAL_EXIT_CODES[number] == 42
         os.kill(os.getpid(), signal.SIGINT)
         assert asked() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with processes.StopRequest() as asked:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert asked() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_step_to_stop_at_stays_known_when_a_rollback_comes_between(monkeypatch):
@@ -99,14 +112,22 @@ def test_step_to_stop_at_stays_known_when_a_rollback_comes_between(monkeypatch):
     assert reached == [1, 2, 3, 4, 5]
 
 
-def test_error_of_the_transport_is_a_sentence_about_the_other_processes(monkeypatch):
-    error = jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection reset by peer")
-    with pytest.raises(jax.errors.JaxRuntimeError), processes.together():
+@pytest.mark.parametrize(
+    "error",
+    [
+        jax.errors.JaxRuntimeError("Gloo AllGather failed: Connection reset by peer"),
+        ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"),
+    ],
+)
+def test_error_of_the_transport_is_a_sentence_about_the_other_processes(monkeypatch, error):
+    with pytest.raises(type(error)), processes.explain_lost_peer():
         raise error
     monkeypatch.setattr(processes, "count", lambda: 2)
     message = "one of which has probably ended"
-    with pytest.raises(ProcessesError, match=message), processes.together():
+    with pytest.raises(ProcessesError, match=message), processes.explain_lost_peer():
         raise error
+    with pytest.raises(ValueError, match="own"), processes.explain_lost_peer():
+        raise ValueError("one's own")
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,12 @@ import signal
 import socket
 import time
 
+import numpy as np
 import psutil
 import pytest
+from PIL import Image
+
+from flaxcls.errors import SIGNAL_EXIT_CODES
 
 # Two steps a second would do; it only has to last long enough to be interrupted.
 LONG = (
@@ -105,7 +109,7 @@ def test_sigterm_to_one_of_two_stops_both_at_one_step_and_they_go_on(
     assert processes.returncode == 42, stderr
     assert "Traceback" not in stderr
     sentences = re.findall(r"stopped after step (\d+) of 300 and saved", stderr)
-    assert len(sentences) == 2 and len(set(sentences)) == 1
+    assert len(sentences) == 1  # for both
     assert max(stopped.steps()) == int(sentences[0]) < 300
 
     shutil.copytree(stopped.folder, tmp_path / "elsewhere")
@@ -140,38 +144,175 @@ def test_sigkill_of_one_ends_the_other_and_leaves_the_last_good_checkpoint(
     assert result.returncode == 0, result.stderr
 
 
-def start_by_hand(start_main, port, number, *arguments):
-    return start_main(
-        *arguments,
-        f"--coordinator_address=127.0.0.1:{port}",
-        "--num_processes=2",
-        f"--process_id={number}",
-    )
+@pytest.fixture
+def run_two(start_main):
+    """Runs two processes with arguments of their own; [(exit code, stdout, stderr), ...]."""
+
+    def run(first, second, timeout=120):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        address = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
+        started = [
+            start_main(*arguments, *address, f"--process_id={number}")
+            for number, arguments in enumerate((first, second))
+        ]
+        outputs = [process.communicate(timeout=timeout) for process in started]
+        return [(p.returncode, *texts) for p, texts in zip(started, outputs, strict=True)]
+
+    return run
+
+
+def assert_fail_alike(results, code, message):
+    """Both exit codes are `code`, and the message is said once, by process 0, without more."""
+    assert [result[0] for result in results] == [code, code], results
+    (_, _, first), (_, _, second) = results
+    assert message in first
+    assert not second.replace("[Gloo]", ""), second
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("other", "message"),
+    ("first", "second", "message"),
     [
-        ("seed=1", "the processes differ in config.seed: process 0 has 0, process 1 1"),
-        ("mesh.cpu_devices=1", "process 1 has 1 devices, process 0 has 2"),
+        ((), ("--config.seed=1",), "differ in config.seed: process 0 has 0, process 1 1"),
+        ((), ("--config.mesh.cpu_devices=1",), "process 1 has 1 devices, process 0 has 2"),
         (
-            "data.train_split=train[1:97]",
+            (),
+            ("--config.data.train_split=train[1:97]",),
             "the processes differ in config.data.train_split: process 0 has 'train[:96]'",
         ),
+        (
+            ("--config.data.train_split=nosuch",),
+            ("--config.data.train_split=nosuch",),
+            "unknown split 'nosuch'",
+        ),
+        ((), ("--config.bath_size=3",), "did you mean 'batch_size'?"),
+        (("--config.bath_size=3",), (), "did you mean 'batch_size'?"),
     ],
 )
-def test_processes_that_differ_say_in_what_and_end(tmp_path, recipe, start_main, other, message):
+def test_mistake_of_any_process_ends_all_with_one_sentence(
+    tmp_path, recipe, run_two, first, second, message
+):
+    arguments = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
+    results = run_two([*arguments, *first], [*arguments, *second])
+    assert_fail_alike(results, 2, message)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 24 pictures of two classes; its path."""
+    random = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "pictures" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    return tmp_path / "pictures"
+
+
+SMALL = (  # a folder's recipe in seconds
+    "--config.duration=3 steps",
+    "--config.model.name=dense",
+    "--config.model.widths=(8,)",
+    "--config.batch_size=8",
+    "--config.image_size=16",
+    "--config.schedule.warmup=None",
+)
+
+
+@pytest.mark.slow
+def test_broken_picture_that_one_process_meets_ends_both_with_45(tmp_path, pictures, run_two):
+    broken = pictures / "cat" / "11.png"
+    broken.write_bytes(b"no picture")
+    arguments = [
+        "--config=configs/folder.py",
+        f"--config.data.path={pictures}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.input.mode=stream",
+        "--config.input.max_broken=0",
+        *SMALL,
+        "--config.duration=9 epochs",
+        "--config.data.mean=(0.5, 0.5, 0.5)",
+        "--config.data.std=(0.2, 0.2, 0.2)",
+    ]
+    (first, out, errors), (second, _, other_errors) = run_two(arguments, arguments)
+    assert (first, second) == (45, 45), errors + other_errors
+    assert "step" in out and "1 of 22 training images can't be read" in errors
+    assert "Traceback" not in errors + other_errors
+
+
+@pytest.mark.slow
+def test_recipe_that_adapts_to_its_pictures_trains_in_two_processes(tmp_path, pictures, run_two):
+    arguments = [
+        "--config=configs/folder.py",
+        f"--config.data.path={pictures}",
+        f"--workdir={tmp_path / 'run'}",
+        *SMALL,
+    ]
+    results = run_two(arguments, arguments)
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert results[0][1].count("pictures of 2 classes") == 1
+    assert "Finished after 3 steps" in results[0][1]
+    assert "pictures" not in results[1][1]
+
+
+CRASH = """
+from flaxcls import processes, session
+log = session.Session.log
+
+
+def crashing(self, *arguments):
+    if processes.index() == 1:
+        raise ZeroDivisionError("on purpose")
+    return log(self, *arguments)
+
+
+session.Session.log = crashing
+"""
+
+
+@pytest.mark.slow
+def test_crash_of_one_process_ends_the_other_at_once(tmp_path, recipe, run_two):
+    recipe.write_text(recipe.read_text() + CRASH)
+    arguments = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}", *LONG]
+    began = time.perf_counter()
+    (first, _, errors), (second, _, other_errors) = run_two(arguments, arguments)
+    assert (first, second) == (1, 1), errors + other_errors
+    assert "flaxcls: process 1 has failed: ZeroDivisionError: on purpose" in errors
+    assert "Traceback" not in errors and "Traceback" in other_errors
+    assert time.perf_counter() - began < 60  # the heartbeat's time: nobody waited for that
+
+
+@pytest.fixture
+def unreachable():
+    """Arguments of process 1 of two whose process 0 is not there."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    arguments = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
-    first = start_by_hand(start_main, port, 0, *arguments)
-    second = start_by_hand(start_main, port, 1, *arguments, f"--config.{other}")
-    for process in (first, second):
-        _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 2, stderr
-        assert message in stderr and "Traceback" not in stderr
+    return (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", "--process_id=1")
+
+
+def test_coordinator_that_is_not_there_is_told_with_its_address(recipe, run_main, unreachable):
+    result = run_main(f"--config={recipe}", *unreachable, "--join_timeout=1")
+    assert result.returncode == 1
+    assert "process 1 of 2 waited for process 0 at 127.0.0.1:" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_while_processes_wait_for_each_other_ends_at_once(
+    recipe, start_main, unreachable, number
+):
+    process = start_main(f"--config={recipe}", *unreachable)
+    waiting = psutil.Process(process.pid)
+    end = time.monotonic() + 60
+    while waiting.num_threads() < 4 or waiting.cpu_percent(0.3) > 5:  # it waits in JAX
+        assert process.poll() is None and time.monotonic() < end
+    began = time.perf_counter()
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == SIGNAL_EXIT_CODES[number] and not stderr
+    assert time.perf_counter() - began < 2
 
 
 @pytest.mark.parametrize(

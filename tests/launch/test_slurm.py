@@ -105,3 +105,16 @@ def test_script_is_handed_to_sbatch(launch, executable, tmp_path):
     run = ["--", "--config=c", "--workdir=w"]
     assert launch("slurm", *run).returncode == 0
     assert (tmp_path / "submitted").read_text() == launch("slurm", "--dry_run", *run).stdout
+
+
+def test_nodes_without_gpus_have_one_task_on_their_cpus(launch):
+    run = ["--dry_run", "--gpus=0", "--cpus=16", "--nodes=2", "--", "--config=c.py", "--workdir=w"]
+    text = launch("slurm", *run).stdout
+    assert "--ntasks-per-node=1" in text and "--cpus-per-task=16" in text and "--nodes=2" in text
+    assert "gpu" not in text.lower() and "XLA" not in text and "JAX_" not in text
+
+
+@pytest.mark.parametrize("option", ["--gpus=-1", "--gpus=a", "--nodes=0", "--cpus=0"])
+def test_impossible_numbers_are_one_sentence(launch, option):
+    result = launch("slurm", option, "--dry_run", "--", "--config=c.py", "--workdir=w")
+    assert result.returncode == 2 and "must be a whole number from" in result.stderr
