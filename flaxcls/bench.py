@@ -58,7 +58,7 @@ def bench_step(config: Any, mesh: Any) -> None:
     from flaxcls.trainer import Trainer
 
     start = time.perf_counter()
-    trainer = Trainer(config, build.plan(config), mesh)
+    trainer = Trainer(config, build.plan(config, mesh), mesh)
     print(f"{sharding.describe(mesh)}, jax {jax.__version__}")
     print(f"data read in {time.perf_counter() - start:.1f} s")
     state = trainer.init()
@@ -85,7 +85,7 @@ def bench_input(config: Any, mesh: Any) -> None:
     from flaxcls.data.order import evenly_spaced
 
     config.input.mode = "stream"
-    plan = build.plan(config)
+    plan = build.plan(config, mesh)
     source, cores = plan.train_source, available_cores()
     stream = inputs.training(config, source, plan.image_sizes)
     name = type(stream.loader.transform).__name__ if stream.loader.transform else "no transform"
@@ -206,7 +206,7 @@ def bench_augment(config: Any, mesh: Any) -> None:
 
     from flaxcls import augment, build, inputs, sharding
 
-    plan = build.plan(config)
+    plan = build.plan(config, mesh)
     shape = inputs.image_shape(plan.train_source, plan.image_sizes(0))
     count, classes = config.batch_size, len(plan.train_source.class_names)
     random = np.random.default_rng(0)

@@ -12,9 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import augment, inputs, losses, models, optim, options, run, schedules
+from flaxcls import augment, inputs, losses, models, optim, options, run, schedules, sharding
 from flaxcls.config import default
 from flaxcls.data import SOURCES, open_source, open_tfds
 from flaxcls.data.source import Source
@@ -125,8 +126,11 @@ class Plan(NamedTuple):
     save_every: Duration
 
 
-def plan(config: ConfigDict) -> Plan:
-    """Opens the data and works out the run; ConfigError for all that doesn't fit together."""
+def plan(config: ConfigDict, mesh: Mesh) -> Plan:
+    """Opens the data and works out the run on the devices of a mesh.
+
+    ConfigError for all that doesn't fit together.
+    """
     train_source, eval_source = (
         source(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
@@ -164,7 +168,7 @@ def plan(config: ConfigDict) -> Plan:
         _check_augmentation(config, shape, num_classes)
     loss(config, _given_class_weights(config, num_classes))
     evaluated = inputs.image_shape(eval_source, inputs.eval_image_size(config))
-    network = model(config, num_classes, (*shapes, evaluated))
+    network = model(config, mesh, num_classes, (*shapes, evaluated))
     rate = schedule(config, total_steps, to_steps)
     params = models.shapes(network, shapes[0])["params"]
     transformation, treatment = optimizer(config, network, params, rate)
@@ -222,12 +226,15 @@ def _check_augmentation(config: ConfigDict, image_shape: tuple[int, ...], num_cl
 
 
 def model(
-    config: ConfigDict, num_classes: int, image_shapes: Sequence[tuple[int, int, int]]
+    config: ConfigDict,
+    mesh: Mesh,
+    num_classes: int,
+    image_shapes: Sequence[tuple[int, int, int]],
 ) -> nn.Module:
     """The network for images of all these shapes; its parameters must be the same for each."""
     dtype = config.model.dtype
-    if dtype == "auto":  # XLA:CPU computes bfloat16 in float32, only slower
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if dtype == "auto":
+        dtype = sharding.fast_dtype(mesh.devices.flat[0])
     module = models.build(
         config.model.name,
         num_classes=num_classes,

@@ -59,7 +59,8 @@ class Evaluator:
         sums = self._zeros()
         batches = self._input.evaluation_batches(self._batch_size)
         for batch in sharding.prefetch(self._mesh, batches):
-            sums = sharding.keep_pace(self._step(variables, sums, self._data, batch))
+            sums = self._step(variables, sums, self._data, batch)
+            sharding.block_on_cpu(self._mesh, sums)
             alive()
         return {**metrics.compute(sums), "count": int(jax.device_get(sums["accuracy"][1]))}
 
@@ -147,7 +148,7 @@ def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = No
     step = checkpoints.find(checkpoint)
     facts = checkpoints.facts(step)
     image_shape = tuple(facts["image_shape"])
-    network = build.model(config, len(facts["class_names"]), (image_shape,))
+    network = build.model(config, mesh, len(facts["class_names"]), (image_shape,))
     variables = models.shapes(network, image_shape)
     shapes = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
     if config.ema_decay is not None:

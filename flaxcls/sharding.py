@@ -59,13 +59,31 @@ def set_up_devices(count: int | None, batch_size: int, num_processes: int = 1) -
         jax.config.update("jax_num_cpu_devices", count)
 
 
-def keep_pace(result: Any) -> Any:
-    """On a CPU waits until `result` is computed, elsewhere does nothing; returns it.
+def platform(mesh: Mesh) -> str:
+    """What the devices are: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
+def fast_dtype(device: jax.Device) -> str:
+    """What a network is best computed in on a device: "bfloat16" where it has it, or "float32".
+
+    XLA:CPU computes bfloat16 in float32, only slower; NVIDIA's GPUs have it from compute capability
+    8.0 (Ampere) on.
+    """
+    if device.platform == "cpu":
+        return "float32"
+    # "7.5"; other makers' GPUs have none, or a name such as "gfx90a".
+    capability = re.match(r"\d+", str(getattr(device, "compute_capability", "")))
+    return "float32" if capability and int(capability[0]) < 8 else "bfloat16"
+
+
+def block_on_cpu(mesh: Mesh, result: Any) -> Any:
+    """On CPUs waits until `result` is computed, elsewhere does nothing; returns it.
 
     Running ahead of a CPU gains nothing, while every program that waits in XLA's queue brings the
     collectives nearer to running out of threads (see `set_up_devices`).
     """
-    return jax.block_until_ready(result) if jax.default_backend() == "cpu" else result
+    return jax.block_until_ready(result) if platform(mesh) == "cpu" else result
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

@@ -75,12 +75,12 @@ def look(config: ConfigDict, *, step: int, count: int) -> list[Row]:
     """The first examples of the training batch `step`: in evaluation, as loaded, augmented."""
     import jax  # which takes a second, as what follows: not for --help
 
-    from flaxcls import augment, build, inputs
+    from flaxcls import augment, build, inputs, sharding
     from flaxcls.data.loader import Loader
     from flaxcls.data.resident import gather
 
     build.check(config)
-    plan = build.plan(config)
+    plan = build.plan(config, sharding.make_mesh())
     source, names = plan.train_source, plan.train_source.class_names
     pipeline = inputs.training(config, source, plan.image_sizes, report=_say)
     with contextlib.closing(pipeline):

@@ -33,7 +33,7 @@ def train(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]
     if finished := run.claim(workdir, config):
         return finished
     with processes.first_before_others():  # it may have to prepare the data for all
-        plan = build.plan(config)
+        plan = build.plan(config, mesh)
     trainer = Trainer(config, plan, mesh, report=_broken_images_log(workdir))
     processes.check_same(run.identity(config, trainer.facts, plan.eval_source.fingerprint))
     processes.say(_introduction(config, plan, mesh, trainer))

@@ -94,6 +94,7 @@ class Trainer:
             ema_decay=config.ema_decay,
             gradient_accumulation=config.gradient_accumulation,
             max_grad_norm=config.divergence.max_grad_norm,
+            platform=sharding.platform(mesh),
         )
 
         def update(state, data, batch):
@@ -145,7 +146,7 @@ class Trainer:
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
         """One step, which is compiled now if `compile` has not been called; `state` is used up."""
         step = self._train_steps.get(_image_size(batch), self._jitted_step)
-        return sharding.keep_pace(step(state, self._data, batch))
+        return sharding.block_on_cpu(self._mesh, step(state, self._data, batch))
 
     def take_metrics(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
         """The means since the last time, and the state that starts anew; `state` is used up."""

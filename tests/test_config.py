@@ -8,7 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import augment, build, cli, inputs, losses, models, optim, options, run, schedules
+from flaxcls import (
+    augment,
+    build,
+    cli,
+    inputs,
+    losses,
+    models,
+    optim,
+    options,
+    run,
+    schedules,
+    sharding,
+)
 from flaxcls import config as configs
 from flaxcls.data import SOURCES
 from flaxcls.data.transform import TRANSFORMS
@@ -111,7 +123,7 @@ def test_recipe_builds_and_fits_together(path, pictures):
         config.data.num_examples, config.data.path, config.data.name = num_examples, None, "fake"
         config.data.train_split, config.data.eval_split = "train", "test"
     build.check(config)
-    plan = build.plan(config)
+    plan = build.plan(config, sharding.make_mesh())
     assert plan.total_steps > 0 and plan.treatment
     augment.check(config.augment or ())
     assert all(plan.rate(step) >= 0 for step in (0, plan.total_steps - 1))
@@ -128,6 +140,7 @@ def test_recipe_builds_and_fits_together(path, pictures):
         ema_decay=0.9,
         gradient_accumulation=config.gradient_accumulation,
         max_grad_norm=1e4,
+        platform="cpu",
     )
     key = jax.random.key_data(jax.random.key(0))
     size = config.batch_size
@@ -149,7 +162,7 @@ def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
 
 
 def test_small_part_of_a_short_run_is_at_least_a_step(tiny_config):
-    plan = build.plan(tiny_config(eval__every="1%"))
+    plan = build.plan(tiny_config(eval__every="1%"), sharding.make_mesh())
     assert plan.eval_every == schedules.Duration(1, "steps")
     with pytest.raises(ConfigError, match="config.eval.every must be at least a step"):
-        build.plan(tiny_config(eval__every="0.01 epochs"))
+        build.plan(tiny_config(eval__every="0.01 epochs"), sharding.make_mesh())

@@ -1,5 +1,9 @@
+import ast
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from flaxcls import sharding
+from flaxcls import build, sharding
 from flaxcls.errors import ConfigError, DataError
 
 
@@ -75,6 +79,42 @@ def test_cpu_devices_divide_the_batch_and_do_not_exceed_the_cores(monkeypatch, b
         count = sharding.cpu_devices(batch_size)
         assert 1 <= count <= min(cores, 8) and batch_size % count == 0
     assert sharding.cpu_devices(128) == 8
+
+
+class FakeDevice(NamedTuple):
+    platform: str
+    compute_capability: str | None = None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        (FakeDevice("cpu"), "float32"),
+        (FakeDevice("tpu"), "bfloat16"),
+        (FakeDevice("gpu", "6.1"), "float32"),
+        (FakeDevice("gpu", "7.5"), "float32"),
+        (FakeDevice("gpu", "8.0"), "bfloat16"),
+        (FakeDevice("gpu", "9.0"), "bfloat16"),
+        (FakeDevice("gpu", "12.0"), "bfloat16"),
+        (FakeDevice("gpu", "gfx90a"), "bfloat16"),
+        (FakeDevice("gpu"), "bfloat16"),
+    ],
+)
+def test_network_is_computed_in_bfloat16_where_the_device_has_it(tiny_config, device, dtype):
+    assert sharding.fast_dtype(device) == dtype
+    mesh = SimpleNamespace(devices=np.empty((1, 1), object))
+    mesh.devices[0, 0] = device
+    assert sharding.platform(mesh) == device.platform
+    assert build.model(tiny_config(), mesh, 5, ((8, 8, 1),)).dtype == dtype
+    given = tiny_config(model__dtype="float32")
+    assert build.model(given, mesh, 5, ((8, 8, 1),)).dtype == "float32"
+
+
+def test_platform_is_asked_of_the_mesh_alone():
+    for path in Path(sharding.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = getattr(node, "attr", None), getattr(node, "id", None)
+            assert "default_backend" not in names, f"{path}:{node.lineno}"
 
 
 def numbered(count, taken=None):

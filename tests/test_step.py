@@ -22,7 +22,7 @@ def mesh_of(data, fsdp):
 
 def after_steps(config, mesh, steps=4):
     """The state after some steps, and the metrics summed up over them."""
-    trainer = Trainer(config, build.plan(config), mesh)
+    trainer = Trainer(config, build.plan(config, mesh), mesh)
     state = trainer.init()
     with jax.transfer_guard("disallow"):
         for step in range(steps):
@@ -84,7 +84,8 @@ def test_eight_devices_equal_one(tiny_config, on_one_device, rule, data, fsdp):
 
 def test_hidden_transfer_would_be_noticed(tiny_config):
     config = tiny_config()
-    trainer = Trainer(config, build.plan(config), mesh_of(8, 1))
+    mesh = mesh_of(8, 1)
+    trainer = Trainer(config, build.plan(config, mesh), mesh)
     trainer.compile()
     state = trainer.init()
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
@@ -130,7 +131,7 @@ def tiny_batch(size=24, classes=5):
     }
 
 
-def step_in_parts(config, parts, steps=2, max_grad_norm=1e4):
+def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
     """State and metrics after some steps on one batch that is computed in parts."""
     network = models.build(config.model.name, num_classes=5, **build._given(config.model, "dtype"))
     params = models.shapes(network, (8, 8, 1))["params"]
@@ -145,6 +146,7 @@ def step_in_parts(config, parts, steps=2, max_grad_norm=1e4):
         ema_decay=0.9,
         gradient_accumulation=parts,
         max_grad_norm=max_grad_norm,
+        platform=platform,
     )
     step, batch = jax.jit(step), tiny_batch()
     state = init(jax.random.key_data(jax.random.key(0)), batch["image"].astype(jnp.float32))
@@ -208,27 +210,24 @@ def test_same_seed_gives_bitwise_the_same_run_and_another_seed_does_not(
 # Updates that are left out.
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # a branch there, a choice of numbers here
-def test_update_that_is_left_out_changes_nothing_but_the_counts(tiny_config, monkeypatch, backend):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])  # a branch there, a choice of numbers here
+def test_update_that_is_left_out_changes_nothing_but_the_counts(tiny_config, platform):
     config = tiny_config(model__name="quick", model__widths=(4, 8), optimizer__momentum=0.9)
     before, _ = step_in_parts(config, 1, steps=0)
-    after, sums = step_in_parts(config, 1, steps=3, max_grad_norm=1e-9)
+    after, sums = step_in_parts(config, 1, 3, max_grad_norm=1e-9, platform=platform)
     for name in ("params", "batch_stats", "opt_state", "ema", "rng"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(before, name))
     assert after.step == 3 and after.skipped == 3
     assert sums["skipped_updates"] == (3, 3)
     assert sums["loss"] == sums["accuracy"] == sums["grad_norm"] == (0, 0)
-    trained, sums = step_in_parts(config, 1, steps=3)
+    trained, sums = step_in_parts(config, 1, 3, platform=platform)
     assert trained.skipped == 0 and sums["skipped_updates"] == (0, 3)
     assert sums["accuracy"][1] == 72
 
 
-def test_branch_and_choice_train_alike(tiny_config, monkeypatch):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_step_for_another_platform_trains_alike(tiny_config, parts):
     config = tiny_config(model__name="quick", model__widths=(4, 8), optimizer__momentum=0.9)
-    branch, _ = step_in_parts(config, 1)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    choice, _ = step_in_parts(config, 1)
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), branch, choice
-    )
+    cpu, _ = step_in_parts(config, parts)
+    gpu, _ = step_in_parts(config, parts, platform="gpu")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), cpu, gpu)

@@ -1,12 +1,16 @@
 """Augmentations that mix examples and their labels.
 
-Every image is mixed with its mirror place in the batch (`batch[::-1]`, as timm does), which for a
-shuffled batch is a random partner, and which stays right however the batch is sharded. One draw
-of the parameters serves the whole batch, as in the papers. Images leave as float32: uint8 would
-round the mixture.
+Every image is mixed with a neighbour, four places on or back in its group of eight: in a shuffled
+batch a random partner. Which one it is depends on the batch's size alone, not on how the batch is
+split over devices, and as long as each device has whole groups, no image has to be sent from one
+to another. (timm mixes with the mirror place in the batch, which is mostly on another device.) The
+copies of an example that `config.repeats` up to 4 makes are too close to be partners. One draw of
+the parameters serves the whole batch, as in the papers. Images leave as float32: uint8 would round
+the mixture.
 """
 
 import dataclasses
+import math
 from typing import Annotated, ClassVar
 
 import jax
@@ -92,6 +96,19 @@ def _outside_box(key: jax.Array, share: jax.Array, shape: tuple[int, int]) -> ja
     return 1 - box_mask(shape, *corner, *box).astype(jnp.float32)
 
 
+def partners(x: jax.Array) -> jax.Array:
+    """What each example of [B, ...] is mixed with, in its place.
+
+    The two halves of each group of 8 change places; groups are of 4 or 2 where 8 does not divide
+    B, and if B is odd all examples are one group, in reverse order.
+    """
+    size, group = x.shape[0], math.gcd(x.shape[0], 8)
+    if group == 1:
+        return x[::-1]
+    halves = x.reshape(size // group, 2, group // 2, *x.shape[1:])
+    return halves[:, ::-1].reshape(x.shape)
+
+
 def _blend(batch: Batch, weight: jax.Array) -> Batch:
     """`weight` ([H, W] or [1, 1]) of each example and the rest of its partner."""
     images, labels = batch["image"].astype(jnp.float32), batch["label"]
@@ -99,6 +116,6 @@ def _blend(batch: Batch, weight: jax.Array) -> Batch:
     share = weight.mean()
     return {
         **batch,
-        "image": weight * images + (1 - weight) * images[::-1],
-        "label": share * labels + (1 - share) * labels[::-1],
+        "image": weight * images + (1 - weight) * partners(images),
+        "label": share * labels + (1 - share) * partners(labels),
     }

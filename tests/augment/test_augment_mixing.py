@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flaxcls.augment.mixing import CutMix, Mix, MixUp
+from flaxcls.augment.mixing import CutMix, Mix, MixUp, partners
 
 KEY = jax.random.key(0)
 EVERY_OP = [MixUp(alpha=1.0), CutMix(), Mix()]
@@ -41,18 +41,36 @@ def test_mixup_weight_is_beta_distributed(alpha):
     assert stats.chisquare(np.histogram(weight, bins)[0], expected).pvalue > 1e-3
 
 
-def test_mixup_equals_its_definition(make_batch):
-    batch = make_batch(7)  # an odd batch: the middle example is its own partner
+PARTNERS = {
+    2: [1, 0],
+    4: [2, 3, 0, 1],
+    6: [1, 0, 3, 2, 5, 4],
+    7: [6, 5, 4, 3, 2, 1, 0],  # an odd batch: the middle example is its own partner
+    12: [2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9],
+    16: [4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11],
+}
+
+
+@pytest.mark.parametrize("size", PARTNERS)
+def test_mixup_equals_its_definition(make_batch, size):
+    batch = make_batch(size)
     mixed = jax.jit(MixUp(alpha=8.0))(KEY, batch)
     images, labels = np.asarray(batch["image"], float), np.asarray(batch["label"], float)
-    weight = float(mixed["label"][0, 0])  # classes 0 and 1 meet in the first pair
+    weight = float(mixed["label"][0, 0])  # the first pair is of two classes
     assert 0.05 < weight < 0.95
+    partner = np.array(PARTNERS[size])
     np.testing.assert_allclose(
-        mixed["image"], weight * images + (1 - weight) * images[::-1], atol=1e-3
+        mixed["image"], weight * images + (1 - weight) * images[partner], atol=1e-3
     )
     np.testing.assert_allclose(
-        mixed["label"], weight * labels + (1 - weight) * labels[::-1], atol=1e-6
+        mixed["label"], weight * labels + (1 - weight) * labels[partner], atol=1e-6
     )
+
+
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_copies_of_repeated_augmentation_are_not_mixed_with_each_other(repeats):
+    example = np.arange(48) // repeats
+    assert (example != np.asarray(partners(jnp.asarray(example)))).all()
 
 
 def yun_boxes(count, height, width, alpha):
@@ -80,13 +98,13 @@ def test_cutmix_pastes_rectangles_of_the_papers_size_and_place():
     np.testing.assert_allclose(pasted.mean(axis=0), expected.mean(axis=0), atol=0.06)
 
 
-def test_cutmix_takes_the_pixels_of_the_mirror_place_in_the_batch(make_batch):
-    batch = make_batch(6, 8, 5)
+def test_cutmix_takes_the_pixels_of_the_partner(make_batch):
+    batch = make_batch(16, 8, 5)
     mixed, images = (
         np.asarray(jax.jit(CutMix(alpha=8.0))(KEY, batch)["image"]),
         np.asarray(batch["image"]),
     )
-    partner = images[::-1]
+    partner = images[PARTNERS[16]]
     assert ((mixed == images) | (mixed == partner)).all()
     assert (mixed != images).any() and (mixed != partner).any()
 

@@ -36,7 +36,8 @@ def without_guards():
         return norm(tree) if len(calls) % 2 else 0.0  # then that of the statistics
 
     patches.enter_context(mock.patch.object(optax.tree, "norm", norm_of_gradient))
-    patches.enter_context(mock.patch.object(step, "_if", lambda sound, update, tree: update(tree)))
+    update = mock.patch.object(step, "_if", lambda sound, update, tree, platform: update(tree))
+    patches.enter_context(update)
     patches.enter_context(mock.patch.object(step, "_where", lambda sound, new, old: new))
     return patches
 
@@ -47,7 +48,8 @@ def main():
     parser.add_argument("--pairs", type=int, default=60)
     options, rest = parser.parse_known_args()
     config = cli.load_config(options.config, cli.split_overrides(rest)[0])
-    mesh, plan = mesh_for(config), build.plan(config)
+    mesh = mesh_for(config)
+    plan = build.plan(config, mesh)
 
     guarded, plain = Trainer(config, plan, mesh), Trainer(config, plan, mesh)
     guarded.compile()
