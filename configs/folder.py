@@ -2,12 +2,19 @@
 
     python -m flaxcls.main --config=configs/folder.py --config.data.path=DIR
 
-Image size, network, batch size and length follow from the number and the size of the pictures and
-from the devices, and are said; each can be given instead, such as --config.image_size=160. What is
-wrong with the pictures says `python -m flaxcls.data check --source=DIR`, before any training.
+Image size, network, optimizer, batch size and length follow from the number and the size of the
+pictures and from the speed of the devices, and are said; each can be given instead, such as
+--config.image_size=160. On a CPU a few steps are timed first, and the run is made to end within
+some 20 minutes. What is wrong with the pictures says `python -m flaxcls.data check --source=DIR`,
+before any training.
 """
 
 from flaxcls.config import default
+
+SIZES = (32, 64, 96, 128, 224)  # pixels a side
+CPU_SIZES = (32, 48, 64, 96)
+MINUTES = 20  # on a CPU
+ENOUGH_EPOCHS = 30  # larger pictures are worth their time only if they are seen so often
 
 
 def get_config():
@@ -38,31 +45,82 @@ def get_config():
 
 
 def adapt(config):
-    """Fills in what was not given, by what the pictures are like."""
-    import jax
+    """Fills in what was not given, by what the pictures are like and how fast the devices are."""
+    from flaxcls import build, inputs, processes, sharding
+    from flaxcls.trainer import mesh_for
 
-    from flaxcls import build, inputs, sharding
-
-    sharding.set_up_devices(config.mesh.cpu_devices, config.batch_size or 16)  # before a first use
     images, classes, short_side = inputs.survey(build.source(config, config.data.train_split))
-    accelerated = jax.default_backend() != "cpu"
-
-    if config.image_size is None:
-        sizes = (32, 64, 96, 128, 224) if accelerated else (32, 64, 96)
-        config.image_size = max(size for size in sizes if size <= max(short_side, 32))
-    size = config.image_size if isinstance(config.image_size, int) else 224
-    if config.model.name is None:
-        config.model.name = "resnet50" if accelerated and images >= 50_000 else "resnet18"
-        if config.model.stem is None and size <= 64:
-            config.model.stem = "cifar"
-        if config.model.width is None and not accelerated:
-            config.model.width = 32
-    if config.batch_size is None:  # at least some 30 updates an epoch, for small sets too
-        config.batch_size = max(b for b in (16, 32, 64, 128, 256) if b == 16 or 30 * b <= images)
-    if config.duration is None:  # small sets are gone through more often
-        config.duration = f"{min(100, max(20, 100_000 // images))} epochs"
+    if config.batch_size is None:  # at least some 20 updates an epoch, for small sets too
+        batch = max(b for b in (16, 32, 64, 128, 256) if b == 16 or 20 * b <= images)
+        config.batch_size = -(-batch // processes.count()) * processes.count()
+    mesh = mesh_for(config)
+    largest = max(size for size in SIZES if size <= max(short_side, 32))
+    epochs = min(100, max(20, 100_000 // images))  # small sets are gone through more often
+    network = "resnet50" if images >= 50_000 else "resnet18"
+    about = ""
+    if sharding.platform(mesh) != "cpu":
+        _fill_in(config, network, largest, epochs)
+    elif None in (config.model.name, config.image_size, config.duration):
+        about = _fit_to_cpu(config, mesh, images, classes, largest, epochs)
+        about += f"; a GPU would train {network} at {largest} pixels for {epochs} epochs"
     return (
         f"{images:,} pictures of {classes} classes, half of them at least {short_side} pixels wide "
-        f"and high: trained at {size} pixels with {config.model.name} for {config.duration}, "
-        f"{config.batch_size} at a time"
+        f"and high: trained at {config.image_size} pixels with {config.model.name} for "
+        f"{config.duration}, {config.batch_size} at a time{about}"
     )
+
+
+def _fill_in(config, network, size, epochs):
+    if config.image_size is None:
+        config.image_size = size
+    if config.model.name is None:
+        config.model.name = network
+        if config.model.stem is None and isinstance(config.image_size, int):
+            config.model.stem = "cifar" if config.image_size <= 64 else "imagenet"
+    if config.duration is None:
+        config.duration = f"{epochs} epochs"
+
+
+def _fit_to_cpu(config, mesh, images, classes, largest, epochs):
+    """Chooses a network that learns in minutes, and what of size and length there is time for."""
+    from flaxcls import bench
+
+    if config.model.name is None:
+        config.model.name = "quick"
+        if config.optimizer == get_config().optimizer:
+            _use_muon(config)
+        if config.model.widths is None:
+            config.model.widths = (32, 128, 256)
+    tried = config.image_size if isinstance(config.image_size, int) else CPU_SIZES[0]
+    rate = bench.step_rate(config, mesh, image_size=tried, num_classes=classes)
+    enough = rate * 60 * MINUTES * 0.85 / images  # epochs at that size; the rest: start, evaluation
+
+    def affordable(size):
+        return max(1, min(epochs, int(enough * (tried / size) ** 2)))
+
+    if config.image_size is None:
+        smallest, *larger = (size for size in CPU_SIZES if size <= largest)
+        larger = (size for size in larger if affordable(size) >= ENOUGH_EPOCHS)
+        config.image_size = max(larger, default=smallest)
+    size = config.image_size if isinstance(config.image_size, int) else tried
+    if config.duration is None:
+        config.duration = f"{affordable(size)} epochs"
+    return f", {rate * (tried / size) ** 2:,.0f} images/s on this CPU"
+
+
+def _use_muon(config):
+    """As in cifar10_quick.py; the rates of `rest` are meant for the summed loss."""
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.learning_rate_batch = None
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.momentum = 0.6
+    config.optimizer.nesterov = None
+    config.optimizer.newton_schulz_steps = 3
+    config.optimizer.renormalize = True
+    config.optimizer.rest = "sgd"
+    config.optimizer.rest_momentum = 0.85
+    config.optimizer.rest_learning_rate = 0.53 * config.batch_size
+    config.optimizer.learning_rate_factors = ((r"^head/", 12.6),)
+    config.schedule.name = "linear"
+    config.schedule.warmup = None

@@ -76,6 +76,36 @@ def bench_step(config: Any, mesh: Any) -> None:
         _print_rates(_rates(steps))
 
 
+def step_rate(config: Any, mesh: Any, *, image_size: int, num_classes: int) -> float:
+    """Images/s of a recipe's training step on made-up images; compiling it takes some seconds."""
+    import jax
+
+    from flaxcls import build
+    from flaxcls.trainer import Trainer
+
+    config = config.copy_and_resolve_references()
+    channels = config.data.channels or 3
+    for section in (config.data, config.crop, config.eval.crop):
+        for field in section:
+            section[field] = None
+    config.data.name, config.data.train_split, config.data.eval_split = "fake", "train", "test"
+    config.data.image_shape = (image_size, image_size, channels)
+    config.data.num_classes, config.data.num_examples = num_classes, 2 * config.batch_size
+    config.image_size = config.eval.image_size = None
+    config.duration, config.schedule.warmup = "3 steps", None
+    build.check(config)
+    trainer = Trainer(config, build.plan(config, mesh), mesh)
+    trainer.compile()
+    with trainer:
+        state = trainer.init()
+        seconds = []
+        for batch in trainer.batches(0, 3):
+            start = time.perf_counter()
+            state = jax.block_until_ready(trainer.update(state, batch))
+            seconds.append(time.perf_counter() - start)
+    return config.batch_size / min(seconds)
+
+
 def bench_input(config: Any, mesh: Any) -> None:
     """The streaming input, whatever config.input.mode says."""
     import jax

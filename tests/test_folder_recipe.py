@@ -1,0 +1,87 @@
+"""What configs/folder.py chooses for some pictures on a CPU of some speed."""
+
+import jax
+import pytest
+from PIL import Image
+
+from flaxcls import bench, build, cli, inputs, sharding
+from flaxcls.trainer import mesh_for
+
+
+@pytest.fixture
+def adapted(tmp_path, monkeypatch):
+    """The config for so many pictures on a CPU that trains `rate` images/s at 32 pixels a side."""
+    for name in ("cat", "dog"):
+        for number in range(4):
+            path = tmp_path / name / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+
+    def adapt(images, short_side, rate, *overrides):
+        monkeypatch.setattr(inputs, "survey", lambda source: inputs.Survey(images, 2, short_side))
+        monkeypatch.setattr(
+            bench, "step_rate", lambda *_, image_size, num_classes: rate * (32 / image_size) ** 2
+        )
+        config, adapt = cli.load_recipe(
+            "configs/folder.py", [f"data.path={tmp_path}", "mesh.cpu_devices=8", *overrides]
+        )
+        return config, adapt()
+
+    return adapt
+
+
+def minutes(config, images, rate):
+    epochs = float(config.duration.removesuffix(" epochs"))
+    return epochs * images / (rate * (32 / config.image_size) ** 2) / 60
+
+
+@pytest.mark.parametrize(
+    ("images", "short_side", "rate", "size"),
+    [
+        (3240, 64, 80, 32),  # a slow laptop
+        (3240, 64, 330, 48),  # two cores
+        (3240, 64, 2000, 64),
+        (3240, 500, 20_000, 96),
+        (50_000, 32, 330, 32),
+        (1_200_000, 400, 330, 32),
+    ],
+)
+def test_length_and_size_fit_into_twenty_minutes_of_a_cpu(adapted, images, short_side, rate, size):
+    config, said = adapted(images, short_side, rate)
+    assert config.image_size == size and config.model.name == "quick"
+    assert minutes(config, images, rate) <= 20 or config.duration == "1 epochs"
+    assert f"trained at {size} pixels with quick for {config.duration}" in said
+    assert "a GPU would train resnet" in said
+    build.check(config)
+
+
+def test_what_is_given_is_kept(adapted):
+    config, said = adapted(
+        3240, 64, 100, "model.name=resnet18", "image_size=64", "optimizer.momentum=0.8"
+    )
+    assert (config.model.name, config.image_size) == ("resnet18", 64)
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.8)
+    assert minutes(config, 3240, 100) <= 20
+    config, said = adapted(
+        3240, 64, 100, "model.name=resnet18", "image_size=64", "duration=7 epochs"
+    )
+    assert config.duration == "7 epochs" and "GPU" not in said
+
+
+def test_optimizer_that_is_given_is_kept_with_the_network_for_cpus(adapted):
+    config, _ = adapted(3240, 64, 330, "optimizer.momentum=0.8")
+    assert config.model.name == "quick"
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.8)
+    config, _ = adapted(3240, 64, 330)
+    assert config.optimizer.name == "muon"
+
+
+def test_step_is_timed_on_made_up_images(tiny_config):
+    config = tiny_config(
+        data__name="digits", data__image_shape=None, data__num_classes=None, data__num_examples=None
+    )
+    before = config.to_json_best_effort()
+    mesh = mesh_for(config)
+    assert sharding.platform(mesh) == "cpu" and jax.device_count() == 8
+    assert bench.step_rate(config, mesh, image_size=12, num_classes=3) > 1
+    assert config.to_json_best_effort() == before
