@@ -4,7 +4,7 @@ Each function raises ConfigError for what can't be, before anything slow happens
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,9 +18,13 @@ from ml_collections import ConfigDict
 from flaxcls import augment, inputs, losses, models, optim, options, run, schedules, sharding
 from flaxcls.config import default
 from flaxcls.data import SOURCES, open_source, open_tfds
-from flaxcls.data.source import Source
+from flaxcls.data.source import Source, resolve_split
 from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
+
+_MOST_STEPS = 2**31 - 1  # that a state can count
+_LARGE = 96  # pixels a side; pictures are seldom so small that this would be much larger
+_ENLARGED = 4  # times; more is taken for a mistake
 
 
 def _given(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
@@ -105,11 +109,75 @@ def _about(field: str) -> Iterator[None]:
         raise ConfigError(f"config.{field}: {error}") from error
 
 
+def drop_unused(config: ConfigDict, given: Collection[str]) -> Iterator[str]:
+    """Unsets the options that a recipe has for another thing than the one that the user named.
+
+    Where the user has named, say, another optimizer, options of the recipe's that it doesn't take
+    are None again; those that the user has `given` too, such as "optimizer.momentum", stay and will
+    be refused. Yields a sentence about each section.
+    """
+    for section, accepted in _ACCEPTED.items():
+        if f"{section}.name" not in given or config[section].name is None:
+            continue
+        known, own = accepted(config[section].name), get(default(), section)
+        unused = [
+            field
+            for field, value in config[section].items()
+            if field not in ("name", *known)
+            and own[field] is None
+            and value is not None
+            and f"{section}.{field}" not in given
+        ]
+        for field in unused:
+            config[section][field] = None
+        if unused:
+            yield (
+                f"config.{section}.name = {config[section].name!r} takes no "
+                f"{', '.join(unused)}: what the recipe has there is dropped"
+            )
+
+
+def _optimizer_options(name: str) -> Collection[str]:
+    rule = options.look_up("config.optimizer.name", name, optim.RULES)
+    return {*options.accepted(rule), *options.accepted(optim.build), "learning_rate_batch"}
+
+
+def _schedule_options(name: str) -> Collection[str]:
+    schedule = options.look_up("config.schedule.name", name, schedules.SCHEDULES)
+    return {*options.accepted(schedule), *options.accepted(schedules.build)}
+
+
+def _loss_options(name: str) -> Collection[str]:
+    function = options.look_up("config.loss.name", name, losses.LOSSES)
+    return {*options.accepted(function), *options.accepted(losses.build)}
+
+
+def _crop_options(name: str) -> Collection[str]:
+    return options.accepted(options.look_up("config.crop.name", name, inputs.TRANSFORMS))
+
+
+# What a named thing takes, by the section that names it.
+_ACCEPTED: dict[str, Callable[[str], Collection[str]]] = {
+    "model": models.options,
+    "optimizer": _optimizer_options,
+    "schedule": _schedule_options,
+    "loss": _loss_options,
+    "crop": _crop_options,
+}
+
+
+def check_names(config: ConfigDict) -> None:
+    """ConfigError for a name that is not known; what is left open, None, is not looked at."""
+    for section, accepted in _ACCEPTED.items():
+        if config[section].name is not None:
+            accepted(config[section].name)
+
+
 class Plan(NamedTuple):
     """What a config means for the data it names; made without reading the examples.
 
     The intervals are of steps; `save_every` may be of seconds. `treatment` says in words what the
-    optimizer does to which parameters.
+    optimizer does to which parameters, `notes` what a user may not have meant.
     """
 
     train_source: Source
@@ -124,6 +192,7 @@ class Plan(NamedTuple):
     log_every: Duration
     eval_every: Duration
     save_every: Duration
+    notes: tuple[str, ...]
 
 
 def plan(config: ConfigDict, mesh: Mesh) -> Plan:
@@ -135,20 +204,17 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
         source(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
     num_examples, num_classes = len(train_source), len(train_source.class_names)
-    sizes = {"batch_size": config.batch_size, "num_examples": num_examples}
-    with _about("duration"):
-        total_steps = schedules.to_steps(config.duration, **sizes)
-    if not total_steps:
-        raise ConfigError(f"config.duration must be at least a step, got {config.duration!r}")
-    sizes["total_steps"] = total_steps
+    total_steps, in_steps = _length(config, num_examples)
 
     def interval(field: str, may_be_time: bool = False) -> Duration:
         with _about(field):
             duration = parse_duration(get(config, field))
             if not (may_be_time and duration.unit == "seconds"):
-                steps = schedules.in_steps(get(config, field), **sizes)
-                # A small part of a short run may be less than a step.
-                duration = Duration(max(1, steps) if duration.unit == "%" else steps, "steps")
+                steps = in_steps(get(config, field))
+                # A small part of a short run, or an epoch of few examples, may be less than a step.
+                if duration.unit == "%" or (duration.unit == "epochs" and duration.value >= 1):
+                    steps = max(1, steps)
+                duration = Duration(steps, "steps")
         if duration.value < 1:
             raise ConfigError(f"config.{field} must be at least a step, got {get(config, field)!r}")
         return duration
@@ -158,9 +224,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
             "config.checkpoint.best_metric accuracy_top5 needs more than 10 classes, "
             f"{config.data.name} has {num_classes}"
         )
-    to_steps = partial(schedules.to_steps, **sizes)
     with _about("image_size"):
-        image_sizes = inputs.image_sizes(config, to_steps)
+        image_sizes = inputs.image_sizes(config, lambda duration: round(in_steps(duration)))
     inputs.check(config, train_source, image_sizes)
     _check_normalization(config, train_source.image_shape[-1])
     shapes = [inputs.image_shape(train_source, size) for size in image_sizes.sizes]
@@ -169,7 +234,7 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
     loss(config, _given_class_weights(config, num_classes))
     evaluated = inputs.image_shape(eval_source, inputs.eval_image_size(config))
     network = model(config, mesh, num_classes, (*shapes, evaluated))
-    rate = schedule(config, total_steps, to_steps)
+    rate = learning_rate(config, num_examples)
     params = models.shapes(network, shapes[0])["params"]
     transformation, treatment = optimizer(config, network, params, rate)
     return Plan(
@@ -185,7 +250,91 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
         log_every=interval("log_every"),
         eval_every=interval("eval.every"),
         save_every=interval("checkpoint.every", may_be_time=True),
+        notes=(
+            *_shortened(config, total_steps, in_steps),
+            *_evaluated_twice(config, train_source, eval_source),
+            *_enlarged(image_sizes, train_source),
+        ),
     )
+
+
+def _length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str], float]]:
+    """The steps of the run, and what turns any duration into steps."""
+    sizes = {"batch_size": config.batch_size, "num_examples": num_examples}
+    with _about("duration"):
+        total_steps = schedules.in_steps(config.duration, **sizes)
+    if total_steps > _MOST_STEPS:
+        raise ConfigError(
+            f"config.duration must be at most {_MOST_STEPS:,} steps, got {config.duration!r}, "
+            f"which are {total_steps:.3g}"
+        )
+    if total_steps <= 0.5:
+        raise ConfigError(
+            f"config.duration must be at least a step, got {config.duration!r}"
+            + (
+                f", which is {total_steps:.2g} steps of config.batch_size = {config.batch_size}: "
+                f"there are {num_examples:,} examples to train on"
+                if total_steps
+                else ""
+            )
+        )
+    sizes["total_steps"] = round(total_steps)
+    return round(total_steps), partial(schedules.in_steps, **sizes)
+
+
+def _shortened(
+    config: ConfigDict, total_steps: int, in_steps: Callable[[str], float]
+) -> Iterator[str]:
+    """That warm-up and cooldown take more steps than there are."""
+    given = {field: config.schedule[field] for field in ("warmup", "cooldown")}
+    steps = {field: round(in_steps(text)) if text else 0 for field, text in given.items()}
+    if sum(steps.values()) <= total_steps:
+        return
+    fitted = schedules.fitted(*steps.values(), total_steps)
+    for (field, text), fits in zip(given.items(), fitted, strict=True):
+        if text:
+            yield (
+                f"config.schedule.{field} = {text!r} is shortened to {fits} of the run's "
+                f"{total_steps} steps"
+            )
+
+
+def _evaluated_twice(config: ConfigDict, train: Source, evaluation: Source) -> Iterator[str]:
+    """That some images are both trained and evaluated on."""
+    specs = (config.data.train_split, config.data.eval_split)
+    names = [{part.partition("[")[0].strip() for part in spec.split("+")} for spec in specs]
+    sizes = {name: [len(source(config, name))] for name in sorted(names[0] & names[1])}
+    slices = []
+    for spec in specs:  # of the splits that are in both
+        parts = [part for part in spec.split("+") if part.partition("[")[0].strip() in sizes]
+        slices.append([piece for part in parts for piece in resolve_split(part.strip(), sizes)])
+    both = sum(
+        max(0, min(one.stop, other.stop) - max(one.start, other.start))
+        for one in slices[0]
+        for other in slices[1]
+        if one.split == other.split
+    )
+    if train.fingerprint == evaluation.fingerprint:
+        both = len(evaluation)
+    if both:
+        yield (
+            f"{both:,} of the {len(evaluation):,} images to evaluate on are trained on as well "
+            f"(config.data.train_split = {specs[0]!r}, eval_split = {specs[1]!r}): the results "
+            "will be too good"
+        )
+
+
+def _enlarged(sizes: inputs.Sizes, train: Source) -> Iterator[str]:
+    """That pictures are made much larger than they are."""
+    largest = max((size for size in sizes.sizes if size), default=0)
+    short_side = min(train.image_shape[:2]) if None not in train.image_shape else None
+    if largest > _LARGE and short_side is None:
+        short_side = inputs.survey(train, count=20).short_side
+    if short_side and largest > _ENLARGED * short_side:
+        yield (
+            f"config.image_size = {largest} enlarges pictures of {short_side} pixels "
+            f"{largest / short_side:.0f} times: that costs time and adds nothing to see"
+        )
 
 
 def source(config: ConfigDict, split: str) -> Source:
@@ -276,20 +425,20 @@ def loss(config: ConfigDict, weights: Sequence[float] | None) -> Callable:
     return losses.build(config.loss.name, class_weights=weights, **given)
 
 
-def schedule(
-    config: ConfigDict, total_steps: int, to_steps: Callable[[str], int]
-) -> Callable[[Any], jax.Array]:
-    """The learning rate as a function of the step."""
-    learning_rate = config.optimizer.learning_rate
+def learning_rate(config: ConfigDict, num_examples: int) -> Callable[[Any], jax.Array]:
+    """The learning rate as a function of the step, for a training split of that size."""
+    total_steps, in_steps = _length(config, num_examples)
+    peak = config.optimizer.learning_rate
     if config.optimizer.learning_rate_batch:
-        learning_rate *= config.batch_size / config.optimizer.learning_rate_batch
-    return schedules.build(
-        config.schedule.name,
-        learning_rate=learning_rate,
-        total_steps=total_steps,
-        to_steps=to_steps,
-        **_given(config.schedule),
-    )
+        peak *= config.batch_size / config.optimizer.learning_rate_batch
+    with _about("schedule"):
+        return schedules.build(
+            config.schedule.name,
+            learning_rate=peak,
+            total_steps=total_steps,
+            to_steps=lambda duration: round(in_steps(duration)),
+            **_given(config.schedule),
+        )
 
 
 def optimizer(

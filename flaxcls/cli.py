@@ -69,7 +69,7 @@ def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
     is called last, as it uses devices. Without a recipe the default config is changed. Raises
     ConfigError for whatever is wrong.
     """
-    path = Path(recipe) if recipe is not None else None
+    path = _find_recipe(recipe) if recipe is not None else None
     namespace = _read_recipe(path) if path else {"get_config": default}
     with _in_recipe(path):
         config = namespace["get_config"]() if "get_config" in namespace else None
@@ -80,18 +80,54 @@ def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         _override(config, override)
 
+    given = [override.partition("=")[0] for override in overrides]
+
     def adapt() -> str:
-        with _in_recipe(path):
-            return namespace["adapt"](config) if "adapt" in namespace else ""
+        lines = []
+        if any(field.endswith(".name") for field in given):
+            from flaxcls import build  # JAX, which takes a second
+
+            lines += build.drop_unused(config, given)
+        if "adapt" in namespace:
+            from flaxcls import build
+
+            build.check_names(config)  # before something is said about them
+            with _in_recipe(path):
+                lines.append(namespace["adapt"](config))
+        return "\n".join(lines)
 
     return Recipe(config, adapt)
 
 
+def _find_recipe(text: str) -> Path:
+    """The file of a recipe, given as a path or as the name of one in configs/."""
+    folders = (Path("configs"), Path(__file__).parents[1] / "configs")
+    named = [folder / f"{text.removesuffix('.py')}.py" for folder in folders if "/" not in text]
+    for path in (Path(text), Path(f"{text}.py"), *named):
+        if path.is_file():
+            return path
+    path = Path(text)
+    if path.is_dir():
+        raise ConfigError(
+            f"--config={text} is a folder; it must be a recipe, such as configs/digits_cnn.py (a "
+            "folder of pictures goes with --config=configs/folder.py --config.data.path=DIR)"
+        )
+    if "/" in text:
+        known = {str(other) for other in path.parent.glob("*.py")}
+    else:
+        known = {other.stem for folder in folders for other in folder.glob("*.py")}
+    raise ConfigError(f"there is no config file {text}{did_you_mean(text, known)}")
+
+
+def local_folder(flag: str, text: str) -> Path:
+    """The folder that a flag names; ConfigError for what is in the cloud."""
+    if "://" in text:
+        raise ConfigError(f"--{flag}={text} must be a folder of a file system, not in the cloud")
+    return Path(text).expanduser()
+
+
 def _read_recipe(path: Path) -> dict[str, Any]:
     """What the file defines."""
-    if not path.is_file():
-        others = [str(other) for other in path.parent.glob("*.py")]
-        raise ConfigError(f"there is no config file {path}{did_you_mean(str(path), others)}")
     namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     with _in_recipe(path):
         exec(compile(path.read_text(), str(path), "exec"), namespace)

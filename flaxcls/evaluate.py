@@ -6,7 +6,6 @@ needs the run's folder and the data, nothing else.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
@@ -31,7 +30,10 @@ def main(argv: Sequence[str]) -> None:
 
     compilation_cache.enable()
     step, split, results = evaluate_run(
-        Path(FLAGS.run), split=FLAGS.split, checkpoint=FLAGS.checkpoint, data_dir=FLAGS.data_dir
+        cli.local_folder("run", FLAGS.run),
+        split=FLAGS.split,
+        checkpoint=FLAGS.checkpoint,
+        data_dir=FLAGS.data_dir,
     )
     for name, row in results.items():
         weights = "" if name == "eval" else f", {name}"

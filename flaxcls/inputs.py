@@ -53,10 +53,10 @@ class Survey(NamedTuple):
     short_side: int  # the median of the pictures' shorter sides, in pixels
 
 
-def survey(source: Source) -> Survey:
+def survey(source: Source, count: int = 300) -> Survey:
     """Looks at the headers of some pictures; for the recipes that adapt to their data."""
     loader, sides = Loader(source), []
-    for index in evenly_spaced(len(source), 300):
+    for index in evenly_spaced(len(source), count):
         try:
             picture = loader.picture(source[index].image, index)
         except DataError:  # whoever reads it tells

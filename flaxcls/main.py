@@ -7,12 +7,11 @@ flaxcls/config.py; recipes are in configs/.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls import cli
+from flaxcls import cli, cluster
 from flaxcls.errors import ConfigError
 
 FLAGS = flags.FlagValues()
@@ -52,9 +51,12 @@ def main(argv: Sequence[str]) -> int:
 
     problem = None
     try:
+        workdir = cli.local_folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
         recipe = cli.load_recipe(FLAGS.config, overrides)
     except ConfigError as error:
-        problem = error  # of one process alone, perhaps: the others have to learn of it
+        if FLAGS.num_processes is None and not cluster.is_joined_by_cluster():
+            raise
+        problem = error  # of this process alone, perhaps: the others have to learn of it
 
     # JAX takes seconds: not for --help
     from flaxcls import compilation_cache, goodput, processes, run, train, watch
@@ -71,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     compilation_cache.enable()
     with processes.explain_lost_peer():
         config = _adapted(recipe)
-        workdir = Path(FLAGS.workdir) if FLAGS.workdir else run.new_folder(FLAGS.config)
+        workdir = workdir or run.new_folder(FLAGS.config)
         summary = train.train(config, workdir, goodput.process_age())
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "

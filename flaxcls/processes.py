@@ -7,7 +7,6 @@ What they tell each other in words goes through the key-value store of JAX's coo
 which needs no devices: so they can agree, and fail alike, before there are any.
 """
 
-import importlib.util
 import itertools
 import json
 import os
@@ -26,12 +25,10 @@ import numpy as np
 from jax._src import distributed  # the store, and the number of processes before their devices
 from jax.experimental import multihost_utils
 
+from flaxcls import cluster
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, DivergedError, ProcessesError
 from flaxcls.output import say as print_line
 
-# What a cluster sets in the processes that it starts, and JAX finds its neighbours by: `srun`, Open
-# MPI's `mpirun`, TPUs on GKE. TPU virtual machines are told by JAX itself, where libtpu is there.
-_CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 _GRACE = 10  # seconds that a process that fails waits for the others to end as well
 _OWN_END = 2  # and that the others have to end by themselves, who may have found the same
 _PATIENCE = 120  # seconds that one that ends as all do waits for the others
@@ -74,7 +71,7 @@ def join(
                 f"--process_id must be at least 0 and below --num_processes = {num_processes}, "
                 f"got {process_id}"
             )
-    elif not _in_cluster():
+    elif not cluster.is_joined_by_cluster():
         return
     _Joining(told, heartbeat).wait(patience)
     threading.Thread(target=_end_with_others, name="flaxcls-failures", daemon=True).start()
@@ -131,15 +128,6 @@ class _Joining:
 
 
 _waits_in_vain = False  # a thread that can't be ended
-
-
-def _in_cluster() -> bool:
-    # One task has the node for itself, all of its GPUs; JAX would take one GPU a task.
-    if os.environ.get("SLURM_NTASKS") == "1" or os.environ.get("OMPI_COMM_WORLD_SIZE") == "1":
-        return False
-    if any(name in os.environ for name in _CLUSTERS):
-        return True
-    return importlib.util.find_spec("libtpu") is not None
 
 
 def count() -> int:

@@ -21,19 +21,35 @@ from ml_collections import ConfigDict
 
 from flaxcls.config import default
 from flaxcls.errors import ConfigError
+from flaxcls.output import printable
 
 # What may differ between the processes of a run: where the data lies and who decodes it.
 OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "input.read_ahead")
-# What a resumed run may change: these say where and how often, not what is computed.
+# What a resumed run may change: it changes no number that was computed before.
 FREE_FIELDS = (
     *OWN_FIELDS,
+    "duration",
+    "log_every",
+    "input",
+    "eval.every",
     "eval.batch_size",
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.on_error",
-    "divergence.max_rollbacks",
+    "divergence",
     "hang_after",
     "mesh",
+)
+# What a run may have left in its folder before it got so far as to write config.json.
+LEFTOVERS = (
+    "broken_images*.log",
+    "goodput.json",
+    "metrics.jsonl",
+    "*.tmp",
+    "checkpoints",
+    "quarantine",
+    "tensorboard",
+    ".*",
 )
 PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -78,19 +94,51 @@ def load_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def claim(workdir: Path, config: ConfigDict) -> dict[str, Any] | None:
-    """Checks that `config` may go on in `workdir`; returns the summary if that run has finished."""
+def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[str, Any] | None]:
+    """Checks that `config` may train in `workdir`, in a new run or the one that is there.
+
+    Returns the config that the run had until now, None for a new one; and what summary.json holds
+    if it has finished and nothing longer is asked for.
+    """
     if not (workdir / "config.json").exists():
-        return None
-    before, now = dict(fields(load_config(workdir))), dict(fields(ConfigDict(plain(config))))
-    for field in sorted(before.keys() | now.keys()):
-        if not _is_among(field, FREE_FIELDS) and before.get(field) != now.get(field):
+        _check_free(workdir)
+        return None, None
+    before = load_config(workdir)
+    for field, (old, new) in changes(before, config).items():
+        if not _is_among(field, FREE_FIELDS):
             raise ConfigError(
-                f"the run in {workdir} has config.{field} = {before.get(field)!r}, got "
-                f"{now.get(field)!r}; give another --workdir to start a new run"
+                f"the run in {workdir} has config.{field} = {old!r}, got {new!r}; give another "
+                "--workdir to start a new run"
             )
     summary = read_json(workdir / "summary.json")
-    return summary if summary and summary["finished"] else None
+    if not summary or not summary["finished"] or before.duration != config.duration:
+        summary = None
+    return before, summary
+
+
+def changes(before: ConfigDict, now: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ between two configs, with both values."""
+    before, now = (dict(fields(ConfigDict(plain(config)))) for config in (before, now))
+    return {
+        field: (before.get(field), now.get(field))
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    }
+
+
+def _check_free(workdir: Path) -> None:
+    """ConfigError if a folder without a run has something that is not a run's."""
+    if workdir.is_dir():
+        names = (path for path in sorted(workdir.iterdir()))
+        foreign = [p.name for p in names if not any(p.match(pattern) for pattern in LEFTOVERS)]
+        if foreign:
+            raise ConfigError(
+                f"--workdir={workdir} is not empty and holds no run, but "
+                f"{', '.join(map(printable, foreign[:3]))}{' and more' * (len(foreign) > 3)}: "
+                "give a new or an empty folder"
+            )
+    elif workdir.exists():
+        raise ConfigError(f"--workdir={workdir} is a file; it must be a folder")
 
 
 def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -125,14 +173,26 @@ def identity(config: ConfigDict, facts: Mapping[str, Any], eval_fingerprint: str
     }
 
 
-def record(workdir: Path, config: ConfigDict, facts: Mapping[str, Any]) -> None:
-    """Writes config.json: the config, and what else one wants to know of a run years later."""
+def record(
+    workdir: Path, config: ConfigDict, facts: Mapping[str, Any], before: ConfigDict | None = None
+) -> None:
+    """Writes config.json: the config, and what else one wants to know of a run years later.
+
+    Of a resumed run, whose config was `before`, only if that has changed; "changes" keeps how.
+    """
+    earlier = []
+    if before is not None:
+        if not (changed := changes(before, config)):
+            return
+        earlier = (read_json(workdir / "config.json") or {}).get("changes", [])
+        earlier = [*earlier, {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "fields": changed}]
     content = {
         "config": plain(config),
         "versions": {"python": platform.python_version(), **_versions()},
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "commit": _commit(),
         **facts,
+        **({"changes": earlier} if earlier else {}),
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -122,6 +122,8 @@ def piecewise(
     rate holds, as in PyTorch's MultiStepLR.
     """
     steps = np.asarray([run.to_steps(boundary) for boundary in boundaries], np.float32)
+    if (np.diff(steps) < 0).any():
+        raise ConfigError(f"config.schedule.boundaries must go forward, got {tuple(boundaries)}")
     return lambda step: np.float32(factor) ** jnp.sum(step >= steps)
 
 
@@ -177,6 +179,14 @@ SCHEDULES: dict[str, Callable[..., Factor]] = {
 }
 
 
+def fitted(warmup: int, cooldown: int, total_steps: int) -> tuple[int, int]:
+    """Steps of warm-up and cooldown, both shortened alike where the run has not so many."""
+    if warmup + cooldown <= total_steps:
+        return warmup, cooldown
+    warmup = warmup * total_steps // (warmup + cooldown)
+    return warmup, (total_steps - warmup if cooldown else 0)
+
+
 def build(
     name: str,
     *,
@@ -203,7 +213,7 @@ def build(
       to_steps: turns a duration into steps; see the function of that name.
       warmup: a duration; None for none.
       warmup_start: share of the peak from which the warm-up rises.
-      cooldown: a duration; None for none.
+      cooldown: a duration; None for none. See `fitted` for runs that are too short for both.
       **options: those of the named schedule.
 
     Raises ConfigError for what is unknown or out of range.
@@ -213,15 +223,13 @@ def build(
     check("config.schedule", name, own, accepted(build))
     options = check("config.schedule", name, options, accepted(schedule))
     if not (math.isfinite(learning_rate) and learning_rate >= 0):
-        raise ConfigError(f"`learning_rate` must be a number of at least 0, got {learning_rate}")
-    warmup_steps = to_steps(warmup) if warmup else 0
-    cooldown_steps = to_steps(cooldown) if cooldown else 0
-    end = total_steps - cooldown_steps
-    if warmup_steps > end:
         raise ConfigError(
-            f"the warm-up ({warmup_steps} steps) and the cooldown ({cooldown_steps} steps) must "
-            f"fit into the run, {total_steps} steps"
+            f"config.optimizer.learning_rate must be a number of at least 0, got {learning_rate}"
         )
+    warmup_steps, cooldown_steps = fitted(
+        to_steps(warmup) if warmup else 0, to_steps(cooldown) if cooldown else 0, total_steps
+    )
+    end = total_steps - cooldown_steps
     if name == "one_cycle" and warmup_steps:
         raise ConfigError("one_cycle rises to its `peak` by itself; `warmup` must be None with it")
     factor = schedule(Run(warmup_steps, end, to_steps), **options)

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import build, compilation_cache, processes, run
 from flaxcls.checkpoint import Checkpoints
-from flaxcls.errors import CheckpointError, DataError, DivergedError
+from flaxcls.errors import CheckpointError, ConfigError, DataError, DivergedError
 from flaxcls.goodput import Goodput
 from flaxcls.recovery import restore_newest
 from flaxcls.schedules import parse_duration
@@ -37,6 +37,7 @@ class Session:
         plan: build.Plan,
         trainer: Trainer,
         clock: Goodput,
+        before: ConfigDict | None = None,
     ):
         self._config, self._workdir, self._plan, self._trainer = config, workdir, plan, trainer
         self._clock, self.watchdog = (
@@ -45,8 +46,10 @@ class Session:
         )
         self._checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         self._restore()
-        if not self.step and processes.is_first():
-            run.record(workdir, config, trainer.facts)
+        if before is not None and before.duration != config.duration:
+            self._say_new_length(before)
+        if processes.is_first():
+            run.record(workdir, config, trainer.facts, before if self.step else None)
         processes.check_shared(workdir / "config.json")
         path = workdir / "goodput.json" if processes.is_first() else None
         clock.resume(path, self._progress["seconds"])
@@ -86,6 +89,22 @@ class Session:
                 "rollbacks": 0,
                 "data_offset": 0,  # steps that the order of the examples is ahead by
             }
+
+    def _say_new_length(self, before: ConfigDict) -> None:
+        """What becomes of the learning rate when a run is made longer or shorter."""
+        total, config = self._plan.total_steps, self._config
+        if self.step > total:
+            raise ConfigError(
+                f"the run in {self._workdir} has made {self.step:,} steps already, more than "
+                f"config.duration = {config.duration!r} asks for, {total:,}"
+            )
+        if self.step:
+            old = build.learning_rate(before, len(self._plan.train_source))
+            processes.say(
+                f"note: after step {self.step:,} the learning rate would have been "
+                f"{float(old(self.step)):.3g} and is {self._trainer.rate(self.step):.3g}: "
+                f"config.schedule now ends at step {total:,}"
+            )
 
     def _begin_batches(self) -> None:
         """Goes on with the batches of the next step."""

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +30,22 @@ def train(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]
     build.check(config)
     mesh = mesh_for(config)
     workdir = Path(processes.gather(str(workdir))[0])
-    if finished := run.claim(workdir, config):
+    before, finished = run.claim(workdir, config)
+    if finished:
         return finished
     with processes.first_before_others():  # it may have to prepare the data for all
         plan = build.plan(config, mesh)
     trainer = Trainer(config, plan, mesh, report=_broken_images_log(workdir))
     processes.check_same(run.identity(config, trainer.facts, plan.eval_source.fingerprint))
     processes.say(_introduction(config, plan, mesh, trainer))
+    for note in (*plan.notes, *_changes(before, config)):
+        processes.say(f"note: {note}")
 
     log_due, eval_due, save_due = (
         Due(interval, plan.total_steps)
         for interval in (plan.log_every, plan.eval_every, plan.save_every)
     )
-    session = Session(config, workdir, plan, trainer, clock)
+    session = Session(config, workdir, plan, trainer, clock, before)
     with (
         session,
         StopRequest() as asked,
@@ -88,6 +91,12 @@ def _introduction(config: ConfigDict, plan: build.Plan, mesh: Mesh, trainer: Tra
         f"length: {plan.total_steps:,} steps of {config.batch_size} images, "
         f"{plan.total_steps / plan.steps_per_epoch:g} epochs"
     )
+
+
+def _changes(before: ConfigDict | None, config: ConfigDict) -> Iterator[str]:
+    """What a resumed run does otherwise than until now."""
+    for field, (old, new) in run.changes(before, config).items() if before else ():
+        yield f"config.{field} was {old!r} until now, and is {new!r} from now on"
 
 
 def _broken_images_log(workdir: Path) -> Callable[[str], None]:

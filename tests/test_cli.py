@@ -138,3 +138,63 @@ def test_error_becomes_one_line_and_its_exit_code(monkeypatch, capsys):
         cli.run(fails)
     assert stop.value.code == 2
     assert capsys.readouterr().err == "flaxcls: the sentence\n"
+
+
+def test_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    for name in ("digits_cnn", "digits_cnn.py", "configs/digits_cnn"):
+        assert load(name).model.name == "digits_cnn"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/own.py").write_text(RECIPE_OF_THE_USER)
+    monkeypatch.chdir(tmp_path)
+    assert load("own").batch_size == 77
+    assert load("digits_cnn").model.name == "digits_cnn"  # also from elsewhere
+    with pytest.raises(ConfigError, match="no config file digits_cn, did you mean 'digits_cnn'?"):
+        load("digits_cn")
+    with pytest.raises(ConfigError, match="configs is a folder; it must be a recipe"):
+        load("configs")
+
+
+RECIPE_OF_THE_USER = """
+from flaxcls.config import default
+
+
+def get_config():
+    config = default()
+    config.batch_size = 77
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = True
+    config.schedule.name = "step"
+    config.schedule.boundaries = ("50%",)
+    config.model.name = "dense"
+    config.model.widths = (3,)
+    return config
+"""
+
+
+def test_options_of_what_the_user_replaces_are_dropped_and_said(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE_OF_THE_USER)
+    config, adapt = cli.load_recipe(
+        str(path), ["optimizer.name=adamw", "schedule.name=cosine", "model.name=resnet18"]
+    )
+    said = adapt()
+    assert "config.optimizer.name = 'adamw' takes no momentum: what the recipe" in said
+    assert "config.schedule.name = 'cosine' takes no boundaries" in said
+    assert "config.model.name = 'resnet18' takes no widths" in said
+    assert config.optimizer.momentum is None and config.schedule.boundaries is None
+
+    config, adapt = cli.load_recipe(str(path), ["optimizer.name=adamw", "optimizer.momentum=0.5"])
+    assert adapt() == "" and config.optimizer.momentum == 0.5  # an error later on
+    config, adapt = cli.load_recipe(str(path), ["optimizer.name=lars"])
+    assert "momentum" not in adapt() and config.optimizer.momentum == 0.9
+    config, adapt = cli.load_recipe(str(path), ["batch_size=3"])
+    assert adapt() == ""
+    with pytest.raises(ConfigError, match="did you mean 'adamw'"):
+        load(path, "optimizer.name=admw")
+
+
+@pytest.mark.parametrize("flag", ["workdir", "run"])
+def test_folder_in_the_cloud_is_refused(flag):
+    with pytest.raises(ConfigError, match=f"--{flag}=gs://b/r must be a folder of a file system"):
+        cli.local_folder(flag, "gs://b/r")
+    assert cli.local_folder(flag, "a/b") == Path("a/b")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cv2
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -158,7 +159,8 @@ def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
     del saved["image_size"], saved["crop"], saved["input"]["max_broken"]
     run.write_json(tmp_path / "config.json", {"config": saved})
     assert run.plain(run.load_config(tmp_path)) == run.plain(config)
-    assert run.claim(tmp_path, config) is None
+    before, finished = run.claim(tmp_path, config)
+    assert run.changes(before, config) == {} and finished is None
 
 
 def test_small_part_of_a_short_run_is_at_least_a_step(tiny_config):
@@ -166,3 +168,86 @@ def test_small_part_of_a_short_run_is_at_least_a_step(tiny_config):
     assert plan.eval_every == schedules.Duration(1, "steps")
     with pytest.raises(ConfigError, match="config.eval.every must be at least a step"):
         build.plan(tiny_config(eval__every="0.01 epochs"), sharding.make_mesh())
+
+
+def notes_of(config):
+    return build.plan(config, sharding.make_mesh()).notes
+
+
+def test_warmup_longer_than_the_run_is_shortened_and_said(tiny_config):
+    (note,) = notes_of(tiny_config(schedule__warmup="5 epochs", duration="4 steps"))
+    assert note == "config.schedule.warmup = '5 epochs' is shortened to 4 of the run's 4 steps"
+    assert not notes_of(tiny_config(schedule__warmup="2 steps"))
+
+
+@pytest.mark.parametrize(
+    ("train", "evaluation", "both", "of"),
+    [
+        ("train", "train", 96, 96),
+        ("train[:90%]", "train[80%:]", 9, 19),
+        ("train+test", "test[:10]", 10, 10),
+        ("train[:50%]", "train[50%:]", 0, 0),
+    ],
+)
+def test_evaluating_on_what_is_trained_on_is_said(tiny_config, train, evaluation, both, of):
+    notes = notes_of(tiny_config(data__train_split=train, data__eval_split=evaluation))
+    assert len(notes) == (both > 0)
+    if both:
+        assert f"{both} of the {of} images to evaluate on are trained on as well" in notes[0]
+
+
+def test_enlarging_pictures_many_times_is_said(tiny_config):
+    (note,) = notes_of(tiny_config(image_size=100))
+    assert "config.image_size = 100 enlarges pictures of 8 pixels 12 times" in note
+    assert not notes_of(tiny_config(image_size=32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"batch_size": 1000, "duration": "1 epochs"},
+            "got '1 epochs', which is 0.096 steps of config.batch_size = 1000: there are 96",
+        ),
+        ({"duration": "1e12 epochs"}, "config.duration must be at most 2,147,483,647 steps, got"),
+        ({"duration": "1e300 epochs"}, "config.duration must be at most 2,147,483,647 steps, got"),
+        ({"duration": "0 steps"}, "config.duration must be at least a step, got '0 steps'"),
+    ],
+)
+def test_impossible_length_is_told_with_what_makes_it_so(tiny_config, changes, message):
+    with pytest.raises(ConfigError) as raised:
+        build.plan(tiny_config(**changes), sharding.make_mesh())
+    assert message in str(raised.value) and len(str(raised.value)) < 200
+
+
+RECIPES = sorted(path for path in Path("configs").glob("*.py") if path.stem != "folder")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_smoke_test_of_one_step_is_a_plan_with_every_recipe(recipe):
+    config = cli.load_config(str(recipe), ["duration=1 steps"])
+    if config.data.name not in ("digits",):
+        size = 64 if config.image_size else 32
+        grey = config.data.name == "idx"
+        for field in ("path", "dir"):
+            config.data[field] = None
+        config.data.name, config.data.eval_split = "fake", "test"
+        config.data.image_shape, config.data.num_classes = (size, size, 1 if grey else 3), 10
+        config.data.num_examples = 64
+    config.image_size = config.image_size and 64
+    build.check(config)
+    assert build.plan(config, sharding.make_mesh()).total_steps == 1
+
+
+class NoTrain(nn.Module):
+    num_classes: int
+    dtype: jnp.dtype
+
+    def __call__(self, x):
+        return x
+
+
+def test_network_without_the_argument_train_is_told(monkeypatch, tiny_config):
+    monkeypatch.setitem(models.MODELS, "own", NoTrain)
+    with pytest.raises(ConfigError, match="the network own .* has no argument `train`"):
+        build.plan(tiny_config(model__name="own", model__widths=None), sharding.make_mesh())

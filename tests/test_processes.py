@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from flaxcls import processes, run, sharding
+from flaxcls import cluster, processes, run, sharding
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
 
 
@@ -147,8 +147,8 @@ def test_clusters_are_told_by_what_they_set(monkeypatch, environment, expected):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
-    assert processes._in_cluster() is expected
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    assert cluster.is_joined_by_cluster() is expected
 
 
 def test_rows_of_all_processes_are_the_batch():

@@ -203,16 +203,27 @@ def test_a_run_that_is_all_warm_up_is_fine(name):
             {"final": 2.0},
             "final must be float at least 0 and at most 1 for cosine, got 2.0",
         ),
-        ("cosine", {"warmup": "60%", "cooldown": "50%"}, "must fit into the run"),
         ("cosine", {"warmup_start": -1.0}, "warmup_start must be float at least 0 and at most 1"),
         ("cosine", {"warmup": "10 minutes"}, "is a time"),
-        ("cosine", {"learning_rate": float("nan")}, "`learning_rate`"),
+        ("cosine", {"learning_rate": float("nan")}, "config.optimizer.learning_rate must"),
         ("one_cycle", {"warmup": "5%"}, "`warmup` must be None"),
         ("one_cycle", {"peak": "101 steps"}, "within the run"),
         ("exponential", {"every": "0 steps"}, "at least one step"),
         ("step", {"factor": -1.0}, "factor must be float at least 0 for step"),
+        ("step", {"boundaries": ("50%", "20%")}, "config.schedule.boundaries must go forward"),
     ],
 )
 def test_a_wrong_option_is_refused_when_the_schedule_is_built(name, options, message):
     with pytest.raises(ConfigError, match=message):
         rates(name, **options)
+
+
+def test_warmup_and_cooldown_that_are_longer_than_the_run_share_it():
+    assert schedules.fitted(5, 0, 100) == (5, 0)
+    assert schedules.fitted(60, 40, 100) == (60, 40)
+    assert schedules.fitted(500, 0, 100) == (100, 0)
+    assert schedules.fitted(300, 100, 100) == (75, 25)
+    assert schedules.fitted(5, 0, 1) == (1, 0)
+    np.testing.assert_allclose(
+        rates("cosine", warmup="500 steps")[:TOTAL], rates("cosine", warmup="100%")[:TOTAL]
+    )

@@ -112,7 +112,7 @@ def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[Placed, Placed]:
 def _name_and_options(spec: Mapping[str, Any], position: int) -> tuple[str, dict[str, Any]]:
     if not isinstance(spec, Mapping) or not isinstance(spec.get("name"), str):
         raise ConfigError(
-            f"augmentation {position} must be a mapping such as {{'name': 'flip'}}, got {spec!r}"
+            f"config.augment[{position}] must be a mapping such as {{'name': 'flip'}}, got {spec!r}"
         )
     options = dict(spec)
     return options.pop("name"), options

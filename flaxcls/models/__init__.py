@@ -51,7 +51,13 @@ def build(name: str, *, num_classes: int, dtype: jnp.dtype = jnp.float32, **give
     given = check("config.model", name, given, options(name))
     if num_classes < 1:
         raise ConfigError(f"`num_classes` of {name} must be at least 1, got {num_classes}")
-    return MODELS[name](num_classes=num_classes, dtype=dtype, name=name, **given)
+    module = MODELS[name](num_classes=num_classes, dtype=dtype, name=name, **given)
+    if "train" not in accepted(module.__call__):
+        raise ConfigError(
+            f"the network {name} must be called as module(images, train=...), but its __call__ "
+            "has no argument `train`"
+        )
+    return module
 
 
 def options(name: str) -> dict[str, inspect.Parameter]:

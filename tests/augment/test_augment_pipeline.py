@@ -158,8 +158,8 @@ def test_a_long_pipeline_runs_in_one_jit(make_batch):
         ),
         ([{"name": "normalize", "mean": 0}], "`normalize` takes no options, got {'mean': 0}"),
         ([NORMALIZE, NORMALIZE], "`normalize` is listed twice"),
-        (["flip"], "augmentation 0 must be a mapping such as {'name': 'flip'}, got 'flip'"),
-        ([{"size": 4}], "augmentation 0 must be a mapping"),
+        (["flip"], "config.augment[0] must be a mapping such as {'name': 'flip'}, got 'flip'"),
+        ([{"size": 4}], "config.augment[0] must be a mapping"),
         (
             [{"name": "pad_crop", "padding": -1}],
             "augment[0].padding must be int at least 0 and at most 256 for pad_crop, got -1",

@@ -44,7 +44,10 @@ CASES = {
     ),
     "batch of zero": (["--config.batch_size=0"], "config.batch_size must be at least 1, got 0"),
     "negative seed": (["--config.seed=-1"], "config.seed must be at least 0, got -1"),
-    "negative learning rate": (["--config.optimizer.learning_rate=-1"], "`learning_rate`"),
+    "negative learning rate": (
+        ["--config.optimizer.learning_rate=-1"],
+        "config.optimizer.learning_rate must be a number of at least 0, got -1",
+    ),
     "negative weight decay": (["--config.optimizer.weight_decay=-1"], "weight_decay must be"),
     "momentum above 1": (["--config.optimizer.momentum=1.5"], "momentum must be float at least 0"),
     "dropout above 1": (["--config.model.dropout=1.5"], "dropout must be float at least 0"),
@@ -118,7 +121,6 @@ CASES = {
         ["--config.schedule.warmup=5"],
         "config.schedule.warmup must be str or None for cosine, got 5",
     ),
-    "warm-up longer than the run": (["--config.schedule.warmup=50 steps"], "must fit into the run"),
     "class weights": (["--config.loss.class_weights=(1, 2)"], "config.loss.class_weights must be"),
     "bad regular expression": (
         ["--config.optimizer.no_weight_decay=("],

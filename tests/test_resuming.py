@@ -1,0 +1,85 @@
+"""What may change when a run is resumed, and which folders a run does not begin in."""
+
+import json
+
+import pytest
+
+from flaxcls import run
+from flaxcls.errors import ConfigError
+from flaxcls.train import train
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_finished_run_is_made_longer_and_the_schedule_is_said(tmp_path, tiny_config, capfd):
+    workdir = tmp_path / "run"
+    assert train(tiny_config(), workdir)["step"] == 12
+    before = rows(workdir)
+    capfd.readouterr()
+    assert train(tiny_config(), workdir)["step"] == 12  # nothing to do, nothing is said
+    assert "note:" not in capfd.readouterr().out
+
+    longer = {"duration": "20 steps", "log_every": "5 steps", "divergence__max_skipped": 3}
+    summary = train(tiny_config(**longer), workdir)
+    said = capfd.readouterr().out
+    assert summary["step"] == 20 and summary["finished"]
+    assert "note: config.duration was '12 steps' until now, and is '20 steps' from now on" in said
+    assert "config.divergence.max_skipped was 10 until now, and is 3" in said
+    # Cosine over 20 steps instead of 12: step 12 is the first one that is made anew.
+    assert "note: after step 12 the learning rate would have been 0 and is 0.0345" in said
+    assert rows(workdir)[: len(before)] == before
+    assert [row["step"] for row in rows(workdir)[len(before) :] if "train" in row] == [15, 18, 20]
+
+    content = json.loads((workdir / "config.json").read_text())
+    assert content["config"]["duration"] == "20 steps"
+    (change,) = content["changes"]
+    assert change["fields"]["duration"] == ["12 steps", "20 steps"]
+    assert train(tiny_config(**longer), workdir)["step"] == 20
+
+
+def test_run_is_not_made_shorter_than_it_is(tmp_path, tiny_config):
+    train(tiny_config(), tmp_path)
+    with pytest.raises(ConfigError, match="has made 12 steps already, more than config.duration"):
+        train(tiny_config(duration="6 steps"), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["config"]["duration"] == "12 steps"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input__max_broken": 0.5},
+        {"input__mode": "stream"},
+        {"hang_after": "1 hours"},
+        {"eval__every": "2 steps"},
+        {"divergence__max_grad_norm": 1.0},
+    ],
+)
+def test_what_changes_no_number_computed_before_may_change(tmp_path, tiny_config, changes):
+    run.write_json(tmp_path / "config.json", {"config": run.plain(tiny_config())})
+    before, finished = run.claim(tmp_path, tiny_config(**changes))
+    assert len(run.changes(before, tiny_config(**changes))) == 1 and finished is None
+
+
+@pytest.mark.parametrize("field", ["seed", "batch_size", "ema_decay", "repeats"])
+def test_what_would_change_numbers_computed_before_may_not(tmp_path, tiny_config, field):
+    run.write_json(tmp_path / "config.json", {"config": run.plain(tiny_config())})
+    with pytest.raises(ConfigError, match=f"config.{field} = .*; give another --workdir"):
+        run.claim(tmp_path, tiny_config(**{field: 0.5 if field == "ema_decay" else 3}))
+
+
+def test_folder_with_something_else_in_it_is_refused(tmp_path, tiny_config):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="is not empty and holds no run, but thesis.tex: give a"):
+        run.claim(tmp_path, tiny_config())
+    with pytest.raises(ConfigError, match="is a file; it must be a folder"):
+        run.claim(tmp_path / "thesis.tex", tiny_config())
+
+
+def test_what_a_run_left_that_died_early_is_no_obstacle(tmp_path, tiny_config):
+    for name in ("broken_images.log", "broken_images.1.log", "goodput.json", "config.tmp"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoints").mkdir()
+    assert run.claim(tmp_path, tiny_config()) == (None, None)
+    assert run.claim(tmp_path / "new", tiny_config()) == (None, None)
