@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls import options
+from flaxcls import options, output
 from flaxcls.config import default
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, did_you_mean
 
@@ -28,7 +28,7 @@ def parse(
     such as files, for a command that takes `others`; elsewhere they are an error.
     """
     if "--help" in argv or "-h" in argv:
-        print(usage.strip(), "\n\nFlags:", flag_values.get_help(), sep="")
+        output.say(f"{usage.strip()}\n\nFlags:{flag_values.get_help()}")
         sys.exit(0)
     try:
         rest = flag_values(list(argv))[1:]
@@ -65,7 +65,7 @@ def load_config(recipe: str | None, overrides: Sequence[str]) -> ConfigDict:
         _override(config, override)
     if "adapt" in namespace:
         with _in_recipe(path):
-            print(namespace["adapt"](config))
+            output.say(str(namespace["adapt"](config)))
     return config
 
 
@@ -154,18 +154,19 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     A signal to end ends the process at once, unless `main` takes it over while it has something to
     save: Python's KeyboardInterrupt becomes an ImportError or a crash inside of JAX's native code.
     """
+    output.keep_standard_streams()
     for number in SIGNAL_EXIT_CODES:
         signal.signal(number, lambda received, frame: os._exit(SIGNAL_EXIT_CODES[received]))
     try:
         code = main(sys.argv)
     except FlaxclsError as error:
-        print(f"flaxcls: {error}", file=sys.stderr)
+        output.say(f"flaxcls: {output.printable(str(error))}", error=True)
         code = error.exit_code
     except Exception:
-        if "flaxcls.processes" not in sys.modules:
-            raise
-        traceback.print_exc()
+        output.say(traceback.format_exc(), error=True)
         code = 1
+    finally:
+        output.flush()
     if "flaxcls.processes" in sys.modules:  # it may be one of several
         sys.modules["flaxcls.processes"].leave(code or 0)
     sys.exit(code)

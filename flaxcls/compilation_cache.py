@@ -7,12 +7,13 @@ import os
 import platform
 import re
 import stat
-import sys
 import zlib
 from pathlib import Path
 
 import jax
 from jax import monitoring
+
+from flaxcls.output import say
 
 MAX_BYTES = 2 * 2**30  # digits_cnn has half a megabyte, a large network on a GPU some hundred
 TIME_SAVED = "/jax/compilation_cache/compile_time_saved_sec"
@@ -37,7 +38,7 @@ def enable() -> None:
     except (OSError, RuntimeError) as error:
         strerror, filename = getattr(error, "strerror", None), getattr(error, "filename", None)
         reason = f"{filename}: {strerror}" if strerror else error
-        print(f"flaxcls: compiled programs are not kept: {reason}", file=sys.stderr)
+        say(f"flaxcls: compiled programs are not kept: {reason}", error=True)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX keeps only what took a second to compile. Of the 41 programs of digits_cnn these are two,

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import numpy as np
 from jax._src import distributed  # the number of processes is public only with their devices
 from jax.experimental import multihost_utils
 
+from flaxcls import output
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
 
 # What a cluster sets in the processes that it starts, and JAX finds its neighbours by: `srun`, Open
@@ -99,7 +99,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Prints, in process 0."""
     if is_first():
-        print(text, flush=True)
+        output.say(text)
 
 
 def agree(value: int) -> int:
@@ -235,8 +235,6 @@ def leave(code: int) -> None:
     """
     if not jax.distributed.is_initialized():
         return
-    sys.stdout.flush()
-    sys.stderr.flush()
     farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
     farewell.start()
     all_end = code in (0, *SIGNAL_EXIT_CODES.values())

@@ -17,6 +17,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
+from flaxcls.output import Guarded, printable_lines
+
 
 class Watch:
     """Writes one row at a time to `metrics.jsonl`, TensorBoard and the terminal.
@@ -31,7 +33,9 @@ class Watch:
     def __init__(self, workdir: Path | None, start_step: int, total_steps: int, batch_size: int):
         self._total_steps, self._batch_size = total_steps, batch_size
         self._path = workdir / "metrics.jsonl" if workdir else Path(os.devnull)
-        self._console = Console(highlight=False, soft_wrap=True, quiet=workdir is None)
+        self._console = Console(
+            highlight=False, soft_wrap=True, emoji=False, quiet=workdir is None, file=Guarded()
+        )
         self._live = None
         if workdir and self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
@@ -64,8 +68,7 @@ class Watch:
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        with contextlib.suppress(OSError):  # a file on a full disk
-            self._console.print(text, markup=False)
+        self._console.print(printable_lines(text), markup=False)
 
     def training(
         self, step: int, epoch: float, row: dict[str, float], lap: tuple[float, float]
