@@ -104,6 +104,13 @@ class CheckpointReader:
             time.sleep(0.02)
         return False
 
+    def newest_facts(self) -> tuple[int, dict[str, Any]]:
+        """The newest step that is whole, and its facts; ConfigError if there is none."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(CheckpointError):
+                return step, self.facts(step)
+        raise ConfigError(f"there is no checkpoint in {self._directory}")
+
     def facts(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint; Damaged if a file of the checkpoint is."""
         self.verify(step)

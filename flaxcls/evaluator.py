@@ -141,6 +141,7 @@ def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = No
     `batch_size` is what the devices are chosen for, None: the run's own.
     """
     config = run.load_config(workdir)
+    build.check(config)
     sharding.set_up_devices(config.mesh.cpu_devices, batch_size or config.batch_size)
     mesh = sharding.make_mesh()
     checkpoints = CheckpointReader(workdir / "checkpoints")
