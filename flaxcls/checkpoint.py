@@ -11,12 +11,9 @@ the resolved config, class names, normalisation, best metrics so far. What is pr
 """
 
 import contextlib
-import logging
-import os
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,11 +32,6 @@ from flaxcls.checkpoint_reader import (
 from flaxcls.errors import CheckpointError
 
 UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # ends the name of the folder that is being written
-# What Orbax says of a failed save, with a long traceback for each of its threads and for each write
-# that it has begun or not yet begun, is told in a sentence here.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
-warnings.filterwarnings("ignore", r"coroutine '.*serialize.*' was never awaited", RuntimeWarning)
 
 
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):

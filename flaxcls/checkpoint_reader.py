@@ -5,10 +5,13 @@ checked first. Steps saved before there were manifests are restored without that
 """
 
 import contextlib
+import functools
 import json
+import logging
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,6 +32,18 @@ TRIES = 50  # to read a step of a run that deletes it meanwhile
 T = TypeVar("T")
 
 
+@functools.cache
+def _quiet_orbax() -> None:
+    """What Orbax logs of a failure is told in a sentence here; from the first call on.
+
+    It has a long traceback for each of its threads and each write that it has begun or not.
+    """
+    logging.getLogger("absl").addFilter(lambda said: f"{os.sep}orbax{os.sep}" not in said.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    unawaited = r"coroutine '.*serialize.*' was never awaited"
+    warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
+
+
 class OtherCode(ConfigError):
     """The arrays of a checkpoint are not those that are asked for."""
 
@@ -41,6 +56,7 @@ class CheckpointReader:
     """
 
     def __init__(self, directory: Path):
+        _quiet_orbax()
         self._directory = directory.resolve()
         self._has_manifest: dict[int, bool] = {}  # of the steps that are verified
 

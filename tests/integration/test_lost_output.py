@@ -32,6 +32,19 @@ def test_nobody_reads_what_is_told_and_the_run_finishes_and_evaluation_says_so(r
     assert result.stderr == ("flaxcls: standard output can't be written: No space left on device\n")
 
 
+@pytest.mark.slow
+def test_suggested_commands_are_quoted_for_the_shell(recipe, tmp_path):
+    workdir = tmp_path / "my \x1b[31mrun's"
+    result = run("flaxcls.main", f"--config={recipe}", f"--workdir={workdir}", tail="")
+    assert result.returncode == 0 and "\x1b" not in result.stdout
+    (line,) = (line for line in result.stdout.splitlines() if "flaxcls.evaluate" in line)
+    shown = str(workdir).replace("\x1b", "\\x1b")
+    assert shlex.split(line)[1:] == ["python", "-m", "flaxcls.evaluate", f"--run={shown}"]
+    result = run("flaxcls.evaluate", f"--run={workdir}", tail="")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{shown}, step 12")
+
+
 @pytest.mark.parametrize(
     ("tail", "sentence"),
     [
