@@ -1,51 +1,37 @@
-"""Checkpoints of a run, saved in the background; the only file that knows Orbax.
+"""Checkpoints of a run, saved in the background; what knows Orbax is here and in the reader.
 
 A checkpoint holds the whole training state and, as JSON, all else that using or resuming it needs:
 the resolved config, class names, normalisation, best metrics so far. What is promised:
 
 - A step is there whole or not at all. Orbax writes it into a temporary folder; when all files are
   there a manifest of their digests is added, all is flushed to the disk, and the folder is renamed.
-- Nothing is restored that is not what was saved: digests, the arrays' names, shapes and dtypes are
-  checked first. Steps saved before there were manifests are restored without that check.
+- Nothing is restored that is not what was saved (see `checkpoint_reader`).
 - An older step is deleted only when the newer one is complete.
 - What could not be saved is told in one sentence, and saving can be tried again.
 """
 
 import contextlib
-import logging
-import os
-import re
 import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from flaxcls import manifest, processes
-from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
-from flaxcls.manifest import Damaged
+from flaxcls.checkpoint_reader import (
+    SECONDS_TO_SAVE,
+    WRITTEN_LAST,
+    CheckpointReader,
+    cause_of,
+)
+from flaxcls.errors import CheckpointError
 
 UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # ends the name of the folder that is being written
-# Orbax writes these after the manifest, with the time of the commit; restoring needs neither.
-WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
-SECONDS_TO_SAVE = 600  # then a save in the background has failed, also where a process is missing
-
-# What Orbax says of a failed save, with a long traceback for each of its threads and for each write
-# that it has begun or not yet begun, is told in a sentence here.
-logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
-warnings.filterwarnings("ignore", r"coroutine '.*serialize.*' was never awaited", RuntimeWarning)
-
-
-class OtherCode(ConfigError):
-    """The arrays of a checkpoint are not those that are asked for."""
 
 
 class _NewestAndBest(checkpoint_managers.PreservationPolicy):
@@ -63,7 +49,7 @@ class _NewestAndBest(checkpoint_managers.PreservationPolicy):
         ]
 
 
-class Checkpoints:
+class Checkpoints(CheckpointReader):
     """The checkpoints in one folder, which all processes share; all of them make the same calls.
 
     Args:
@@ -72,12 +58,11 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, keep: int = 1):
-        self._directory = directory.resolve()
+        super().__init__(directory)
         self._policy = _NewestAndBest(keep)
         self._saving: int | None = None  # the step whose saving began last
         self._failure: CheckpointError | None = None  # of that step, until it is told
         self._bytes = 0  # of the step that was written last
-        self._has_manifest: dict[int, bool] = {}  # of the steps that are verified
         self._manager = self._open()
 
     def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
@@ -136,80 +121,6 @@ class Checkpoints:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def steps(self) -> list[int]:
-        """The steps that are saved, oldest first."""
-        return sorted(self._manager.all_steps())
-
-    def find(self, which: str) -> int:
-        """The step that "last", "best" or a number means; ConfigError if there is none."""
-        steps = self.steps()
-        if not steps:
-            raise ConfigError(f"there is no checkpoint in {self._directory}")
-        if which == "last":
-            return steps[-1]
-        if which == "best":
-            best = self.facts(steps[-1])["progress"]["best"]
-            if not best:
-                raise ConfigError("the run has no best checkpoint yet: it was not evaluated")
-            which = str(best["step"])
-        known = [str(step) for step in steps]
-        if which not in known:
-            raise ConfigError(f"there is no checkpoint {which!r}{did_you_mean(which, known)}")
-        return int(which)
-
-    def facts(self, step: int) -> dict[str, Any]:
-        """The JSON part of a checkpoint; Damaged if a file of the checkpoint is."""
-        self.verify(step)
-        return self._restore(step, facts=ocp.args.JsonRestore()).facts
-
-    def state(self, step: int, shapes: Any, shardings: Any) -> Any:
-        """The arrays of a checkpoint that `shapes` names, placed as `shardings` says.
-
-        `shapes` may be a part of what was saved, such as the parameters without the optimizer.
-        Raises Damaged if a file of the checkpoint is, and ConfigError if an array is not there or
-        has another shape or dtype.
-        """
-        self.verify(step)
-        self.compare(step, shapes)
-        return self._restore(step, state=_restore_arguments(shapes, shardings)).state
-
-    def state_and_facts(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
-        """The whole of a checkpoint, unchecked; Damaged if it can't be read."""
-        restored = self._restore(
-            step, state=_restore_arguments(shapes, shardings), facts=ocp.args.JsonRestore()
-        )
-        return restored.state, restored.facts
-
-    def verify(self, step: int) -> bool:
-        """Whether a step has a manifest; Damaged if a file of the step is. Once is enough."""
-        if step not in self._has_manifest:
-            try:
-                self._has_manifest[step] = manifest.verify(self.folder(step), WRITTEN_LAST)
-            except Damaged as error:
-                raise Damaged(f"the checkpoint of step {step} is damaged: {error}") from error
-        return self._has_manifest[step]
-
-    def compare(self, step: int, shapes: Any, whole: bool = False) -> None:
-        """Raises OtherCode unless the step has the arrays of `shapes`, and if `whole` no others.
-
-        Orbax itself casts silently to another dtype.
-        """
-        with self._reading(step):
-            folder = self.folder(step) / "state"
-            saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
-        saved, expected = _arrays(saved), _arrays(shapes)
-        names = [*expected, *(sorted(saved.keys() - expected.keys()) if whole else ())]
-        for name in names:
-            if saved.get(name) != expected.get(name):
-                raise OtherCode(
-                    f"the checkpoint of step {step} is from other code: {name} is "
-                    f"{saved.get(name, 'not there')} and should be {expected.get(name, 'absent')}"
-                )
-
-    def folder(self, step: int) -> Path:
-        """Where a step lies."""
-        return self._directory / str(step)
 
     def settle(self) -> None:
         """Waits for the save under way, whose failure is told later; all is to be verified anew."""
@@ -288,52 +199,6 @@ class Checkpoints:
     def _unfinished(self, step: int) -> Path:
         return self._directory / f"{step}{UNFINISHED}"
 
-    # Restoring.
-
-    def _restore(self, step: int, **items: Any) -> Any:
-        with self._reading(step):
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-
-    @contextlib.contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        """Says what it means that Orbax can't read a step.
-
-        It is damaged, unless its digests are right or the devices, not the files, failed.
-        """
-        try:
-            yield
-        except (MemoryError, jax.errors.JaxRuntimeError):
-            raise
-        except Exception as error:
-            if self._has_manifest.get(step):
-                raise CheckpointError(
-                    f"the checkpoint of step {step} is whole but can't be read: {cause_of(error)}"
-                ) from error
-            raise Damaged(
-                f"the checkpoint of step {step} is damaged: it can't be read: {cause_of(error)}"
-            ) from error
-
-
-def _restore_arguments(shapes: Any, shardings: Any) -> ocp.args.PyTreeRestore:
-    arguments = jax.tree.map(
-        lambda shape, sharding: ocp.ArrayRestoreArgs(
-            sharding=sharding, global_shape=shape.shape, dtype=shape.dtype
-        ),
-        shapes,
-        shardings,
-    )
-    return ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
-
-
-def _arrays(tree: Any) -> dict[str, str]:
-    """`params/layer/kernel` -> `float32[128, 256]`, of arrays, shapes or Orbax's metadata."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): (
-            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
-        )
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
 
 def _ignore_late_writes(unraisable: Any) -> None:
     """Prints an exception that nobody can handle, but not what follows from a save that failed.
@@ -346,25 +211,6 @@ def _ignore_late_writes(unraisable: Any) -> None:
 
 def _not_saved(step: int, why: str) -> CheckpointError:
     return CheckpointError(f"checkpoint of step {step} not saved: {why}")
-
-
-def cause_of(error: BaseException) -> str:
-    """One line of what went wrong; of what TensorStore says, what the system said."""
-    while _is_late(error) and error.__context__:  # a failure has made this process late
-        error = error.__context__
-    if _is_late(error):
-        return f"not all processes wrote their part within {SECONDS_TO_SAVE} s"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip() or type(error).__name__
-    code = re.search(r"os_error_code='(\d+)'", text)
-    return os.strerror(int(code[1])) if code else text.splitlines()[0][:300]
-
-
-def _is_late(error: BaseException) -> bool:
-    """Whether it says that the processes have waited for one another in vain."""
-    text = str(error)
-    return "DEADLINE_EXCEEDED" in text or "Timed out while waiting for async" in text
 
 
 def _size(count: int) -> str:

@@ -28,7 +28,7 @@ def parse(
     such as files, for a command that takes `others`; elsewhere they are an error.
     """
     if "--help" in argv or "-h" in argv:
-        print(usage.strip(), "\n\nFlags:", flag_values.get_help(), sep="")
+        output.say(f"{usage.strip()}\n\nFlags:{flag_values.get_help()}")
         sys.exit(0)
     try:
         rest = flag_values(list(argv))[1:]
@@ -208,6 +208,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     A signal to end ends the process at once, unless `main` takes it over while it has something to
     save: Python's KeyboardInterrupt becomes an ImportError or a crash inside of JAX's native code.
     """
+    output.keep_standard_streams()
     for number, exit_code in SIGNAL_EXIT_CODES.items():
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, lambda *_, exit_code=exit_code: os._exit(exit_code))
@@ -217,11 +218,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except FlaxclsError as error:
         code, sentence = error.exit_code, f"flaxcls: {error}"
     except Exception as error:
-        traceback.print_exc()
+        output.say(traceback.format_exc(), error=True)
         code = 1
         if (processes := sys.modules.get("flaxcls.processes")) and processes.count() > 1:
             what = f"{type(error).__name__}: {_one_line(error)}"
             sentence = f"flaxcls: process {processes.index()} has failed: {what}"
+    finally:
+        output.flush()
     if processes := sys.modules.get("flaxcls.processes"):
         processes.leave(code, sentence)  # does not return if it is one of several
     if sentence:

@@ -2,20 +2,24 @@
 
 import contextlib
 import functools
+import glob
 import hashlib
 import os
 import platform
 import re
 import stat
-import sys
+import warnings
 import zlib
 from pathlib import Path
 
 import jax
 from jax import monitoring
 
+from flaxcls.output import printable, say
+
 MAX_BYTES = 2 * 2**30  # digits_cnn has half a megabyte, a large network on a GPU some hundred
 TIME_SAVED = "/jax/compilation_cache/compile_time_saved_sec"
+JAX_WARNING = r"Error (reading|writing) persistent compilation cache entry for '(.*?)': (.*)"
 # What XLA:CPU compiles for: a program may use any instruction that the machine has.
 CPU_LINES = r"^(?:vendor_id|cpu family|model|flags|CPU implementer|CPU part|Features|isa)\s*:.*$"
 
@@ -25,10 +29,11 @@ def enable() -> None:
 
     To be called before the first compilation; a second call does nothing. Who has set
     JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false, is left alone. Where there
-    can't be such a folder one sentence says so on standard error. JAX itself goes on, with a
-    warning, after an entry that it can't read or write.
+    can't be such a folder one sentence says so on standard error. JAX itself goes on after entries
+    that it can't read or write; one sentence says so in place of its warning about each.
     """
     _seconds_saved()
+    _tell_once()
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     try:
@@ -37,7 +42,7 @@ def enable() -> None:
     except (OSError, RuntimeError) as error:
         strerror, filename = getattr(error, "strerror", None), getattr(error, "filename", None)
         reason = f"{filename}: {strerror}" if strerror else error
-        print(f"flaxcls: compiled programs are not kept: {reason}", file=sys.stderr)
+        say(f"flaxcls: compiled programs are not kept: {reason}", error=True)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX keeps only what took a second to compile. Of the 41 programs of digits_cnn these are two,
@@ -65,6 +70,47 @@ def _seconds_saved() -> list[float]:
 
     monitoring.register_event_duration_secs_listener(listen)
     return saved
+
+
+@functools.cache
+def _tell_once() -> None:
+    """From the first call on, JAX's warnings about entries become a sentence for each kind."""
+    show = warnings.showwarning
+
+    def show_other(message, category, *details, **options):
+        trouble = re.match(JAX_WARNING, str(message), re.DOTALL)
+        if trouble:
+            _tell(*trouble.groups())
+        else:
+            show(message, category, *details, **options)
+
+    warnings.showwarning = show_other
+
+
+@functools.cache
+def _told() -> set[str]:
+    """What has been told: "reading" or "writing" entries fails."""
+    return set()
+
+
+def _tell(doing: str, program: str, reason: str) -> None:
+    """Says once that JAX can't read or write entries, and removes one that it can't read.
+
+    JAX never writes over an entry: a damaged one would be compiled at every start.
+    """
+    folder = Path(jax.config.jax_compilation_cache_dir or "")
+    what = f"compiled programs can't be kept in {folder}"
+    if doing == "reading":
+        what = f"some of the compiled programs in {folder} can't be read: they are compiled again"
+        try:
+            for path in folder.glob(f"{glob.escape(program)}-*-cache"):
+                path.unlink(missing_ok=True)
+            what += " and replaced"
+        except OSError as error:
+            what += f" at every start, as they can't be replaced: {error.strerror}"
+    if doing not in _told():
+        _told().add(doing)
+        say(f"flaxcls: {printable(what)} ({printable(reason)[:200]})", error=True)
 
 
 def _machine() -> str:

@@ -48,6 +48,10 @@ class CheckpointError(FlaxclsError):
     """A checkpoint could not be written or read."""
 
 
+class WorkersError(FlaxclsError):
+    """Processes that decode images die again and again; a restart of the run may mend it."""
+
+
 class OutputError(FlaxclsError):
     """The result of a command can't be written: its reader has gone, or the disk is full."""
 

@@ -11,6 +11,7 @@ from absl import flags
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError
+from flaxcls.output import printable, write_result
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     )
     for name, row in results.items():
         weights = "" if name == "eval" else f", {name}"
-        print(f"{FLAGS.run}, step {step}, {split}{weights}: {describe(row)}")
+        write_result(f"{printable(FLAGS.run)}, step {step}, {split}{weights}: {describe(row)}")
 
 
 if __name__ == "__main__":

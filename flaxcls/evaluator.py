@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxcls import augment, build, inputs, metrics, models, run, sharding
-from flaxcls.checkpoint import Checkpoints
+from flaxcls.checkpoint_reader import CheckpointReader
 from flaxcls.data.resident import gather
 from flaxcls.errors import ConfigError
 from flaxcls.step import make_eval_step, zero_metrics
@@ -142,18 +142,22 @@ def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = No
     `batch_size` is what the devices are chosen for, None: the run's own.
     """
     config = run.load_config(workdir)
+    build.check(config)
     sharding.set_up_devices(config.mesh.cpu_devices, batch_size or config.batch_size)
     mesh = sharding.make_mesh()
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    step = checkpoints.find(checkpoint)
-    facts = checkpoints.facts(step)
-    image_shape = tuple(facts["image_shape"])
-    network = build.model(config, mesh, len(facts["class_names"]), (image_shape,))
-    variables = models.shapes(network, image_shape)
-    shapes = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-    if config.ema_decay is not None:
-        shapes["ema"] = dict(shapes)
-    state = checkpoints.state(step, shapes, sharding.shardings(mesh, shapes))
-    checkpoints.close()
+    checkpoints = CheckpointReader(workdir / "checkpoints")
+
+    def read(step: int) -> tuple[dict[str, Any], nn.Module, Any]:
+        facts = checkpoints.facts(step)
+        image_shape = tuple(facts["image_shape"])
+        network = build.model(config, mesh, len(facts["class_names"]), (image_shape,))
+        variables = models.shapes(network, image_shape)
+        shapes = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+        if config.ema_decay is not None:
+            shapes["ema"] = dict(shapes)
+        state = checkpoints.state(step, shapes, sharding.shardings(mesh, shapes))
+        return facts, network, state
+
+    step, (facts, network, state) = checkpoints.read(checkpoint, read)
     ema = state.pop("ema", {})
     return Trained(config, step, facts, mesh, network, state, ema)

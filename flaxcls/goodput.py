@@ -11,7 +11,6 @@ to read.
 """
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxcls import run
+from flaxcls.errors import ConfigError
 
 NAMES = {  # as a sentence says them
     "startup": "starting",
@@ -31,6 +31,7 @@ NAMES = {  # as a sentence says them
     "lost": "lost",
     "down": "down",
 }
+_ENDLESS = 1e11  # seconds: more than since 1970, some 3,000 years
 
 
 class Goodput:
@@ -162,13 +163,14 @@ class _File(NamedTuple):
 def _read(path: Path | None) -> _File:
     """What an earlier process wrote, as far as it can be used: nobody's run depends on it."""
     try:
-        content = json.loads(path.read_text())
+        content = run.read_json(path) if path else {}
         seconds = _totals(content["seconds"])
-        if not all(0 <= spent < math.inf for spent in seconds.values()):
-            raise ValueError("no seconds")
-        return _File(seconds, int(content["restarts"]), float(content["last_sign_of_life"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
-        return _File(_totals({}))
+        found = _File(seconds, int(content["restarts"]), float(content["last_sign_of_life"]))
+        if all(0 <= number < _ENDLESS for number in (*seconds.values(), *found[1:])):
+            return found
+    except (ConfigError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
+        pass
+    return _File(_totals({}))
 
 
 def _go_back(saved: dict[str, float], spent: dict[str, float]) -> dict[str, float]:

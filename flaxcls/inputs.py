@@ -1,6 +1,5 @@
 """From the config to the input: what becomes of a picture, and how batches are made of them."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
 
-from flaxcls import models, options
+from flaxcls import models, options, output
 from flaxcls.data.loader import BrokenImages, Loader, materialize
 from flaxcls.data.order import Order, evenly_spaced
 from flaxcls.data.resident import Resident
@@ -230,12 +229,12 @@ def _workers(config: ConfigDict) -> Workers:
 
 def _progress(source: Source) -> Callable[[int, int], None] | None:
     """A line about decoding that overwrites itself, on a terminal."""
-    if not sys.stderr.isatty():
+    if not output.Guarded(error=True).isatty():
         return None
 
     def progress(done: int, count: int) -> None:
         end = "\r" if done < count else "\r\033[K"
-        print(f"decoding {source.name}: {done:,} of {count:,}", end=end, file=sys.stderr)
+        output.say(f"decoding {source.name}: {done:,} of {count:,}", end=end, error=True)
 
     return progress
 

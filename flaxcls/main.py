@@ -6,6 +6,7 @@ The same command with the same --workdir goes on where the run was. Fields and t
 flaxcls/config.py; recipes are in configs/.
 """
 
+import shlex
 from collections.abc import Sequence
 
 from absl import flags
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import cli, cluster
 from flaxcls.errors import ConfigError
+from flaxcls.output import printable
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=FLAGS)
@@ -75,13 +77,15 @@ def main(argv: Sequence[str]) -> int:
         config = _adapted(recipe)
         workdir = workdir or run.new_folder(FLAGS.config)
         summary = train.train(config, workdir, goodput.process_age())
+    run_flag = shlex.quote(f"--run={workdir}")
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
         f"{watch.describe(summary['eval'])}\n{summary['goodput']}\n"
-        f"The run is in {workdir}. To go on:\n"
-        f"  evaluate:  python -m flaxcls.evaluate --run={workdir}\n"
-        f"  predict:   python -m flaxcls.predict --run={workdir} FILES\n"
-        f"  resume:    the same command with --workdir={workdir} (this run is complete)"
+        f"The run is in {printable(workdir)}. To go on:\n"
+        f"  evaluate:  python -m flaxcls.evaluate {run_flag}\n"
+        f"  predict:   python -m flaxcls.predict {run_flag} FILES\n"
+        f"  resume:    the same command with {shlex.quote(f'--workdir={workdir}')} (this run is "
+        "complete)"
     )
     return 0
 

@@ -86,7 +86,7 @@ def _read(path: Path) -> dict[str, tuple[int, str]]:
     try:
         files = json.loads(path.read_bytes())["files"]
         return {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Damaged(f"{NAME} is not a readable manifest") from error
     except OSError as error:
         raise Damaged(f"{NAME} can't be read: {error.strerror}") from error

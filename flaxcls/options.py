@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -141,7 +142,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         if annotation is bool:
             return value
     elif annotation is float:
-        if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
             return float(value)
     elif isinstance(value, origin or annotation):
         return value

@@ -14,7 +14,9 @@ files:
 --features=FILE.npz is given the inputs of the network's last layer besides: `features`, float32
 [N, D], and `files`, the N names.
 
-Files that can't be read are named on standard error and left out; the exit code is 45 then.
+Files that can't be read are named on standard error and left out; the exit code is 45 then. It is
+46 if the result can't be written, as where its reader has gone. Control characters in the names of
+files and classes are escaped in a table; csv and jsonl have the exact names.
 """
 
 import contextlib
@@ -23,38 +25,37 @@ import itertools
 import json
 import os
 import shutil
-import signal
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any
 
 import numpy as np
 from absl import flags
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.output import Guarded, printable, say
 
 Ranked = list[tuple[str, float]]  # classes and their probabilities, the best one first
 Write = Callable[[str, Ranked], Any]  # the result of a file
 
 
-def _plain_table(out: TextIO, class_names: Sequence[str], topk: int) -> Write:
+def _plain_table(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
     def write(file: str, ranked: Ranked) -> None:
         for name, probability in ranked:
-            out.write(f"{file}\t{name}\t{probability:.4f}\n")
+            out.write(f"{printable(file)}\t{printable(name)}\t{probability:.4f}\n")
 
     return write
 
 
-def _terminal_table(out: TextIO, class_names: Sequence[str], topk: int) -> Write:
+def _terminal_table(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=out, highlight=False, markup=False)
-    width = min(max(map(len, class_names)), console.width // 2)
+    console = Console(file=out, highlight=False, markup=False, emoji=False)
+    width = min(max(len(printable(name)) for name in class_names), console.width // 2)
 
     def write(file: str, ranked: Ranked) -> None:
         table = Table.grid(padding=(0, 2), expand=True)  # of its own, as files come one by one
@@ -63,24 +64,31 @@ def _terminal_table(out: TextIO, class_names: Sequence[str], topk: int) -> Write
         table.add_column(width=7, justify="right")
         for rank, (name, probability) in enumerate(ranked):
             style = "bold" if rank == 0 else "dim"
-            table.add_row("" if rank else file, name, f"{probability:.2%}", style=style)
+            label = "" if rank else printable(file)
+            table.add_row(label, printable(name), f"{probability:.2%}", style=style)
         console.print(table)
 
     return write
 
 
-def _table(out: TextIO, class_names: Sequence[str], topk: int) -> Write:
+def _table(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
     return (_terminal_table if out.isatty() else _plain_table)(out, class_names, topk)
 
 
-def _csv(out: TextIO, class_names: Sequence[str], topk: int) -> Write:
+def _csv(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
     writer = csv.writer(out, lineterminator="\n")
     ranks = range(1, topk + 1)
     writer.writerow(["file", *(f"{what}_{n}" for n in ranks for what in ("class", "probability"))])
-    return lambda file, ranked: writer.writerow([file, *itertools.chain.from_iterable(ranked)])
+    shown = printable if out.isatty() else str  # a file has the exact names
+
+    def write(file: str, ranked: Ranked) -> None:
+        columns = ((shown(name), probability) for name, probability in ranked)
+        writer.writerow([shown(file), *itertools.chain.from_iterable(columns)])
+
+    return write
 
 
-def _jsonl(out: TextIO, class_names: Sequence[str], topk: int) -> Write:
+def _jsonl(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
     def write(file: str, ranked: Ranked) -> None:
         predictions = [{"class": name, "probability": share} for name, share in ranked]
         out.write(json.dumps({"file": file, "predictions": predictions}) + "\n")
@@ -88,7 +96,7 @@ def _jsonl(out: TextIO, class_names: Sequence[str], topk: int) -> Write:
     return write
 
 
-FORMATS: dict[str, Callable[[TextIO, Sequence[str], int], Write]] = {
+FORMATS: dict[str, Callable[[Guarded, Sequence[str], int], Write]] = {
     "table": _table,
     "csv": _csv,
     "jsonl": _jsonl,
@@ -128,17 +136,16 @@ def main(argv: Sequence[str]) -> int:
     predictor = Predictor(
         FLAGS.run, checkpoint=FLAGS.checkpoint, ema=FLAGS.ema, batch_size=len(first)
     )
-    print(f"flaxcls: {FLAGS.run}, {predictor.describe()}", file=sys.stderr)
-    try:
-        predict(predictor, itertools.chain(first, files))
-    except BrokenPipeError:  # who reads the result, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    say(f"flaxcls: {printable(FLAGS.run)}, {predictor.describe()}", error=True)
+    predict(predictor, itertools.chain(first, files))
     return 0
 
 
 def predict(predictor: Any, files: Iterable[str]) -> None:
-    """Writes the result as the flags say; DataError, after that, for files that can't be read."""
+    """Writes the result as the flags say; DataError, after that, for files that can't be read.
+
+    Raises OutputError at once if standard output can't be written.
+    """
     class_names = predictor.class_names
     topk = min(FLAGS.topk, len(class_names))
     readable = unreadable = 0
@@ -146,10 +153,10 @@ def predict(predictor: Any, files: Iterable[str]) -> None:
     def report(error: DataError) -> None:
         nonlocal unreadable
         unreadable += 1
-        print(f"flaxcls: {error}", file=sys.stderr)
+        say(f"flaxcls: {printable(str(error))}", error=True)
 
-    sys.stdout.reconfigure(errors="surrogateescape")  # files are named as they are
-    write = FORMATS[FLAGS.format](sys.stdout, class_names, topk)
+    out = Guarded(result=True, exact=True)
+    write = FORMATS[FLAGS.format](out, class_names, topk)
     with features_file(FLAGS.features) as add_features:
         for names, predictions in predictor.files(files, report):
             best = np.argsort(-predictions.logits, axis=1, kind="stable")[:, :topk]
@@ -158,7 +165,7 @@ def predict(predictor: Any, files: Iterable[str]) -> None:
                 classes = (class_names[label] for label in labels)
                 probabilities = (float(f"{share:.6g}") for share in row)
                 write(name, list(zip(classes, probabilities, strict=True)))
-            sys.stdout.flush()
+            out.flush()
             add_features(names, predictions.features)
             readable += len(names)
     if unreadable:

@@ -12,7 +12,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,9 +24,8 @@ import numpy as np
 from jax._src import distributed  # the store, and the number of processes before their devices
 from jax.experimental import multihost_utils
 
-from flaxcls import cluster
+from flaxcls import cluster, output
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, DivergedError, ProcessesError
-from flaxcls.output import say as print_line
 
 _GRACE = 10  # seconds that a process that fails waits for the others to end as well
 _OWN_END = 2  # and that the others have to end by themselves, who may have found the same
@@ -148,7 +146,7 @@ def is_first() -> bool:
 def say(text: str) -> None:
     """Prints, in process 0."""
     if is_first():
-        print_line(text)
+        output.say(text)
 
 
 def agree(value: int) -> int:
@@ -306,14 +304,14 @@ def leave(code: int, sentence: str = "") -> None:
     to at the same step (done, diverged, asked to end) each process ends with by itself.
     """
     if _waits_in_vain:
-        print_line(sentence, error=True)
+        output.say(sentence, error=True)
         os._exit(code)
     if not jax.distributed.is_initialized():
         return
     _ending.acquire()  # or the thread is at it: it does not come back
     if code in _COMMON_CODES:
         if sentence and is_first():
-            print_line(sentence, error=True)
+            output.say(sentence, error=True)
         farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         farewell.start()
         farewell.join(_PATIENCE)
@@ -346,7 +344,7 @@ def _end_alike() -> None:
     said = False
     with suppress(jax.errors.JaxRuntimeError):
         if is_first():
-            print_line(failure["sentence"], error=True)
+            output.say(failure["sentence"], error=True)
             store.key_value_set(_SAID, "", allow_overwrite=True)
         else:
             store.blocking_key_value_get(_SAID, 1000 * _GRACE)
@@ -357,15 +355,13 @@ def _end_alike() -> None:
                 store.blocking_key_value_get(f"{_SAID}/{process}", 1000 * _GRACE)
             time.sleep(0.5)  # JAX aborts a process that is still there when the store goes
     if not said:
-        print_line(failure["sentence"], error=True)
+        output.say(failure["sentence"], error=True)
     _exit(failure["code"])
 
 
 def _exit(code: int) -> None:
     """Without Python's own end, which native threads that still wait would turn into a crash."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):
-            stream.flush()
+    output.flush()
     os._exit(code)
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from flaxcls import processes
-from flaxcls.checkpoint import Checkpoints, OtherCode, cause_of
+from flaxcls.checkpoint import Checkpoints
+from flaxcls.checkpoint_reader import OtherCode, cause_of
 from flaxcls.errors import CheckpointError
 from flaxcls.manifest import Damaged
 

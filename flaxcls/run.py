@@ -6,6 +6,7 @@ checkpoints/     the newest steps and the best one
 summary.json     how it ended
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -19,9 +20,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from flaxcls import options
 from flaxcls.config import default
-from flaxcls.errors import ConfigError
-from flaxcls.output import printable
+from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.output import printable, say
 
 # What may differ between the processes of a run: where the data lies and who decodes it.
 OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "input.read_ahead")
@@ -66,14 +68,23 @@ def write_json(path: Path, content: Any) -> None:
     temporary.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, None if there is none; ConfigError if it can't be read."""
-    if not path.exists():
-        return None
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of a run's folder, None if there is none.
+
+    Raises ConfigError, with the file's name, for whatever else is there.
+    """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable as JSON: {error}") from error
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path} is not readable as JSON: {why}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__} instead of an object of JSON")
+    return content
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
@@ -81,17 +92,72 @@ def plain(config: ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-def load_config(workdir: Path) -> ConfigDict:
-    """The config of the run in `workdir`; ConfigError if there is no run.
+class NoRun(ConfigError):
+    """There is no run in a folder."""
 
-    Fields that came to be after the run was made have their defaults.
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`; NoRun if there is none.
+
+    Fields that came to be after the run was made have their defaults. If config.json is missing or
+    damaged it is made anew of the newest checkpoint, which holds the config as well; without one,
+    ConfigError says what is wrong with the file.
     """
-    content = read_json(workdir / "config.json")
-    if content is None:
-        raise ConfigError(f"there is no run in {workdir}: it holds no config.json")
-    config = ConfigDict(plain(default()), type_safe=False)
-    config.update(content["config"])
+    path = workdir / "config.json"
+    try:
+        content = read_json(path)
+        if content is None:
+            raise NoRun(f"there is no run in {workdir}: it holds no config.json")
+        return _config_in(content, path)
+    except ConfigError as error:
+        problem = error
+    from flaxcls.checkpoint_reader import CheckpointReader  # Orbax takes a second to import
+
+    try:
+        step, facts = CheckpointReader(workdir / "checkpoints").newest_facts()
+        config = _config_in(facts, workdir / "checkpoints" / str(step))
+    except FlaxclsError:
+        raise problem from None
+    say(f"flaxcls: {printable(str(problem))}; it is restored from step {step}", error=True)
+    with contextlib.suppress(OSError):  # who only reads may have no right to write
+        write_json(path, {name: fact for name, fact in facts.items() if name != "progress"})
     return config
+
+
+def _config_in(content: Mapping[str, Any], path: Path) -> ConfigDict:
+    """The config in what config.json or a checkpoint holds; ConfigError if it is none."""
+    config = ConfigDict(plain(default()), type_safe=False)
+    standard = dict(fields(config))
+    try:
+        config.update(content["config"])
+        now = dict(fields(config))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} holds no config of a run") from error
+    for field, value in standard.items():
+        kind = object if value is None else type(value)
+        if field not in now or not options.fits(now[field], kind):
+            what = f"{now[field]!r:.50}" if field in now else "nothing"
+            raise ConfigError(f"{path} has {what} as config.{field}")
+    return config
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """What summary.json says of a run that has finished; None where it is to be made anew."""
+    path = workdir / "summary.json"
+    try:
+        summary = read_json(path)
+    except ConfigError as error:
+        say(f"flaxcls: {printable(str(error))}; it is made anew", error=True)
+        return None
+    if summary is None or not summary.get("finished"):
+        return None
+    kinds = {"step": int, "seconds": float, "goodput": str, "eval": dict, "best": dict}
+    if all(options.fits(summary.get(name), kind) for name, kind in kinds.items()):
+        metrics = {"accuracy": None, "loss": None, "count": None, **summary["eval"]}
+        if all(options.fits(value, float) for value in metrics.values()):
+            return summary
+    say(f"flaxcls: {printable(path)} is no summary of a run; it is made anew", error=True)
+    return None
 
 
 def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[str, Any] | None]:
@@ -100,20 +166,18 @@ def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[st
     Returns the config that the run had until now, None for a new one; and what summary.json holds
     if it has finished and nothing longer is asked for.
     """
-    if not (workdir / "config.json").exists():
+    try:
+        before = load_config(workdir)
+    except NoRun:
         _check_free(workdir)
         return None, None
-    before = load_config(workdir)
     for field, (old, new) in changes(before, config).items():
         if not _is_among(field, FREE_FIELDS):
             raise ConfigError(
                 f"the run in {workdir} has config.{field} = {old!r}, got {new!r}; give another "
                 "--workdir to start a new run"
             )
-    summary = read_json(workdir / "summary.json")
-    if not summary or not summary["finished"] or before.duration != config.duration:
-        summary = None
-    return before, summary
+    return before, read_summary(workdir) if before.duration == config.duration else None
 
 
 def changes(before: ConfigDict, now: ConfigDict) -> dict[str, tuple[Any, Any]]:

@@ -233,7 +233,10 @@ class Session:
             "best": self._progress["best"],
         }
         if processes.is_first():
-            run.write_json(self._workdir / "summary.json", summary)
+            try:
+                run.write_json(self._workdir / "summary.json", summary)
+            except OSError as error:  # it can be made anew
+                self._watch.say(f"summary.json can't be written: {error.strerror}")
         return summary
 
     def __enter__(self) -> "Session":

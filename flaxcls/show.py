@@ -15,7 +15,6 @@ another batch. Small images are enlarged, a pixel as a square.
 
 import contextlib
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
-from flaxcls import cli
+from flaxcls import cli, output
 from flaxcls.errors import ConfigError
 
 FLAGS = flags.FlagValues()
@@ -68,7 +67,8 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise ConfigError(f"--out={out} can't be written: {error.strerror}") from error
     shown = len(rows[0].captions)
-    print(f"{out}: {shown} of the {config.batch_size} examples of batch {FLAGS.step}")
+    where, of = output.printable(out), f"the {config.batch_size} examples of batch {FLAGS.step}"
+    output.say(f"{where}: {shown} of {of}")
 
 
 def look(config: ConfigDict, *, step: int, count: int) -> list[Row]:
@@ -117,7 +117,7 @@ def augmentation_key(seed: int, step: int) -> Any:
 
 
 def _say(sentence: str) -> None:
-    print(f"flaxcls: {sentence}", file=sys.stderr)
+    output.say(f"flaxcls: {sentence}", error=True)
 
 
 def _largest(labels: np.ndarray, names: Sequence[str]) -> list[list[tuple[str, float]]]:

@@ -1,7 +1,7 @@
 """Training, from the config to the summary; `train` tells the whole story."""
 
 import contextlib
-import sys
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import build, models, processes, run, sharding
+from flaxcls import build, models, output, processes, run, sharding
 from flaxcls.errors import SIGNAL_EXIT_CODES, DivergedError, Interrupted
 from flaxcls.goodput import Goodput
 from flaxcls.processes import StopRequest
@@ -71,7 +71,7 @@ def train(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]
             if signal:
                 raise Interrupted(
                     f"stopped after step {step} of {plan.total_steps} and saved; the same command "
-                    f"with --workdir={workdir} goes on",
+                    f"with {shlex.quote(f'--workdir={workdir}')} goes on",
                     SIGNAL_EXIT_CODES[signal],
                 )
         return session.finish()
@@ -108,7 +108,7 @@ def _broken_images_log(workdir: Path) -> Callable[[str], None]:
     number = "" if processes.is_first() else f".{processes.index()}"
 
     def report(sentence: str) -> None:
-        print(f"flaxcls: {sentence}", file=sys.stderr)
+        output.say(f"flaxcls: {sentence}", error=True)
         with contextlib.suppress(OSError):  # a full disk
             workdir.mkdir(parents=True, exist_ok=True)
             with (workdir / f"broken_images{number}.log").open("a") as log:

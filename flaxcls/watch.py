@@ -1,6 +1,7 @@
 """What a run tells while it goes: the terminal, metrics.jsonl and TensorBoard."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -17,6 +18,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
+from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.output import Guarded, printable_lines
+
 
 class Watch:
     """Writes one row at a time to `metrics.jsonl`, TensorBoard and the terminal.
@@ -31,7 +35,9 @@ class Watch:
     def __init__(self, workdir: Path | None, start_step: int, total_steps: int, batch_size: int):
         self._total_steps, self._batch_size = total_steps, batch_size
         self._path = workdir / "metrics.jsonl" if workdir else Path(os.devnull)
-        self._console = Console(highlight=False, soft_wrap=True, quiet=workdir is None)
+        self._console = Console(
+            highlight=False, soft_wrap=True, emoji=False, quiet=workdir is None, file=Guarded()
+        )
         self._live = None
         if workdir and self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
@@ -39,9 +45,14 @@ class Watch:
         self._open(start_step)
 
     def _open(self, start_step: int) -> None:
-        if self._path != Path(os.devnull):
-            self._keep_until(start_step)
-        self._file = self._path.open("ab", buffering=0)
+        try:
+            if self._path != Path(os.devnull):
+                self._keep_until(start_step)
+            self._file = self._path.open("ab", buffering=0)
+        except OSError as error:
+            passes = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kind = FlaxclsError if passes else ConfigError
+            raise kind(f"{self._path} can't be written: {error.strerror}") from error
         self._pending, self._waiting = b"", False  # rows that a full disk has no room for
         self._board.open(start_step + 1)
 
@@ -51,21 +62,27 @@ class Watch:
         self._open(step)
 
     def _keep_until(self, start_step: int) -> None:
-        kept = []
-        for line in self._path.read_text().splitlines() if self._path.exists() else []:
-            try:
-                if json.loads(line)["step"] <= start_step:
-                    kept.append(line + "\n")
-            except ValueError:  # torn off when the run was killed
+        content, kept = self._path.read_bytes() if self._path.exists() else b"", []
+        lines = content.splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            step = _step_of(line)
+            if step is None:
+                if line.endswith(b"\n"):  # else it was torn off when the run was killed
+                    lost = len(lines) - number + 1
+                    self.say(
+                        f"{self._path}, line {number} is damaged: it and what comes after it, "
+                        f"{lost} line{'s' * (lost > 1)}, is left out"
+                    )
                 break
+            if step <= start_step:
+                kept.append(line.rstrip() + b"\n")
         temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
         temporary.replace(self._path)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        with contextlib.suppress(OSError):  # a file on a full disk
-            self._console.print(text, markup=False)
+        self._console.print(printable_lines(text), markup=False)
 
     def training(
         self, step: int, epoch: float, row: dict[str, float], lap: tuple[float, float]
@@ -175,6 +192,16 @@ class _Board:
         if writer:
             with contextlib.suppress(OSError):
                 writer.close()
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a row of metrics.jsonl; None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else None
 
 
 def _json(value: Any) -> Any:

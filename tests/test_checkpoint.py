@@ -12,6 +12,7 @@ import pytest
 
 from flaxcls import checkpoint, manifest, sharding
 from flaxcls.checkpoint import Checkpoints
+from flaxcls.checkpoint_reader import CheckpointReader
 from flaxcls.errors import CheckpointError, ConfigError
 from flaxcls.manifest import Damaged
 from flaxcls.recovery import restore_newest
@@ -187,6 +188,56 @@ def test_newest_step_is_restored_when_it_is_whole(run):
 def test_no_step_is_no_news(tmp_path):
     assert restored_newest(tmp_path) == (None, [])
     assert not (tmp_path / "checkpoints").exists()  # it is made when something is saved
+
+
+SAVING = """
+import itertools, sys
+from pathlib import Path
+import jax.numpy as jnp
+from flaxcls.checkpoint import Checkpoints
+from flaxcls.checkpoint_reader import CheckpointReader
+
+with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
+    for step in itertools.count(1):
+        state = {"a": jnp.full((256, 256), step, jnp.float32), "b": jnp.int32(step)}
+        best = step - step % 3
+        progress = {"best": {"step": best} if best else {}}
+        checkpoints.save(step, state, {"progress": progress, "step": step})
+        print(step, flush=True)
+"""
+
+
+def test_a_run_that_saves_and_deletes_all_the_time_can_be_read(tmp_path, start_python):
+    saving = start_python("-c", SAVING, tmp_path)
+    for line in iter(saving.stdout.readline, "10\n"):
+        assert line
+    shapes = shapes_of({"a": jnp.zeros((256, 256), jnp.float32), "b": jnp.int32(0)})
+    shardings = sharding.shardings(MESH, shapes)
+    reader = CheckpointReader(tmp_path)
+    read = []
+    for turn in range(30):
+        which = "best" if turn % 3 == 2 else "last"
+        step, (facts, state) = reader.read(
+            which, lambda step: (reader.facts(step), reader.state(step, shapes, shardings))
+        )
+        assert facts["step"] == step == int(state["b"]) and (np.asarray(state["a"]) == step).all()
+        assert which == "last" or step % 3 == 0
+        read.append(step)
+    deleted = 0
+    while deleted < 5:  # each time while the step is there when reading begins
+        oldest = reader.steps()[0]
+        try:
+            reader.read(str(oldest), lambda step: reader.state(step, shapes, shardings))
+        except ConfigError as error:
+            assert str(error).startswith(f"there is no checkpoint '{oldest}'")
+            deleted += 1
+    assert saving.poll() is None and len({*read}) > 5  # it went on meanwhile
+    saving.kill()
+    saving.wait()
+    for file in tmp_path.glob("*/state/_METADATA"):
+        file.unlink()
+    with pytest.raises(Damaged, match="_METADATA is missing"):
+        CheckpointReader(tmp_path).read("last", lambda step: reader.facts(step))
 
 
 def test_a_flipped_bit_in_any_file_is_found(run):
@@ -370,14 +421,14 @@ def test_a_failing_device_moves_no_checkpoint(run, monkeypatch):
     def out_of_memory(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", out_of_memory)
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", out_of_memory)
     with pytest.raises(jax.errors.JaxRuntimeError):
         restored_newest(run)
 
     def confused(*arguments, **options):
         raise ValueError("what is this?\nmore")
 
-    monkeypatch.setattr(checkpoint.ocp.CheckpointManager, "restore", confused)
+    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", confused)
     with pytest.raises(
         CheckpointError, match="step 8 is whole but can't be read: what is this[?]$"
     ):
@@ -502,6 +553,7 @@ from pathlib import Path
 import numpy as np
 
 from flaxcls.checkpoint import Checkpoints
+from flaxcls.checkpoint_reader import CheckpointReader
 from flaxcls.errors import CheckpointError
 
 folder = Path(sys.argv[1])

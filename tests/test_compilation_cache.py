@@ -148,6 +148,71 @@ def test_full_disk_is_survived_and_leaves_nothing_broken(compile_in_process):
     assert any(path.stat().st_size > 1000 for path in entries(before["folder"]))
 
 
+SEVERAL = """
+import json
+import jax, jax.numpy as jnp
+from flaxcls import compilation_cache
+
+compilation_cache.enable()
+for n in range(4):
+    def f(x):
+        return jnp.sin(x) @ x * n
+    f.__name__ = f"program{n}"
+    jax.jit(f)(jnp.eye(3))
+folder = jax.config.jax_compilation_cache_dir
+print(json.dumps({"hits": len(compilation_cache._seconds_saved()), "folder": folder}))
+"""
+
+
+def break_all(folder):
+    for path in entries(folder):
+        path.chmod(0o600)
+        path.write_bytes(b"garbage")
+        path.chmod(0o400)  # as those that have been found whole
+
+
+def test_damaged_entries_are_told_in_one_sentence_and_replaced(compile_in_process):
+    cold, error = compile_in_process(SEVERAL)
+    assert error == ""
+    compile_in_process(SEVERAL)  # finds them whole, and does not look again
+    break_all(cold["folder"])
+    again, error = compile_in_process(SEVERAL)
+    (sentence,) = error.splitlines()
+    assert again["hits"] == 0 and f"in {cold['folder']} can't be read" in sentence
+    assert "they are compiled again and replaced" in sentence
+    healed, error = compile_in_process(SEVERAL)
+    assert healed["hits"] == len(entries(cold["folder"])) >= 4 and error == ""
+
+
+def test_damaged_entries_that_cannot_be_replaced_are_told_in_one_sentence(
+    compile_in_process, environment, tmp_path
+):
+    folder = tmp_path / "read only"
+    folder.mkdir()
+    changes = {"JAX_COMPILATION_CACHE_DIR": str(folder),
+               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # fmt: skip
+    compile_in_process(SEVERAL, **changes)
+    break_all(folder)
+    mount = f"mount --bind '{folder}' '{folder}' && mount -o remount,ro,bind '{folder}'"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && {sys.executable} -c "$PROGRAM"'], cwd=ROOT,
+        env={**environment, **changes, "PROGRAM": SEVERAL}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0 and json.loads(result.stdout)["hits"] == 0
+    assert "at every start, as they can't be replaced: Read-only" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_full_disk_is_told_in_one_sentence(compile_in_process):
+    full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n" + SEVERAL
+    said, error = compile_in_process(full)
+    (sentence,) = error.splitlines()
+    assert f"compiled programs can't be kept in {said['folder']}" in sentence
+    assert "File too large" in sentence
+
+
 def test_folder_set_by_the_user_is_left_alone(compile_in_process, tmp_path):
     own = tmp_path / "own"
     said, _ = compile_in_process(JAX_COMPILATION_CACHE_DIR=str(own))

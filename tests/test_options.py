@@ -55,6 +55,7 @@ def test_a_value_that_fits_becomes_the_annotated_type(annotation, value, expecte
         (float, False, "float"),
         (float, float("nan"), "float"),
         (float, float("inf"), "float"),
+        (float, 10**400, "float"),
         (bool, 1, "bool"),
         (str, None, "str"),
         (str | None, 5, "str or None"),

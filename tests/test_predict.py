@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -14,8 +15,8 @@ import numpy as np
 import pytest
 
 from flaxcls import config as configs
-from flaxcls import evaluator, losses, models, predict, predictor
-from flaxcls.errors import ConfigError, DataError
+from flaxcls import evaluator, losses, models, output, predict, predictor
+from flaxcls.errors import ConfigError, DataError, OutputError
 from flaxcls.predictor import PROBABILITIES, Predictor, make_forward
 from flaxcls.train import train
 
@@ -345,14 +346,61 @@ def test_files_with_strange_names_keep_them(command, pictures, tmp_path):
     assert [json.loads(line)["file"] for line in lines] == [str(file) for file in files]
 
 
-def test_reader_that_has_seen_enough_is_no_error(run, pictures, monkeypatch, capsys):
+@pytest.fixture
+def strange(pictures, tmp_path):
+    """Names of a picture that are several lines, an escape sequence, and no UTF-8."""
+    source = next((pictures / "val" / "green").iterdir())
+    names = [b"two\nlines.png", b"\x1b[31mred.png", b"\xff.png"]
+    files = [os.path.join(tmp_path, os.fsdecode(name)) for name in names]
+    for file in files:
+        shutil.copy(source, file)
+    return files
+
+
+def test_table_shows_names_in_one_line_without_control_characters(command, strange, monkeypatch):
+    names = [f"{os.path.dirname(strange[0])}/{name}" for name in
+             ("two\\nlines.png", "\\x1b[31mred.png", "\\xff.png")]  # fmt: skip
+    lines = command(*strange, "--topk=1").out.splitlines()
+    assert [line.split("\t")[0] for line in lines] == names
+    monkeypatch.setattr(output.Guarded, "isatty", lambda self: True)
+    for form in ("table", "csv"):
+        shown = re.sub(r"\x1b\[[\d;]*m", "", command(*strange, f"--format={form}").out)
+        assert "\x1b" not in shown
+        for name in names:
+            assert os.path.basename(name) in shown
+
+
+def test_broken_file_is_named_without_control_characters(command, tmp_path):
+    file = tmp_path / "\x1b[31mred\n.png"
+    file.write_bytes(b"no picture")
+    (sentence,) = command(file).err.splitlines()[1:]
+    assert "\\x1b[31mred\\n.png is not a readable image" in sentence
+
+
+def test_csv_and_jsonl_have_the_bytes_of_names_in_any_encoding(run, strange, start_main):
+    for form, encoding in (("csv", "utf-8"), ("jsonl", "ascii")):
+        process = start_main(
+            f"--run={run}", *strange, f"--format={form}", module="flaxcls.predict", text=False,
+            env={**os.environ, "PYTHONIOENCODING": encoding},
+        )  # fmt: skip
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        if form == "csv":
+            rows = list(csv.reader(io.StringIO(out.decode("utf-8", "surrogateescape"), "")))[1:]
+            assert [row[0] for row in rows] == strange
+        else:
+            assert [json.loads(line)["file"] for line in out.splitlines()] == strange
+
+
+def test_reader_that_has_gone_is_told_with_a_code_of_its_own(run, pictures, monkeypatch, capsys):
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        code = predict.main(["predict", f"--run={run}", str(pictures / "val")])
+        with pytest.raises(OutputError, match="the reader of standard output has gone") as error:
+            predict.main(["predict", f"--run={run}", str(pictures / "val")])
         monkeypatch.undo()
-    assert code == 141
+    assert error.value.exit_code == 46
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 

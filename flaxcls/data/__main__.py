@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError, did_you_mean
+from flaxcls.output import say
 
 # Modules with main(argv), imported when they are asked for.
 COMMANDS = {
@@ -22,7 +23,7 @@ COMMANDS = {
 def main(argv: Sequence[str]) -> int | None:
     command = argv[1] if len(argv) > 1 else None
     if command in ("--help", "-h"):
-        print(__doc__.strip())
+        say(__doc__.strip())
         return 0
     if command not in COMMANDS:
         what = "a command is missing" if command is None else f"{command!r} is not a command"

@@ -34,6 +34,7 @@ from flaxcls.data.decode import available_cores
 from flaxcls.data.scan import Problem, Scan, find_problems, scan
 from flaxcls.data.statistics import mean_and_std
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.output import Guarded, printable
 
 _CLASSES_SHOWN = 20
 _EXAMPLES_SHOWN = 5
@@ -101,10 +102,11 @@ def _describe_split(scan: Scan) -> dict[str, Any]:
 
 
 def _print_report(report: dict[str, Any], problems: Sequence[Problem]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False, file=Guarded(result=True))
     if not console.is_terminal:
         console.width = 120
-    console.print(f"{report['name']}, {len(report['classes']):,} classes", style="bold")
+    title = f"{printable(report['name'])}, {len(report['classes']):,} classes"
+    console.print(title, style="bold", markup=False)
     console.print(_table_of_splits(report["splits"]))
     console.print(_table_of_classes(report))
     if report["mean"]:
@@ -114,9 +116,11 @@ def _print_report(report: dict[str, Any], problems: Sequence[Problem]) -> None:
             console.print(f"--config.data.{name}='({numbers}{comma})'")
     for problem in problems:
         kind, style = ("ERROR", "bold red") if problem.is_error else ("WARNING", "yellow")
-        console.print(f"\n{kind}: {problem.sentence}", style=style, markup=False, soft_wrap=True)
+        console.print(
+            f"\n{kind}: {printable(problem.sentence)}", style=style, markup=False, soft_wrap=True
+        )
         for example in problem.examples[:_EXAMPLES_SHOWN]:
-            console.print(f"  {example}", markup=False, soft_wrap=True)
+            console.print(f"  {printable(example)}", markup=False, soft_wrap=True)
         more = len(problem.examples) - _EXAMPLES_SHOWN
         if more > 0:
             console.print(f"  and {more:,} more; --json=FILE lists all")
@@ -142,7 +146,7 @@ def _table_of_splits(splits: Sequence[dict[str, Any]]) -> Table:
         ]
         formats = ", ".join(f"{name} {count:,}" for name, count in split["formats"].items())
         counts = [f"{split[name]:,}" for name in ("pictures", "unreadable")]
-        table.add_row(escape(split["split"]), *counts, *sides, formats)
+        table.add_row(escape(printable(split["split"])), *counts, *sides, formats)
     return table
 
 
@@ -153,7 +157,7 @@ def _table_of_classes(report: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("class", overflow="ellipsis", no_wrap=True, max_width=40)
     for split in report["splits"]:
-        table.add_column(escape(split["split"]), justify="right")
+        table.add_column(escape(printable(split["split"])), justify="right")
     hidden = max(0, len(order) - _CLASSES_SHOWN)
     for place, label in enumerate(order):
         if hidden and place == _CLASSES_SHOWN // 2:
@@ -161,6 +165,7 @@ def _table_of_classes(report: dict[str, Any]) -> Table:
             table.add_row(f"... {hidden + 1:,} classes between", f"{low:,} to {high:,}", "")
         if place < _CLASSES_SHOWN // 2 or place > _CLASSES_SHOWN // 2 + hidden or not hidden:
             table.add_row(
-                escape(report["classes"][label]), *(f"{count:,}" for count in counts[:, label])
+                escape(printable(report["classes"][label])),
+                *(f"{count:,}" for count in counts[:, label]),
             )
     return table

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from flaxcls import cli
 from flaxcls.data import SOURCES
 from flaxcls.errors import ConfigError
+from flaxcls.output import Guarded
 
 
 def define_flags() -> flags.FlagValues:
@@ -86,7 +87,7 @@ def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], N
 
     Yields a function to be told how many pictures have been done since it was told last.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Console(highlight=False, emoji=False, file=Guarded(error=True))
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -6,6 +6,7 @@ other format as torchvision's users know it.
 
 import io
 import os
+import threading
 import warnings
 from typing import NamedTuple
 
@@ -13,14 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from flaxcls.data.region import decode_region
+from flaxcls.data.region import decode_region, load_codec
 from flaxcls.errors import DataError
-
-cv2.setNumThreads(1)  # the threads are ours: one image each
-Image.init()  # loads the formats' readers, which is not safe in threads
-Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit, and says which file it was
-# About what is odd in a file: what is wrong raises an error.
-warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
 
 MAX_PIXELS = 100_000_000  # of a picture; more is taken for a mistake or an attack
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")  # JPEG finds MPO, a kind of it, as well
@@ -35,6 +30,25 @@ _REDUCED = {  # by channels and what height and width are divided by
         8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
     },
 }
+
+
+_is_set_up, _lock = False, threading.Lock()
+
+
+def set_up() -> None:
+    """Makes OpenCV and Pillow, in this process, what decoding needs; once, before the first one."""
+    global _is_set_up
+    if _is_set_up:
+        return
+    with _lock:
+        if not _is_set_up:
+            cv2.setNumThreads(1)  # the threads are ours: one image each
+            Image.init()  # loads the formats' readers, which is not safe in threads
+            Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit, and says which file it was
+            # About what is odd in a file: what is wrong raises an error.
+            warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+            load_codec()
+            _is_set_up = True
 
 
 class Header(NamedTuple):
@@ -139,6 +153,7 @@ class Picture:
 
 
 def _open(image: bytes, where: str) -> Image.Image:
+    set_up()
     try:
         return Image.open(io.BytesIO(image), formats=_FORMATS)
     except Exception as error:  # whatever a parser does to broken bytes

@@ -21,6 +21,7 @@ from flaxcls.data.files import (
     is_picture,
 )
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.output import printable, say
 
 _COLUMNS = ("path", "label", "split")
 _INTEGER = re.compile("-?(0|[1-9][0-9]*)")
@@ -83,9 +84,10 @@ def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
     class_names = [str(number) for number in range(numbers[-1] + 1)]
     if missing := [name for name in class_names if name not in labels]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        print(
-            f"flaxcls: {len(missing)} of {len(class_names)} classes in {path} have no rows: {some}",
-            file=sys.stderr,
+        say(
+            f"flaxcls: {len(missing)} of {len(class_names)} classes in {printable(path)} have no "
+            f"rows: {some}",
+            error=True,
         )
     return class_names
 

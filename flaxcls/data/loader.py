@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores
+from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores, set_up
 from flaxcls.data.source import Source
 from flaxcls.data.transform import Transform
 from flaxcls.errors import ConfigError, DataError
@@ -150,6 +150,7 @@ class _Decoded:
     """Pixels that are there already, as a picture."""
 
     def __init__(self, pixels: np.ndarray):
+        set_up()
         self._pixels = pixels
         self.height, self.width = pixels.shape[:2]
 

@@ -14,6 +14,7 @@ what is in DIR/.NAME.incomplete; remove that to begin anew.
 """
 
 import re
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,7 @@ from flaxcls.data.order import evenly_spaced
 from flaxcls.data.source import Source, fingerprint
 from flaxcls.data.writer import DatasetWriter, Tally, is_complete
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.output import printable, say
 
 SHARD_BYTES = 200_000_000  # about
 _SAMPLE = 64  # pictures that the size of all is estimated from
@@ -88,11 +90,12 @@ def main(argv: Sequence[str]) -> int:
         threads=FLAGS.threads or available_cores(),
     )
     if totals is None:
-        print(f"{out / name} is already prepared")
+        say(f"{printable(out / name)} is already prepared")
     else:
         _print_totals(totals)
-        print(f"{out / name} was written in {time.perf_counter() - began:.1f} s")
-    print("To train on it:  python -m flaxcls.main " + " ".join(_flags_to_train(config, name, out)))
+        say(f"{printable(out / name)} was written in {time.perf_counter() - began:.1f} s")
+    command = ["python", "-m", "flaxcls.main", *_flags_to_train(config, name, out)]
+    say(f"To train on it:  {shlex.join(command)}")
     return 0
 
 
@@ -126,19 +129,19 @@ def _whole_splits(config: ConfigDict) -> tuple[Source, Source]:
 
 def _print_totals(totals: Mapping[str, Tally]) -> None:
     for split, tally in totals.items():
-        print(
+        say(
             f"{split}: {tally.written:,} pictures, {tally.kept:,} of them as they were; "
             f"{tally.bytes_before / 1e6:,.1f} MB became {tally.bytes / 1e6:,.1f} MB"
         )
         for sentence in tally.left_out:
-            print(f"  left out: {sentence}")
+            say(f"  left out: {sentence}")
 
 
 def _flags_to_train(config: ConfigDict, name: str, out: Path) -> list[str]:
     given = [f"--config={FLAGS.config or 'FILE'}"]
     given += [f"--config.data.name={name}", f"--config.data.dir={out}"]
     for field in ("train_split", "eval_split"):
-        given.append(f"--config.data.{field}='{config.data[field]}'")
+        given.append(f"--config.data.{field}={config.data[field]}")
     if FLAGS.config:  # what the recipe says of its own source is not for TFDS
         kept = ("name", "dir", "train_split", "eval_split", "mean", "std")
         recipe = cli.load_config(FLAGS.config, []).data

@@ -5,38 +5,29 @@ random crops in one process or several, with any number of workers, before and a
 """
 
 import collections
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import Connection
-from multiprocessing.shared_memory import SharedMemory
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from flaxcls.data.decode import available_cores
-from flaxcls.data.loader import Broken, BrokenImages, Loader
+from flaxcls.data.loader import BrokenImages, Loader
 from flaxcls.data.order import Batch, Order, evaluation_batches, take_rows
-from flaxcls.errors import DataError
+from flaxcls.data.workers import (
+    SHARED_MEMORY,
+    NoRoom,
+    Pool,
+    Processes,
+    Threads,
+    Work,
+    Workers,
+    room,
+)
+from flaxcls.errors import WorkersError
+from flaxcls.output import say
 
-_GRACE = 20  # seconds that a decoding process works on after SIGTERM
-
-
-class Workers(NamedTuple):
-    """Who decodes: `threads` of this process or, where `processes` is above 0, of each of those.
-
-    Threads share everything and start at once, but Python's lock lets only some eight of them work
-    at full speed. `read_ahead` batches are decoded before they are asked for.
-    """
-
-    threads: int
-    processes: int = 0
-    read_ahead: int = 4
+RESTARTS = 3  # of the workers of a stream: what kills them more often is no accident
 
 
 def default_workers(read_ahead: int) -> Workers:
@@ -75,7 +66,8 @@ class Stream:
         self.loader, self._order, self._workers = loader, order, workers
         self.image_size = image_size
         self._rows, self._broken = rows or np.arange, broken
-        self._pool: _Threads | _Processes | None = None
+        self._pool: Pool | None = None
+        self._restarts = 0
 
     def __len__(self) -> int:
         return len(self.loader.source)
@@ -88,6 +80,7 @@ class Stream:
 
         Raises:
           DataError: an image is unreadable, or more are than `broken` allows.
+          WorkersError: the processes that decode died more than RESTARTS times.
         """
         (batch,) = self.batches(step, step + 1, offset)
         return batch
@@ -148,163 +141,98 @@ class Stream:
 
     def _load(self, plans: Iterable, *, substitute: bool) -> Iterator[tuple]:
         """(plan, images, what `Loader.fill` says) of every plan, `read_ahead` of them under way."""
-        if self._pool is None:
-            self._pool = (_Processes if self._workers.processes else _Threads)(
-                self.loader, self._workers
-            )
-        ahead: collections.deque = collections.deque()
+        ahead: collections.deque[_Ahead] = collections.deque()
         try:
             for plan, draws, size in plans:
-                indices, shape = plan["index"], self._shape(size)
-                ahead.append((plan, self._pool.start(indices, draws, shape, substitute)))
+                ahead.append(_Ahead(plan, draws, self._shape(size), substitute))
+                self._start(ahead[-1])
                 if len(ahead) > self._workers.read_ahead:
-                    plan, work = ahead.popleft()
-                    yield plan, *work.finish()
+                    yield self._finish(ahead)
             while ahead:
-                plan, work = ahead.popleft()
-                yield plan, *work.finish()
-        except BrokenProcessPool as error:
-            self.close()
-            raise DataError(
-                "a process that decodes images has died; the system may have run out of memory"
-            ) from error
+                yield self._finish(ahead)
+        finally:
+            for batch in ahead:
+                batch.abandon()
+
+    def _start(self, batch: "_Ahead") -> None:
+        """Begins the work on a batch, or begins it again with other workers."""
+        while True:
+            try:
+                if self._pool is None:
+                    self._pool = self._open_pool(batch)
+                return batch.start(self._pool)
+            except BrokenProcessPool as error:
+                self._restart(self._pool, error)
+            except NoRoom as error:
+                self._use_threads(str(error))
+
+    def _finish(self, ahead: "collections.deque[_Ahead]") -> tuple:
+        """The first batch, which leaves; work that has lost its workers is begun again."""
+        while True:
+            if lost := [batch for batch in ahead if batch.pool is not self._pool]:
+                self._start(lost[0])
+                continue
+            try:
+                result = ahead[0].plan, *ahead[0].finish()
+            except BrokenProcessPool as error:
+                self._restart(ahead[0].pool, error)
+            else:
+                ahead.popleft()
+                return result
+
+    def _open_pool(self, batch: "_Ahead") -> Pool:
+        if self._workers.processes:
+            last = int(np.prod(self._shape(self.image_size(2**31))))
+            size = len(batch.plan["index"]) * max(int(np.prod(batch.shape)), last)
+            needed, free = (self._workers.read_ahead + 3) * size, room()
+            if needed <= free:
+                return Processes(self.loader, self._workers)
+            self._use_threads(f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
+        return Threads(self.loader, self._workers)
+
+    def _use_threads(self, why: str) -> None:
+        self.close()
+        threads, processes, read_ahead = self._workers
+        self._workers = Workers(threads * processes, 0, read_ahead)
+        say(
+            f"flaxcls: there is not enough shared memory in {SHARED_MEMORY} to decode images in "
+            f"{processes} processes ({why}): {threads * processes} threads of this process do it; "
+            "more memory is given by, for example, `docker run --shm-size=8g`",
+            error=True,
+        )
+
+    def _restart(self, pool: Pool, error: BrokenProcessPool) -> None:
+        """Ends workers one of which has died, so that new ones begin; not too often."""
+        if pool is not self._pool:  # done already, for other batches
+            return
+        self.close()
+        self._restarts += 1
+        died = "a process that decodes images has died; the system may have run out of memory"
+        if self._restarts > RESTARTS:
+            raise WorkersError(f"{died}: it is the {self._restarts}th time") from error
+        say(f"flaxcls: {died}: new ones begin ({self._restarts} of {RESTARTS} times)", error=True)
 
     def _shape(self, size: int | None) -> tuple[int, int, int]:
         height, width, channels = self.loader.source.image_shape
         return (size, size, channels) if self.loader.transform else (height, width, channels)
 
 
-class _Work:
-    """A batch under way."""
+class _Ahead:
+    """A batch that has been asked for: what it shall be, who works on it, and their work."""
 
-    def __init__(self, parts: list[Future], images: Callable[[], np.ndarray]):
-        self._parts, self._images = parts, images
+    def __init__(self, plan: Batch, draws: np.ndarray, shape: tuple, substitute: bool):
+        self.plan, self.shape = plan, shape
+        self._draws, self._substitute = draws, substitute
+        self.pool: Pool | None = None
+        self._work: Work | None = None
 
-    def finish(self) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, list[Broken]]]:
-        taken, labels, broken = zip(*[part.result() for part in self._parts], strict=True)
-        images = self._images()
-        return images, (np.concatenate(taken), np.concatenate(labels), sum(broken, []))
+    def start(self, pool: Pool) -> None:
+        self._work = pool.start(self.plan["index"], self._draws, self.shape, self._substitute)
+        self.pool = pool
 
+    def finish(self) -> tuple[np.ndarray, tuple]:
+        return self._work.finish()
 
-def _parts(rows: int, workers: int) -> list[slice]:
-    """A batch in parts: some for every worker, so that none waits long for the slowest at the end.
-
-    But not too small ones, or handing them out costs more than decoding small images.
-    """
-    size = max(8, -(-rows // (4 * workers)))
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-
-
-class _Threads:
-    """Decodes in threads of this process."""
-
-    def __init__(self, loader: Loader, workers: Workers):
-        self._loader, self._count = loader, workers.threads
-        self._executor: Executor = ThreadPoolExecutor(workers.threads, "flaxcls-decode")
-
-    def start(self, indices, draws, shape, substitute) -> _Work:
-        images = np.empty((len(indices), *shape), np.uint8)
-        return self.start_into(images, indices, draws, substitute)
-
-    def start_into(self, images, indices, draws, substitute) -> _Work:
-        parts = [
-            self._executor.submit(
-                self._loader.fill, images[part], indices[part], draws[part], substitute=substitute
-            )
-            for part in _parts(len(indices), self._count)
-        ]
-        return _Work(parts, lambda: images)
-
-    def close(self) -> None:
-        self._executor.shutdown(cancel_futures=True)
-
-
-class _Processes:
-    """Decodes in other processes, which write into memory that is shared with this one."""
-
-    def __init__(self, loader: Loader, workers: Workers):
-        self._count = workers.processes
-        self._memory: list[SharedMemory] = []
-        self._free: list[SharedMemory] = []
-        context = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
-        # The workers live as long as this end of a pipe is open, which is at most until this
-        # process ends, in whatever way.
-        far_end, self._lifeline = context.Pipe(duplex=False)
-        self._lock = threading.Lock()
-        self._executor: Executor = ProcessPoolExecutor(
-            workers.processes,
-            context,
-            initializer=_begin_worker,
-            initargs=(loader, workers, far_end),
-        )
-
-    def start(self, indices, draws, shape, substitute) -> _Work:
-        shape = (len(indices), *shape)
-        memory = self._memory_of(int(np.prod(shape)))
-        parts = [
-            self._executor.submit(
-                _in_worker, memory.name, shape, part, indices[part], draws[part], substitute
-            )
-            for part in _parts(len(indices), self._count)
-        ]
-        for part in parts:
-            part.add_done_callback(self._end_if_broken)
-
-        def images() -> np.ndarray:
-            copy = np.ndarray(shape, np.uint8, memory.buf).copy()
-            self._free.append(memory)
-            return copy
-
-        return _Work(parts, images)
-
-    def _memory_of(self, size: int) -> SharedMemory:
-        for memory in self._free:
-            if memory.size >= size:
-                self._free.remove(memory)
-                return memory
-        self._memory.append(SharedMemory(create=True, size=size))
-        return self._memory[-1]
-
-    def _end_if_broken(self, part: Future) -> None:
-        # If one has died the others may wait for a lock that it held, and the executor for them.
-        if not part.cancelled() and isinstance(part.exception(), BrokenProcessPool):
-            self._end_workers()
-
-    def _end_workers(self) -> None:
-        with self._lock:  # closed by two threads at once, it could be another file the second time
-            self._lifeline.close()
-
-    def close(self) -> None:
-        self._end_workers()
-        self._executor.shutdown(cancel_futures=True)
-        for memory in self._memory:
-            memory.close()
-            memory.unlink()
-
-
-_worker: _Threads  # of a process that was started to decode
-_attached: dict[str, SharedMemory] = {}
-
-
-def _begin_worker(loader: Loader, workers: Workers, lifeline: Connection) -> None:
-    global _worker
-    # The main process decides when to end. SIGTERM, which the executor sends when another worker
-    # has died, ends this one too, but later: a scheduler sends it to all, and then the main process
-    # still has a step to finish.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: threading.Timer(_GRACE, os._exit, (1,)).start())
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    _worker = _Threads(loader, workers)
-
-
-def _end_with(lifeline: Connection) -> None:
-    with contextlib.suppress(EOFError, OSError):
-        lifeline.recv()
-    os._exit(1)
-
-
-def _in_worker(name, shape, part, indices, draws, substitute):
-    if name not in _attached:
-        _attached[name] = SharedMemory(name)
-    images = np.ndarray(shape, np.uint8, _attached[name].buf)[part]
-    return _worker.start_into(images, indices, draws, substitute).finish()[1]
+    def abandon(self) -> None:
+        if self._work:
+            self._work.abandon()

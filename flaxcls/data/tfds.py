@@ -26,6 +26,7 @@ from flaxcls.data.source import Example, Source, fingerprint, resolve_split
 from flaxcls.data.storage import is_remote, size_and_version
 from flaxcls.data.tfrecord import FilePart, TfRecords, check_count
 from flaxcls.errors import ConfigError, DataError, FlaxclsError, did_you_mean
+from flaxcls.output import printable, say
 
 
 def open_prepared(
@@ -240,7 +241,7 @@ def prepare(name: str, root: Path, others: Iterable[str] = ()) -> None:
       DataError: the download or the preparation failed.
     """
     _check_known(name, root, others)
-    print(f"{name} is not in {root} yet: preparing it, once", file=sys.stderr, flush=True)
+    say(f"{name} is not in {printable(root)} yet: preparing it, once", error=True)
     child = subprocess.run(
         [sys.executable, "-m", "flaxcls.data.tfds", "prepare", name, str(root)],
         stdout=subprocess.PIPE,

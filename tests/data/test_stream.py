@@ -1,5 +1,6 @@
 """A batch is a function of (seed, step) and the data, whoever makes it; nothing is left behind."""
 
+import errno
 import gc
 import itertools
 import os
@@ -9,6 +10,8 @@ import sys
 import threading
 import time
 import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -21,7 +24,7 @@ from flaxcls.data.resident import Resident, gather
 from flaxcls.data.source import Example, Source
 from flaxcls.data.stream import Stream, Workers, default_workers
 from flaxcls.data.transform import CenterCrop, RandomResizedCrop
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.errors import ConfigError, DataError, WorkersError
 
 # What a thread dies of would only be printed.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
@@ -471,19 +474,112 @@ def pids_and_memory(stream):
     return list(pool._executor._processes), [memory.name for memory in pool._memory]
 
 
-def test_death_of_a_process_is_said_in_a_sentence_and_leaves_nothing(folder):
+def test_memory_of_batches_that_nobody_takes_is_used_again(processes):
+    counts = []
+    for _ in range(12):  # as many rollbacks
+        batches = processes.batches(0, 30)
+        next(batches)
+        batches.close()
+        counts.append(len(processes._pool._memory))
+    assert counts[-1] <= 8  # twice what one run of batches takes: some may still be written
+
+
+def test_process_that_dies_is_replaced_and_no_batch_is_lost(folder, capsys):
+    expected = take(make(folder, broken=BrokenImages(SIZE, 1, str)), 0, 11)
     stream = in_processes(folder)
-    batches = stream.batches(0, 10**6)
-    next(batches)
+    batches = stream.batches(0, 11)
+    taken = [next(batches)]
     pids, names = pids_and_memory(stream)
     assert len(pids) == 2 and all(map(is_running, pids))
     os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(DataError, match="^a process that decodes images has died; ") as caught:
-        for _ in itertools.islice(batches, 1000):
-            pass
-    assert "\n" not in str(caught.value)
+    taken += batches
+    for batch, other in zip(taken, expected, strict=True):
+        assert_same(batch, other)
+    assert capsys.readouterr().err == (
+        "flaxcls: a process that decodes images has died; the system may have run out of memory: "
+        "new ones begin (1 of 3 times)\n"
+    )
+    later, more = pids_and_memory(stream)
+    stream.close()
+    assert not {*pids} & {*later}
+    assert wait_for_end(pids + later) and not shared_memory_files(names + more)
+
+
+def test_processes_that_die_again_and_again_are_no_fault_of_the_data(folder):
+    stream = in_processes(folder)
+    batches = stream.batches(0, 10**6)
+    with pytest.raises(WorkersError, match="^a process that decodes images has died; ") as caught:
+        for _ in range(4):
+            next(batches)
+            pids, names = pids_and_memory(stream)
+            os.kill(pids[0], signal.SIGKILL)
+            wait_for_end(pids[:1])
+            for _ in itertools.islice(batches, 8):
+                pass
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     stream.close()
     assert wait_for_end(pids) and not shared_memory_files(names)
+
+
+def test_threads_decode_where_shared_memory_is_too_small(folder, monkeypatch, capsys):
+    expected = take(make(folder, broken=BrokenImages(SIZE, 1, str)), 0, 11)
+    fallocate, left = os.posix_fallocate, 2
+
+    def full(file, begin, size):
+        nonlocal left
+        left -= 1
+        if left < 0:  # another program has taken the room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fallocate(file, begin, size)
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    whole = in_processes(folder)
+    monkeypatch.setattr("os.statvfs", lambda path: SimpleNamespace(f_bavail=1, f_frsize=2**12))
+    small = in_processes(folder)
+    for stream, why in ((small, "MB needed, 0.0 MB free"), (whole, "No space left on device")):
+        for batch, other in zip(stream.batches(0, 11), expected, strict=True):
+            assert_same(batch, other)
+        (sentence,) = capsys.readouterr().err.splitlines()
+        assert "4 threads of this process do it" in sentence and why in sentence
+        stream.close()
+        monkeypatch.undo()
+        monkeypatch.setattr("os.posix_fallocate", full)
+
+
+SMALL = """
+import sys
+sys.path.insert(0, {here!r})
+from flaxcls.data import open_source
+from flaxcls.data.loader import Loader
+from flaxcls.data.order import Order
+from flaxcls.data.stream import Stream, Workers
+from flaxcls.data.transform import RandomResizedCrop
+
+if __name__ == "__main__":
+    source = open_source("fake", "train", image_shape=(64, 64, 3), num_examples=256)
+    stream = Stream(
+        Loader(source, RandomResizedCrop()),
+        Order(256, batch_size=64, seed=0),
+        image_size=lambda step: 64 if step < 2 else 96,
+        workers=Workers(1, 2, 3),
+    )
+    print(sum(len(batch["label"]) for batch in stream.batches(0, 8)))
+    stream.close()
+"""
+
+
+@pytest.mark.parametrize("megabytes", [1, 6, 64])
+def test_small_shared_memory_is_no_crash(tmp_path, megabytes):
+    script = tmp_path / "program.py"
+    script.write_text(SMALL.format(here=str(Path(__file__).parents[2])))
+    mount = f"mount -t tmpfs -o size={megabytes}m tmpfs /dev/shm"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("a small /dev/shm can't be mounted here")
+    command = f"{mount} && {sys.executable} {script}"
+    result = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "512\n"), result.stderr
+    assert ("threads of this process do it" in result.stderr) == (megabytes < 64)
+    assert len(result.stderr.splitlines()) <= 1
 
 
 def has_begun(pid):
