@@ -72,16 +72,20 @@ def check_pair(augmentation: Augmentation, option: str) -> None:
         )
 
 
-def only_if(
-    needed: jax.Array, change: Callable[[jax.Array], jax.Array], value: jax.Array
-) -> jax.Array:
-    """`change(value)` where the boolean scalar `needed` is true, otherwise `value`.
+def unfused(change: Callable[[jax.Array], jax.Array], value: jax.Array) -> jax.Array:
+    """`change(value)`, which XLA's CPU compiler does not mix with what comes before and after.
 
-    It also keeps XLA apart from what happens inside: its CPU compiler would fuse a step into every
-    place that reads the result, and so compute each pixel many times over. There
-    `jax.lax.optimization_barrier` has no such effect.
+    It would fuse a step into every place that reads the result, and so compute each pixel many
+    times over. `jax.lax.optimization_barrier` around the step has no such effect: it is gone before
+    the compiler fuses. But it hides until then that a condition is always true, and so the branch
+    that it takes stays one. A condition on the examples would need an all-reduce.
     """
-    return jax.lax.cond(needed, change, lambda value: value, value)
+
+    def branch(value: jax.Array) -> jax.Array:
+        always = jax.lax.optimization_barrier(jnp.bool_(True))
+        return jax.lax.cond(always, change, lambda value: value, value)
+
+    return jax.lax.platform_dependent(value, cpu=branch, default=change)
 
 
 def per_example(values: jax.Array) -> jax.Array:

@@ -15,8 +15,8 @@ from flaxcls.augment.base import (
     box_mask,
     check_pair,
     like,
-    only_if,
     per_example,
+    unfused,
 )
 from flaxcls.options import Range, UpToOne
 
@@ -159,5 +159,5 @@ def blur(images: jax.Array, sigma: jax.Array, largest: float) -> jax.Array:
 
     images = images.astype(jnp.float32)
     for axis in (1, 2):
-        images = only_if((sigma > 0).any(), functools.partial(along, axis), images)
+        images = unfused(functools.partial(along, axis), images)
     return images

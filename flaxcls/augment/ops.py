@@ -10,14 +10,14 @@ arithmetic to the last rounding. Warps round where Pillow truncates, and at the 
 they interpolate with the fill value where Pillow cuts sharply.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcls.augment.base import box_mask, like, only_if, per_example
+from flaxcls.augment.base import box_mask, like, per_example, unfused
 
 Interpolation = Literal["nearest", "bilinear"]
 
@@ -53,14 +53,11 @@ def apply(
             default = jnp.where(mask, option, default)
         return default
 
-    def any_of(names: Sequence[str]) -> jax.Array:
-        return jnp.stack([chosen[name] for name in names]).any()
-
     count, *shape, channels = images.shape
     if names := [name for name in arguments if name in WARPS]:
         matrices = {name: WARPS[name](shape, arguments[name]) for name in names}
         matrix = choose(matrices, np.eye(2, 3, dtype=np.float32))
-        images = only_if(any_of(names), lambda x: warp(x, matrix, interpolation, fill), images)
+        images = unfused(lambda x: warp(x, matrix, interpolation, fill), images)
 
     if names := [name for name in arguments if name in TABLES]:
 
@@ -68,8 +65,8 @@ def apply(
             return choose({name: TABLES[name](images, arguments[name]) for name in names}, same)
 
         same = jnp.broadcast_to(_VALUES.astype(np.uint8), (count, channels, 256))
-        tables = only_if(any_of(names), fill_in, same)
-        images = only_if(any_of(names), lambda x: look_up(x, tables), images)
+        tables = unfused(fill_in, same)
+        images = unfused(lambda x: look_up(x, tables), images)
 
     if names := [name for name in arguments if name in BLENDS]:
 
@@ -78,7 +75,7 @@ def apply(
             others = {name: BLENDS[name](images) for name in names}
             return blend(choose(others, images), images, per_example(factor))
 
-        images = only_if(any_of(names), blended, images)
+        images = unfused(blended, images)
 
     if "cutout" in arguments:
         row, column, half = arguments["cutout"].astype(jnp.int32).T

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,6 +22,14 @@ def make_batch():
         }
 
     return make
+
+
+@pytest.fixture
+def all_optimizations():
+    """Compiles as for users, which these tests otherwise do not (`quick_compilation`)."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

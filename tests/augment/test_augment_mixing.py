@@ -2,11 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
 from scipy import stats
 
 from flaxcls.augment.mixing import CutMix, Mix, MixUp, partners
-from flaxcls.sharding import BATCH
 
 KEY = jax.random.key(0)
 EVERY_OP = [MixUp(alpha=1.0), CutMix(), Mix()]
@@ -73,22 +71,6 @@ def test_mixup_equals_its_definition(make_batch, size):
 def test_copies_of_repeated_augmentation_are_not_mixed_with_each_other(repeats):
     example = np.arange(48) // repeats
     assert (example != np.asarray(partners(jnp.asarray(example)))).all()
-
-
-@pytest.mark.parametrize("augmentation", EVERY_OP, ids=lambda op: op.name)
-def test_mixing_sends_nothing_between_devices(make_batch, augmentation):
-    """On devices with whole groups; and the result is that of one device."""
-    batch = make_batch(32)
-    types = (AxisType.Auto, AxisType.Auto)
-    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=types, devices=jax.devices()[:4])
-    placed = jax.device_put(batch, NamedSharding(mesh, BATCH))
-    program = jax.jit(augmentation).lower(KEY, placed).compile()
-    for collective in ("all-", "collective-", "reduce-scatter"):
-        assert collective not in program.as_text()
-    mixed, expected = program(KEY, placed), jax.jit(augmentation)(KEY, batch)
-    assert mixed["image"].sharding.spec == BATCH
-    for name in batch:
-        np.testing.assert_allclose(mixed[name], expected[name], atol=1e-4)
 
 
 def yun_boxes(count, height, width, alpha):
