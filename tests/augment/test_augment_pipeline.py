@@ -107,7 +107,7 @@ def test_steps_are_kept_apart_by_branches_on_cpu_only(make_batch, all_optimizati
     assert program.count(" conditional(") == 6  # warp, table, look-up, blend; rows, columns
     for platform in ("cuda", "tpu"):
         module = jax.export.export(apply, platforms=[platform])(KEY, batch).mlir_module()
-        assert "stablehlo.case" not in module and "stablehlo.gather" in module
+        assert "optimization_barrier" not in module and "stablehlo.gather" in module
 
 
 def test_a_pipeline_without_normalize_ends_with_it(make_batch):
