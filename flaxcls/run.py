@@ -166,6 +166,8 @@ def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[st
     Returns the config that the run had until now, None for a new one; and what summary.json holds
     if it has finished and nothing longer is asked for.
     """
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is a file; it must be a folder")
     try:
         before = load_config(workdir)
     except NoRun:
@@ -201,8 +203,6 @@ def _check_free(workdir: Path) -> None:
                 f"{', '.join(map(printable, foreign[:3]))}{' and more' * (len(foreign) > 3)}: "
                 "give a new or an empty folder"
             )
-    elif workdir.exists():
-        raise ConfigError(f"--workdir={workdir} is a file; it must be a folder")
 
 
 def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
