@@ -184,13 +184,19 @@ def plan(config: ConfigDict) -> Plan:
     )
 
 
-def source(config: ConfigDict, split: str) -> Source:
-    """The data that a split such as `train[:90%]` names."""
+def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = None) -> Source:
+    """The data that a split such as `train[:90%]` names.
+
+    With `class_names`, the classes of a network by label, a folder or a list needs no more than
+    some of them.
+    """
     given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
     opener = SOURCES.get(config.data.name, open_tfds)
-    known = options.accepted(opener, ("split", "data_dir"))
+    known = options.accepted(opener, ("split", "data_dir", "class_names"))
     options.check("config.data", config.data.name, given, known)
-    return open_source(config.data.name, split, data_dir=config.data.dir, **given)
+    return open_source(
+        config.data.name, split, data_dir=config.data.dir, class_names=class_names, **given
+    )
 
 
 def _check_normalization(config: ConfigDict, channels: int) -> None:

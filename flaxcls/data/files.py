@@ -12,7 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.source import Example, Source, fingerprint, resolve_split, take_slices
+from flaxcls.data.source import (
+    Example,
+    Source,
+    fingerprint,
+    resolve_split,
+    some_names,
+    take_slices,
+)
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.output import printable
 
@@ -144,11 +151,36 @@ def _hash(path: str, seed: int) -> int:
     return int.from_bytes(digest.digest())
 
 
-def check_classes(classes: Mapping[str, set[str]]) -> None:
-    """Raises a ConfigError unless there are two classes or more, and the same ones everywhere.
+def class_labels(
+    classes: Mapping[str, set[str]], class_names: Sequence[str] | None
+) -> Sequence[str]:
+    """The names of the classes by their labels: the sorted ones, or those that are known already.
 
     Args:
       classes: the names found in each place, by what a sentence calls it; training's comes first.
+      class_names: the classes of a network that is there; None: it is going to be trained on these.
+
+    Raises:
+      ConfigError: less than two classes, or not the same ones everywhere; with `class_names` one
+        that is none of them.
+    """
+    if class_names is None:
+        check_classes(classes)
+        return sorted(next(iter(classes.values())))
+    known = {*class_names}
+    for place, names in classes.items():
+        if unknown := sorted(names - known):
+            raise ConfigError(
+                f"class {some_names(unknown)} in {place} is none of the {len(known):,} known "
+                f"classes, which are {some_names(class_names)}"
+            )
+    return tuple(class_names)
+
+
+def check_classes(classes: Mapping[str, set[str]]) -> None:
+    """Raises a ConfigError unless there are two classes or more, and the same ones everywhere.
+
+    `classes` are the names found in each place, by what a sentence calls it; training's come first.
     """
     (train_place, train), *others = classes.items()
     if len(train) < 2:
@@ -161,10 +193,8 @@ def check_classes(classes: Mapping[str, set[str]]) -> None:
             (train - names, train_place, place),
         ):
             if only:
-                some = ", ".join(f"'{name}'" for name in sorted(only)[:3])
-                more = f" and {len(only) - 3} more" if len(only) > 3 else ""
                 raise ConfigError(
-                    f"class {some}{more} is in {has} but not in {lacks}: "
+                    f"class {some_names(sorted(only))} is in {has} but not in {lacks}: "
                     "all splits must have the same classes"
                 )
 
