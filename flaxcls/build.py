@@ -57,6 +57,7 @@ def check(config: ConfigDict) -> None:
         "input.threads",
         "input.read_ahead",
         "input.max_pixels",
+        "input.max_bytes",
         "eval.batch_size",
         "eval.image_size",
         "checkpoint.keep",
@@ -192,10 +193,15 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
     """
     given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
     opener = SOURCES.get(config.data.name, open_tfds)
-    known = options.accepted(opener, ("split", "data_dir", "class_names"))
+    known = options.accepted(opener, ("split", "data_dir", "class_names", "max_bytes"))
     options.check("config.data", config.data.name, given, known)
     return open_source(
-        config.data.name, split, data_dir=config.data.dir, class_names=class_names, **given
+        config.data.name,
+        split,
+        data_dir=config.data.dir,
+        max_bytes=config.input.max_bytes,
+        class_names=class_names,
+        **given,
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from flaxcls.data.source import Source, some_names
+from flaxcls.data.storage import MAX_BYTES
 from flaxcls.errors import ConfigError
 from flaxcls.options import Range
 
@@ -17,6 +18,7 @@ def open_source(
     split: str,
     *,
     data_dir: str | Path | None = None,
+    max_bytes: int = MAX_BYTES,
     class_names: Sequence[str] | None = None,
     **options: Any,
 ) -> Source:
@@ -26,6 +28,7 @@ def open_source(
       name: a name in SOURCES, or one of TFDS such as "cifar10", "cifar10:3.0.2", "ds/config".
       split: TFDS's slicing: "train", "train[:90%]", "train[100:-50]", "train+test", ...
       data_dir: where TFDS keeps its data (else $TFDS_DATA_DIR, else ~/tensorflow_datasets).
+      max_bytes: of a picture's file; a larger one is refused unread.
       class_names: the classes that a network knows, by label. A folder or a list then numbers its
         classes so, and need not have all of them; other data must have the very same.
       **options: keyword arguments of the function in SOURCES; TFDS takes none.
@@ -36,7 +39,7 @@ def open_source(
       DataError: the prepared files are missing or broken.
     """
     if name in FILES:
-        return SOURCES[name](split, class_names=class_names, **options)
+        return SOURCES[name](split, max_bytes=max_bytes, class_names=class_names, **options)
     if name in SOURCES:
         source = SOURCES[name](split, **options)
     else:
@@ -86,6 +89,7 @@ def open_folder(
     held_out: Annotated[float, Range(above=0, below=1)] = 0.1,
     split_seed: Annotated[int, Range(0)] = 0,
     channels: Literal[1, 3] = 3,
+    max_bytes: int = MAX_BYTES,
     class_names: Sequence[str] | None = None,
 ) -> Source:
     """A folder of pictures: `path`/train/CLASS/* with `path`/val/CLASS/*, or `path`/CLASS/*.
@@ -106,6 +110,7 @@ def open_folder(
         held_out=held_out,
         split_seed=split_seed,
         channels=channels,
+        max_bytes=max_bytes,
         class_names=class_names,
     )
 
@@ -117,6 +122,7 @@ def open_list(
     held_out: Annotated[float, Range(above=0, below=1)] = 0.1,
     split_seed: Annotated[int, Range(0)] = 0,
     channels: Literal[1, 3] = 3,
+    max_bytes: int = MAX_BYTES,
     class_names: Sequence[str] | None = None,
 ) -> Source:
     """A list of pictures, `path`.csv or `path`.jsonl: path and label of each, and perhaps split.
@@ -134,6 +140,7 @@ def open_list(
         held_out=held_out,
         split_seed=split_seed,
         channels=channels,
+        max_bytes=max_bytes,
         class_names=class_names,
     )
 

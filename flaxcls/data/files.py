@@ -20,7 +20,8 @@ from flaxcls.data.source import (
     some_names,
     take_slices,
 )
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.data.storage import read_picture
+from flaxcls.errors import ConfigError
 from flaxcls.output import printable
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case
@@ -41,7 +42,8 @@ class Files(NamedTuple):
 class FileSource(Source):
     """Some of the files, by a split of `splits`: the indices of its files, in order.
 
-    An example's image is its file's bytes, read when it is asked for.
+    An example's image is its file's bytes, read when it is asked for, if they are no more than
+    `max_bytes`.
     """
 
     def __init__(
@@ -54,10 +56,11 @@ class FileSource(Source):
         files: Files,
         splits: Mapping[str, np.ndarray],
         channels: int,
+        max_bytes: int,
     ):
         sizes = {key: [len(indices)] for key, indices in splits.items()}
         order = take_slices(splits, resolve_split(known_split(split, splits), sizes))
-        self._root = root
+        self._root, self._max_bytes = root, max_bytes
         self._paths = [files.paths[index] for index in order]
         self._labels = files.labels[order]
         content = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
@@ -77,11 +80,10 @@ class FileSource(Source):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            with open(os.path.join(self._root, self._paths[index]), "rb", buffering=0) as file:
-                return Example(file.read(), int(self._labels[index]))
-        except OSError as error:
-            raise DataError(f"{self.where(index)} cannot be read: {error.strerror}") from error
+        path = os.path.join(self._root, self._paths[index])
+        return Example(
+            read_picture(path, self.where(index), self._max_bytes), int(self._labels[index])
+        )
 
     def labels(self) -> np.ndarray:
         return self._labels.copy()

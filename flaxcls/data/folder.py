@@ -31,6 +31,7 @@ def open_folder(
     held_out: float,
     split_seed: int,
     channels: int,
+    max_bytes: int,
     class_names: Sequence[str] | None = None,
 ) -> FileSource:
     """Opens a split of a folder; see `flaxcls.data.open_folder`.
@@ -81,6 +82,7 @@ def open_folder(
         files=files,
         splits=divide(files, split_of, held_out=held_out, seed=split_seed),
         channels=channels,
+        max_bytes=max_bytes,
     )
 
 

@@ -20,6 +20,7 @@ from flaxcls.data.files import (
     divide,
     is_picture,
 )
+from flaxcls.data.storage import open_regular
 from flaxcls.errors import ConfigError, DataError
 
 _COLUMNS = ("path", "label", "split")
@@ -39,6 +40,7 @@ def open_list(
     held_out: float,
     split_seed: int,
     channels: int,
+    max_bytes: int,
     class_names: Sequence[str] | None = None,
 ) -> FileSource:
     """Opens a split of a list; see `flaxcls.data.open_list`. Reads no file but the list.
@@ -83,6 +85,7 @@ def open_list(
         files=files,
         splits=divide(files, split_of, held_out=held_out, seed=split_seed),
         channels=channels,
+        max_bytes=max_bytes,
     )
 
 
@@ -112,7 +115,7 @@ def _rows(path: str) -> Iterator[tuple[int, _Row]]:
         raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {path}")
     has_split = None
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="", opener=open_regular) as file:
             for line, record in read(path, file):
                 row = _checked(path, line, record)
                 has_split = bool(row.split) if has_split is None else has_split

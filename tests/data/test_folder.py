@@ -354,7 +354,7 @@ def test_a_source_can_be_sent_to_another_process(pets):
 
 
 def test_options_are_checked_and_the_path_is_needed():
-    hidden = ("split", "class_names")
+    hidden = ("split", "max_bytes", "class_names")
     known = options.accepted(SOURCES["folder"], hidden)
     assert known == options.accepted(SOURCES["list"], hidden)
     good = {"path": "x", "held_out": 0.2, "split_seed": 3, "channels": 1}
