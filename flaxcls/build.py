@@ -62,6 +62,7 @@ def check(config: ConfigDict) -> None:
         "input.threads",
         "input.read_ahead",
         "input.max_pixels",
+        "input.max_bytes",
         "eval.batch_size",
         "eval.image_size",
         "checkpoint.keep",
@@ -337,13 +338,24 @@ def _enlarged(sizes: inputs.Sizes, train: Source) -> Iterator[str]:
         )
 
 
-def source(config: ConfigDict, split: str) -> Source:
-    """The data that a split such as `train[:90%]` names."""
+def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = None) -> Source:
+    """The data that a split such as `train[:90%]` names.
+
+    With `class_names`, the classes of a network by label, a folder or a list needs no more than
+    some of them.
+    """
     given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
     opener = SOURCES.get(config.data.name, open_tfds)
-    known = options.accepted(opener, ("split", "data_dir"))
+    known = options.accepted(opener, ("split", "data_dir", "class_names", "max_bytes"))
     options.check("config.data", config.data.name, given, known)
-    return open_source(config.data.name, split, data_dir=config.data.dir, **given)
+    return open_source(
+        config.data.name,
+        split,
+        data_dir=config.data.dir,
+        max_bytes=config.input.max_bytes,
+        class_names=class_names,
+        **given,
+    )
 
 
 def _check_normalization(config: ConfigDict, channels: int) -> None:

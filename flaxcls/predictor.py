@@ -16,6 +16,7 @@ from flaxcls import augment, inputs, sharding
 from flaxcls.data.command import in_order
 from flaxcls.data.decode import Picture, available_cores
 from flaxcls.data.source import Source
+from flaxcls.data.storage import read_picture
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.evaluator import Trained, restore
 from flaxcls.output import printable
@@ -102,10 +103,7 @@ class Predictor:
         Can be called in threads. Raises DataError for a file that can't be read; it names it.
         """
         where = printable(path)
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise DataError(f"{where} cannot be read: {error.strerror}") from error
+        content = read_picture(path, where, self._config.input.max_bytes)
         height, width, channels = self.image_shape
         picture = Picture(content, channels, where=where, max_pixels=self._config.input.max_pixels)
         if self._transform:

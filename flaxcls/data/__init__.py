@@ -3,17 +3,24 @@
 `open_source` is the way in; what a kind of data needs is imported when it is opened.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flaxcls.data.source import Source
+from flaxcls.data.source import Source, some_names
+from flaxcls.data.storage import MAX_BYTES
 from flaxcls.errors import ConfigError
 from flaxcls.options import Range
 
 
 def open_source(
-    name: str, split: str, *, data_dir: str | Path | None = None, **options: Any
+    name: str,
+    split: str,
+    *,
+    data_dir: str | Path | None = None,
+    max_bytes: int = MAX_BYTES,
+    class_names: Sequence[str] | None = None,
+    **options: Any,
 ) -> Source:
     """Opens a split of a data set of SOURCES or, under any other name, of TFDS.
 
@@ -21,15 +28,38 @@ def open_source(
       name: a name in SOURCES, or one of TFDS such as "cifar10", "cifar10:3.0.2", "ds/config".
       split: TFDS's slicing: "train", "train[:90%]", "train[100:-50]", "train+test", ...
       data_dir: where TFDS keeps its data (else $TFDS_DATA_DIR, else ~/tensorflow_datasets).
+      max_bytes: of a picture's file; a larger one is refused unread.
+      class_names: the classes that a network knows, by label. A folder or a list then numbers its
+        classes so, and need not have all of them; other data must have the very same.
       **options: keyword arguments of the function in SOURCES; TFDS takes none.
 
     Raises:
-      ConfigError: unknown name or split, an empty slice, or a data set without images and classes.
+      ConfigError: unknown name or split, an empty slice, a data set without images and classes, or
+        with a class that is none of `class_names`.
       DataError: the prepared files are missing or broken.
     """
+    if name in FILES:
+        return SOURCES[name](split, max_bytes=max_bytes, class_names=class_names, **options)
     if name in SOURCES:
-        return SOURCES[name](split, **options)
-    return open_tfds(name, split, data_dir=data_dir, **options)
+        source = SOURCES[name](split, **options)
+    else:
+        source = open_tfds(name, split, data_dir=data_dir, **options)
+    if class_names is not None and source.class_names != tuple(class_names):
+        raise ConfigError(other_classes(source, class_names))
+    return source
+
+
+def other_classes(source: Source, class_names: Sequence[str]) -> str:
+    """A sentence about a source whose classes are not these, in this order."""
+    ours, theirs = source.class_names, class_names
+    unknown = [name for name in ours if name not in {*theirs}]
+    missing = [name for name in theirs if name not in {*ours}]
+    differences = [f"it has {some_names(unknown)} besides"] if unknown else []
+    differences += [f"it lacks {some_names(missing)}"] if missing else []
+    return (
+        f"the {len(ours):,} classes of {source.name} are not the {len(theirs):,} that are known: "
+        f"{', '.join(differences) or 'their order is another'}"
+    )
 
 
 def open_digits(split: str) -> Source:
@@ -59,6 +89,8 @@ def open_folder(
     held_out: Annotated[float, Range(above=0, below=1)] = 0.1,
     split_seed: Annotated[int, Range(0)] = 0,
     channels: Literal[1, 3] = 3,
+    max_bytes: int = MAX_BYTES,
+    class_names: Sequence[str] | None = None,
 ) -> Source:
     """A folder of pictures: `path`/train/CLASS/* with `path`/val/CLASS/*, or `path`/CLASS/*.
 
@@ -78,6 +110,8 @@ def open_folder(
         held_out=held_out,
         split_seed=split_seed,
         channels=channels,
+        max_bytes=max_bytes,
+        class_names=class_names,
     )
 
 
@@ -88,6 +122,8 @@ def open_list(
     held_out: Annotated[float, Range(above=0, below=1)] = 0.1,
     split_seed: Annotated[int, Range(0)] = 0,
     channels: Literal[1, 3] = 3,
+    max_bytes: int = MAX_BYTES,
+    class_names: Sequence[str] | None = None,
 ) -> Source:
     """A list of pictures, `path`.csv or `path`.jsonl: path and label of each, and perhaps split.
 
@@ -104,6 +140,8 @@ def open_list(
         held_out=held_out,
         split_seed=split_seed,
         channels=channels,
+        max_bytes=max_bytes,
+        class_names=class_names,
     )
 
 
@@ -134,3 +172,4 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "list": open_list,
     "idx": open_idx,
 }
+FILES = ("folder", "list")  # of these, whose pictures are files of their own

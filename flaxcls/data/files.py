@@ -12,8 +12,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.source import Example, Source, fingerprint, resolve_split, take_slices
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.data.source import (
+    Example,
+    Source,
+    fingerprint,
+    resolve_split,
+    some_names,
+    take_slices,
+)
+from flaxcls.data.storage import read_picture
+from flaxcls.errors import ConfigError
 from flaxcls.output import printable
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case
@@ -34,7 +42,8 @@ class Files(NamedTuple):
 class FileSource(Source):
     """Some of the files, by a split of `splits`: the indices of its files, in order.
 
-    An example's image is its file's bytes, read when it is asked for.
+    An example's image is its file's bytes, read when it is asked for, if they are no more than
+    `max_bytes`.
     """
 
     def __init__(
@@ -47,10 +56,11 @@ class FileSource(Source):
         files: Files,
         splits: Mapping[str, np.ndarray],
         channels: int,
+        max_bytes: int,
     ):
         sizes = {key: [len(indices)] for key, indices in splits.items()}
         order = take_slices(splits, resolve_split(known_split(split, splits), sizes))
-        self._root = root
+        self._root, self._max_bytes = root, max_bytes
         self._paths = [files.paths[index] for index in order]
         self._labels = files.labels[order]
         content = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
@@ -70,11 +80,10 @@ class FileSource(Source):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            with open(os.path.join(self._root, self._paths[index]), "rb", buffering=0) as file:
-                return Example(file.read(), int(self._labels[index]))
-        except OSError as error:
-            raise DataError(f"{self.where(index)} cannot be read: {error.strerror}") from error
+        path = os.path.join(self._root, self._paths[index])
+        return Example(
+            read_picture(path, self.where(index), self._max_bytes), int(self._labels[index])
+        )
 
     def labels(self) -> np.ndarray:
         return self._labels.copy()
@@ -144,11 +153,36 @@ def _hash(path: str, seed: int) -> int:
     return int.from_bytes(digest.digest())
 
 
-def check_classes(classes: Mapping[str, set[str]]) -> None:
-    """Raises a ConfigError unless there are two classes or more, and the same ones everywhere.
+def class_labels(
+    classes: Mapping[str, set[str]], class_names: Sequence[str] | None
+) -> Sequence[str]:
+    """The names of the classes by their labels: the sorted ones, or those that are known already.
 
     Args:
       classes: the names found in each place, by what a sentence calls it; training's comes first.
+      class_names: the classes of a network that is there; None: it is going to be trained on these.
+
+    Raises:
+      ConfigError: less than two classes, or not the same ones everywhere; with `class_names` one
+        that is none of them.
+    """
+    if class_names is None:
+        check_classes(classes)
+        return sorted(next(iter(classes.values())))
+    known = {*class_names}
+    for place, names in classes.items():
+        if unknown := sorted(names - known):
+            raise ConfigError(
+                f"class {some_names(unknown)} in {place} is none of the {len(known):,} known "
+                f"classes, which are {some_names(class_names)}"
+            )
+    return tuple(class_names)
+
+
+def check_classes(classes: Mapping[str, set[str]]) -> None:
+    """Raises a ConfigError unless there are two classes or more, and the same ones everywhere.
+
+    `classes` are the names found in each place, by what a sentence calls it; training's come first.
     """
     (train_place, train), *others = classes.items()
     if len(train) < 2:
@@ -161,10 +195,8 @@ def check_classes(classes: Mapping[str, set[str]]) -> None:
             (train - names, train_place, place),
         ):
             if only:
-                some = ", ".join(f"'{name}'" for name in sorted(only)[:3])
-                more = f" and {len(only) - 3} more" if len(only) > 3 else ""
                 raise ConfigError(
-                    f"class {some}{more} is in {has} but not in {lacks}: "
+                    f"class {some_names(sorted(only))} is in {has} but not in {lacks}: "
                     "all splits must have the same classes"
                 )
 

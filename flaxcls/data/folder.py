@@ -1,7 +1,7 @@
 """A folder of pictures: `DIR/train/CLASS/*` with `DIR/val/CLASS/*`, or `DIR/CLASS/*`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,7 +12,7 @@ from flaxcls.data.files import (
     Files,
     FileSource,
     asked_splits,
-    check_classes,
+    class_labels,
     class_name,
     divide,
     is_picture,
@@ -25,23 +25,34 @@ _IGNORED = ("__MACOSX", "@eaDir")  # what macOS's zip files and Synology's disks
 
 
 def open_folder(
-    split: str, path: str, *, held_out: float, split_seed: int, channels: int
+    split: str,
+    path: str,
+    *,
+    held_out: float,
+    split_seed: int,
+    channels: int,
+    max_bytes: int,
+    class_names: Sequence[str] | None = None,
 ) -> FileSource:
     """Opens a split of a folder; see `flaxcls.data.open_folder`.
 
-    Lists only the splits that are asked for, and reads no file.
+    Lists only the splits that are asked for, and reads no file. With `class_names`, those of a
+    network, a split needs no training split beside it, and may lack some of the classes.
 
     Raises:
       ConfigError: the folder is not laid out as it should be; the sentence says what was found.
       DataError: a folder cannot be listed.
     """
     root = os.path.expanduser(path)
-    split_folders = _split_folders(root)
+    to_train = class_names is None
+    split_folders = _split_folders(root, needs_train=to_train)
     folders = split_folders or {"train": root}
     asked = asked_splits(split, folders) if split_folders else ["train"]
-    classes = {part: _class_folders(folders[part]) for part in ("train", *asked)}
-    class_names = sorted({*classes["train"].values()})
-    check_classes({folders[part]: {*names.values()} for part, names in classes.items()})
+    looked_at = ("train", *asked) if to_train else asked
+    classes = {part: _class_folders(folders[part]) for part in looked_at}
+    class_names = class_labels(
+        {folders[part]: {*names.values()} for part, names in classes.items()}, class_names
+    )
     index = {name: number for number, name in enumerate(class_names)}
     jobs = [  # the folders of classes: the split, label and path of each
         (part, index[name], os.path.join(folders[part], folder))
@@ -52,6 +63,11 @@ def open_folder(
     with ThreadPoolExecutor(16) as threads:  # waiting for disks, not computing
         found = list(threads.map(lambda job: _pictures(job[-1], root, above), jobs))
     counts = [len(paths) for paths, _ in found]
+    for (_, _, folder), count in zip(jobs, counts, strict=True):
+        if to_train and not count:
+            raise ConfigError(
+                f"class folder {printable(folder)} has no images ({', '.join(EXTENSIONS)})"
+            )
     files = Files(
         paths=[path for paths, _ in found for path in paths],
         sizes=np.concatenate([sizes for _, sizes in found]),
@@ -66,10 +82,11 @@ def open_folder(
         files=files,
         splits=divide(files, split_of, held_out=held_out, seed=split_seed),
         channels=channels,
+        max_bytes=max_bytes,
     )
 
 
-def _split_folders(root: str) -> dict[str, str]:
+def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
     """The folder of every split, by the split's name; nothing where `root` has those of classes."""
     if not os.path.isdir(root):
         found = "is a file" if os.path.exists(root) else "does not exist"
@@ -85,7 +102,7 @@ def _split_folders(root: str) -> dict[str, str]:
     folders = {split: os.path.join(root, folder) for split, folder in names.items()}
     if len(folders) < len(subfolders):  # a class may be called "train": it has pictures in it
         return folders if "train" in folders and _look_into(folders["train"])[0] else {}
-    if folders and "train" not in folders:
+    if folders and "train" not in folders and needs_train:
         raise ConfigError(f"{root} has {', '.join(names.values())} but no train: {_LAYOUT}")
     return folders
 
@@ -129,10 +146,6 @@ def _pictures(folder: str, root: str, above: set[tuple[int, int]]) -> tuple[list
             elif is_picture(entry.name):
                 found.append((f"{here}/{entry.name}", _size(entry)))
         pending += sorted(subfolders, reverse=True)  # of two links to a folder always the same one
-    if not found:
-        raise ConfigError(
-            f"class folder {printable(folder)} has no images ({', '.join(EXTENSIONS)})"
-        )
     found.sort()
     return [path for path, _ in found], np.array([size for _, size in found], np.int64)
 

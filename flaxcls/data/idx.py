@@ -14,6 +14,7 @@ import numpy as np
 
 from flaxcls.data.files import asked_splits, known_split
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split, take_slices
+from flaxcls.data.storage import open_regular
 from flaxcls.errors import ConfigError, DataError
 
 _PREFIXES = {"train": "train", "test": "t10k"}
@@ -95,7 +96,7 @@ def _read(folder: str, stem: str, dimensions: int) -> np.ndarray:
     if path is None:
         raise ConfigError(f"{folder} has no {names[0]}, compressed (.gz) or not")
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             content = file.read()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)

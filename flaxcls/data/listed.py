@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -15,11 +15,12 @@ from flaxcls.data.files import (
     Files,
     FileSource,
     asked_splits,
-    check_classes,
+    class_labels,
     class_name,
     divide,
     is_picture,
 )
+from flaxcls.data.storage import open_regular
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.output import printable, say
 
@@ -34,9 +35,19 @@ class _Row(NamedTuple):
 
 
 def open_list(
-    split: str, path: str, *, held_out: float, split_seed: int, channels: int
+    split: str,
+    path: str,
+    *,
+    held_out: float,
+    split_seed: int,
+    channels: int,
+    max_bytes: int,
+    class_names: Sequence[str] | None = None,
 ) -> FileSource:
     """Opens a split of a list; see `flaxcls.data.open_list`. Reads no file but the list.
+
+    With `class_names`, those of a network, a split needs no training split beside it, and may lack
+    some of the classes.
 
     Raises:
       ConfigError: no such list, an unknown split, or classes that don't fit together.
@@ -48,12 +59,18 @@ def open_list(
     if not rows:
         raise ConfigError(f"{path} has no rows; each should be a path and a label")
     has_splits = there != [""]
-    if has_splits and "train" not in there:
+    to_train = class_names is None
+    if has_splits and to_train and "train" not in there:
         raise ConfigError(f"{path} has no rows of split train, only of {', '.join(there)}")
-    asked = ["train", *asked_splits(split, there)] if has_splits else [""]
+    asked = asked_splits(split, there) if has_splits else [""]
+    if has_splits and to_train:
+        asked = ["train", *asked]
     classes = {part: {row.label for row in rows if row.split == part} for part in asked}
-    check_classes({f"split '{part}' of {path}" if part else path: classes[part] for part in asked})
-    class_names = _class_names(classes[asked[0]], path, len(rows))
+    found = class_labels(
+        {f"split '{part}' of {path}" if part else path: classes[part] for part in asked},
+        class_names,
+    )
+    class_names = _class_names({*found}, path, len(rows)) if to_train else found
     index = {name: number for number, name in enumerate(class_names)}
     files = Files(
         paths=[row.path for row in rows],
@@ -69,6 +86,7 @@ def open_list(
         files=files,
         splits=divide(files, split_of, held_out=held_out, seed=split_seed),
         channels=channels,
+        max_bytes=max_bytes,
     )
 
 
@@ -99,7 +117,7 @@ def _rows(path: str) -> Iterator[tuple[int, _Row]]:
         raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {path}")
     has_split = None
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="", opener=open_regular) as file:
             for line, record in read(path, file):
                 row = _checked(path, line, record)
                 has_split = bool(row.split) if has_split is None else has_split

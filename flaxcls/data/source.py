@@ -86,6 +86,8 @@ def resolve_split(spec: str, shard_lengths: Mapping[str, Sequence[int]]) -> list
         slices = [Slice(spec, 0, sum(shard_lengths[spec]))]
     else:
         slices = _parse_split(spec, shard_lengths)
+    if spec == "all":  # that one of them is empty is no mistake of whoever asks for all
+        slices = [part for part in slices if part.start < part.stop] or slices
     for part in slices:
         if part.start >= part.stop:
             size = sum(shard_lengths[part.split])
@@ -120,6 +122,12 @@ def _parse_split(spec: str, shard_lengths: Mapping[str, Sequence[int]]) -> list[
 def take_slices(indices: Mapping[str, np.ndarray], slices: Sequence[Slice]) -> np.ndarray:
     """The concatenation of the slices of every split's array."""
     return np.concatenate([indices[part.split][part.start : part.stop] for part in slices])
+
+
+def some_names(names: Sequence[str]) -> str:
+    """Names of classes in a sentence: the first three, and how many more there are."""
+    some = ", ".join(f"'{name}'" for name in names[:3])
+    return some + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
 def fingerprint(**facts: Any) -> str:

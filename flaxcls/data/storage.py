@@ -8,16 +8,78 @@ import contextlib
 import errno
 import functools
 import os
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flaxcls.errors import DataError
+
+MAX_BYTES = 2**28  # of a picture's file; more is taken for a mistake or an attack
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _BLOCK = 2**23  # bytes that are fetched at a time from a file that is scanned
 
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether a path names a file in the cloud."""
     return "://" in os.fspath(path)
+
+
+def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a file that is one, and nothing that never ends or waits for a writer.
+
+    It can be the `opener` of Python's `open`.
+
+    Raises:
+      OSError: there is no such file, it can't be opened, or it is a pipe, a device or a folder.
+    """
+    _refuse_others(os.stat(path))  # first: opening a device can do something
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _refuse_others(os.fstat(descriptor))  # it may have been exchanged in between
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _refuse_others(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file")
+
+
+def read_picture(path: str | os.PathLike, where: str, max_bytes: int = MAX_BYTES) -> bytes:
+    """A picture's file, whole; what is no file or too large is refused before it is read.
+
+    Raises:
+      DataError: it can't be read; the sentence begins with `where`.
+    """
+    try:
+        descriptor = open_regular(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            if size > max_bytes:
+                raise DataError(
+                    f"{where} has {size:,} bytes, more than the {max_bytes:,} that "
+                    "config.input.max_bytes allows"
+                )
+            # So much and no more: there are files in /proc that have no size and never end.
+            content = os.read(descriptor, size)
+            while len(content) < size and (more := os.read(descriptor, size - len(content))):
+                content += more
+            return content
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise DataError(f"{where} cannot be read: {error.strerror}") from error
 
 
 def size_and_version(path: str) -> tuple[int, int]:

@@ -354,8 +354,9 @@ def test_a_source_can_be_sent_to_another_process(pets):
 
 
 def test_options_are_checked_and_the_path_is_needed():
-    known = options.accepted(SOURCES["folder"], ("split",))
-    assert known == options.accepted(SOURCES["list"], ("split",))
+    hidden = ("split", "max_bytes", "class_names")
+    known = options.accepted(SOURCES["folder"], hidden)
+    assert known == options.accepted(SOURCES["list"], hidden)
     good = {"path": "x", "held_out": 0.2, "split_seed": 3, "channels": 1}
     assert options.check("config.data", "folder", good, known) == good
     for option, value in (("held_out", 0), ("held_out", 1), ("split_seed", -1), ("channels", 4)):
@@ -364,3 +365,36 @@ def test_options_are_checked_and_the_path_is_needed():
     for name in ("folder", "list", "idx"):
         with pytest.raises(ConfigError, match="config.data.path is missing: the "):
             open_source(name, "train")
+
+
+def test_a_split_may_have_some_of_the_classes_that_are_known(tmp_path):
+    known = ("zebra", "ant", "bee", "cow")  # by label, in no order of their own
+    write(tmp_path / "a", "test/cow/1.jpg", "test/ant/2.jpg", "test/ant/3.jpg", "test/bee/x.txt")
+    write(tmp_path / "b", "cow/1.jpg", "ant/2.jpg")  # a single split, perhaps a single class
+    write(tmp_path / "c", "train/dog/1.jpg", "val/cow/1.jpg")
+    for root, split, expected in (
+        ("a", "test", [("test/ant/2.jpg", 1), ("test/ant/3.jpg", 1), ("test/cow/1.jpg", 3)]),
+        ("b", "all", [("ant/2.jpg", 1), ("cow/1.jpg", 3)]),
+        ("c", "val", [("val/cow/1.jpg", 3)]),
+    ):
+        source = open_folder(tmp_path / root, split, class_names=known)
+        assert source.class_names == known
+        examples = sorted((source[i].image.decode(), source[i].label) for i in range(len(source)))
+        assert examples == expected
+        assert source.labels().tolist() == [source[i].label for i in range(len(source))]
+    with pytest.raises(ConfigError, match="class 'cow' in .*b is none of the 2 known classes,"):
+        open_folder(tmp_path / "b", "all", class_names=("ant", "bee"))
+    with pytest.raises(ConfigError, match="a has test but no train"):
+        open_folder(tmp_path / "a", "test")
+
+
+def test_data_of_another_kind_must_have_the_very_classes():
+    names = tuple("0123456789")
+    assert len(open_source("digits", "test", class_names=names)) == 360
+    for other, message in (
+        ((*names[:9], "x"), "10 classes of digits are not .*: it has '9' besides, it lacks 'x'$"),
+        (names[:4], "it has '4', '5', '6' and 3 more besides$"),
+        (names[::-1], "their order is another$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_source("digits", "test", class_names=other)

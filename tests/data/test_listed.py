@@ -210,3 +210,13 @@ def test_a_list_of_another_kind_or_a_missing_one_is_refused(write, tmp_path):
         open_list(write(PLAIN, "list.txt"))
     with pytest.raises(ConfigError, match="nowhere.csv cannot be read: No such file"):
         open_list(str(tmp_path / "nowhere.csv"))
+
+
+def test_a_list_may_have_some_of_the_classes_that_are_known(write):
+    for text, split in ((PLAIN, "all"), (PLAIN.replace("\n", ",test\n"), "test")):
+        source = open_list(write(text), split, class_names=("cow", "dog", "cat"))
+        assert contents(source) == PAIRS and source.class_names == ("cow", "dog", "cat")
+    with pytest.raises(ConfigError, match="class 'dog' in .*list.csv is none of the 2 known"):
+        open_list(write(PLAIN), class_names=("cow", "cat"))
+    numbered = write("a.jpg,3\nb.jpg,1\n")
+    assert sorted(open_list(numbered, class_names=tuple("01234")).labels()) == [1, 3]
