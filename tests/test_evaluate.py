@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from PIL import Image
 
 from flaxcls import build, evaluator, losses, models
 from flaxcls.data import open_source
@@ -161,6 +162,48 @@ def test_other_classes_than_the_run_was_trained_on_are_refused(trained, tmp_path
     content = json.loads((moved / "config.json").read_text())
     content["config"]["data"] |= {"name": "fake", "num_classes": 10, "image_shape": [8, 8, 1]}
     (moved / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match="classes of fake are not those"):
+    with pytest.raises(ConfigError, match="classes of fake are not the 10 that"):
         evaluator.evaluate_run(moved, split="test")
     assert build.get(trained[0], "data.name") == "digits"
+
+
+@pytest.fixture
+def picture_folder(tmp_path):
+    """A folder with train/ and val/ of three classes and test/ of two of them; its path."""
+    random = np.random.default_rng(0)
+    for split, names in (("train", "abc"), ("val", "abc"), ("test", "ca")):
+        for name, number in ((name, number) for name in names for number in range(4)):
+            path = tmp_path / "pictures" / split / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shade = 40 + 80 * "abc".index(name)
+            pixels = random.integers(shade, shade + 40, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(path)
+    return tmp_path / "pictures"
+
+
+def test_split_with_some_of_the_classes_is_evaluated(tmp_path, tiny_config, picture_folder, capfd):
+    config = tiny_config(
+        data__name="folder",
+        data__path=str(picture_folder),
+        data__eval_split="val",
+        data__image_shape=None,
+        data__num_classes=None,
+        data__num_examples=None,
+        image_size=8,
+        batch_size=8,
+        crop__name="resize",
+    )
+    train(config, tmp_path / "run")
+    capfd.readouterr()
+    _, _, results = evaluator.evaluate_run(tmp_path / "run", split="test")
+    assert results["eval"]["count"] == 8
+    assert "note: 'test' has 2 of the 3 classes: 'a', 'c'" in capfd.readouterr().err
+    shutil.rmtree(picture_folder / "test" / "c")  # labels stay those of the network
+    _, _, one = evaluator.evaluate_run(tmp_path / "run", split="test")
+    assert one["eval"]["count"] == 4
+    assert one["eval"]["loss"] != pytest.approx(results["eval"]["loss"])
+
+    (picture_folder / "test" / "zebra").mkdir()
+    shutil.copy(picture_folder / "val" / "a" / "0.png", picture_folder / "test" / "zebra")
+    with pytest.raises(ConfigError, match="'zebra'"):
+        evaluator.evaluate_run(tmp_path / "run", split="test")

@@ -57,7 +57,7 @@ def other_classes(source: Source, class_names: Sequence[str]) -> str:
     differences = [f"it has {some_names(unknown)} besides"] if unknown else []
     differences += [f"it lacks {some_names(missing)}"] if missing else []
     return (
-        f"the {len(ours):,} classes of {source.name} are not the {len(theirs):,} that are known: "
+        f"the {len(ours):,} classes of {source.name} are not the {len(theirs):,} that the network knows: "
         f"{', '.join(differences) or 'their order is another'}"
     )
 
