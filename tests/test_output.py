@@ -77,3 +77,41 @@ def test_result_that_is_lost_is_an_error(tail, sentence):
     result = run(code, tail)
     assert result.returncode == 46
     assert result.stderr.startswith(sentence) and len(result.stderr.splitlines()) == 1
+
+
+def test_lines_are_written_again_when_a_full_disk_has_room(tmp_path):
+    code = (
+        "import os, sys\n"
+        "from flaxcls.output import say\n"
+        "with open(sys.argv[1], 'wb', buffering=0) as ballast:\n"
+        "    try:\n"
+        "        while ballast.write(bytes(4096)): pass\n"
+        "    except OSError: pass\n"
+        "say('x' * 100)\n"
+        "os.remove(sys.argv[1])\n"
+        "say('told')\n"
+    )
+    mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("nothing can be mounted here")
+    program = f'{sys.executable} -c "$CODE" ballast > log; echo $?; cat log'
+    result = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f"{mount} && cd {tmp_path} && {program}"],
+        env={"CODE": code, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin:/usr/sbin:/sbin"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout.splitlines()[0] == "0" and result.stdout.endswith("told\n")
+    assert result.stderr == ""
+
+
+def test_no_file_takes_the_place_of_a_standard_stream_that_is_closed():
+    code = "from flaxcls import cli; cli.run(lambda argv: print(open('/dev/null').fileno() > 2))"
+    result = run(code, "2>&-")
+    assert (result.returncode, result.stdout) == (0, "True\n")
+
+
+@pytest.mark.parametrize("tail", ["> /dev/full", "| true", ">&-"])
+def test_what_others_print_does_not_change_the_exit_code(tail):
+    code = "import time; from flaxcls import cli; cli.run(lambda argv: print(3) or time.sleep(0.2))"
+    result = run(code, tail)
+    assert (result.returncode, result.stderr) == (0, "")

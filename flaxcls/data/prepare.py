@@ -230,10 +230,10 @@ def _refuse_broken(tally: Tally, split: str, max_broken: float) -> None:
     limit = "none may be left out of an evaluation"
     if max_broken:
         limit = f"config.input.max_broken = {max_broken:g} lets fewer be left out"
-    lines = [f"{len(broken):,} pictures of '{split}' can't be read, and {limit}:", *broken[:_NAMED]]
-    if len(broken) > _NAMED:
-        lines.append(f"and {len(broken) - _NAMED:,} more")
-    raise DataError("\n  ".join(lines))
+    named = "; ".join(broken[:_NAMED])
+    more = f"; and {len(broken) - _NAMED:,} more" if len(broken) > _NAMED else ""
+    what = f"{len(broken):,} pictures of '{split}' can't be read, and {limit}"
+    raise DataError(f"{what}: {named}{more}")
 
 
 def _shards(count: int, make: Maker) -> list[range]:
