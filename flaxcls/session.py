@@ -133,7 +133,7 @@ class Session:
                 f"the updates of steps {self.step - skipped + 1} to {self.step} were not finite or "
                 "too large"
             )
-        row["learning_rate"] = self._trainer.rate(self.step - 1)
+        row["learning_rate"] = self._trainer.last_rate(self._state)
         lap = self._clock.lap(self.step - self._logged)
         self._watch.training(self.step, self._epoch, row, lap)
         self._logged = self.step
