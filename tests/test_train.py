@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -338,3 +340,32 @@ def test_evaluation_tells_the_likelihood_and_the_objective_if_it_is_another(tmp_
     assert "objective" not in plain
     smoothed = train(tiny_config(loss__label_smoothing=0.3), tmp_path / "smoothed")["eval"]
     assert smoothed["objective"] > smoothed["loss"] + 0.05  # what can't be reached is not counted
+
+
+def documented(heading):
+    """The names in backticks in a section of docs/run_folder.md."""
+    text = (Path(__file__).parents[1] / "docs/run_folder.md").read_text()
+    sections = {part.partition("\n")[0].strip("# "): part for part in text.split("\n## ")}
+    return set(re.findall(r"`(\w+)`", sections[heading]))
+
+
+def test_what_a_run_leaves_is_documented(tmp_path, tiny_config):
+    config = tiny_config(
+        ema_decay=0.9, loss__label_smoothing=0.1, data__num_classes=12, duration="6 steps"
+    )
+    summary = train(config, tmp_path)
+    rows = rows_of(tmp_path)
+    fields = {name for row in rows for name in row}
+    fields |= {
+        name for row in rows for group in row.values() if isinstance(group, dict) for name in group
+    }
+    assert fields | {"null"} == documented("metrics.jsonl")
+    best = set(summary["best"]) - set(summary["eval"])
+    assert {*summary, *best} == documented("summary.json")
+    spent = json.loads((tmp_path / "goodput.json").read_text())
+    assert {*spent, *spent["seconds"]} == documented("goodput.json")
+    written = {path.name for path in tmp_path.iterdir()} | {
+        *json.loads((tmp_path / "config.json").read_text())
+    }
+    text = (Path(__file__).parents[1] / "docs/run_folder.md").read_text()
+    assert not [name for name in written - {"config"} if f"`{name}" not in text]
