@@ -205,6 +205,11 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
         source(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
     num_examples, num_classes = len(train_source), len(train_source.class_names)
+    if config.batch_size > num_examples * config.repeats:
+        raise ConfigError(
+            f"config.batch_size = {config.batch_size:,} is larger than the training split, which "
+            f"has {num_examples:,} examples"
+        )
     total_steps, in_steps = _length(config, num_examples)
 
     def interval(field: str, may_be_time: bool = False) -> Duration:
@@ -270,15 +275,7 @@ def _length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str],
             f"which are {total_steps:.3g}"
         )
     if total_steps <= 0.5:
-        raise ConfigError(
-            f"config.duration must be at least a step, got {config.duration!r}"
-            + (
-                f", which is {total_steps:.2g} steps of config.batch_size = {config.batch_size}: "
-                f"there are {num_examples:,} examples to train on"
-                if total_steps
-                else ""
-            )
-        )
+        raise ConfigError(f"config.duration must be at least a step, got {config.duration!r}")
     sizes["total_steps"] = round(total_steps)
     return round(total_steps), partial(schedules.in_steps, **sizes)
 
@@ -365,8 +362,8 @@ def _check_normalization(config: ConfigDict, channels: int) -> None:
     for values in given:
         if not options.fits(values, tuple[float, ...]) or len(values) != channels:
             raise ConfigError(
-                f"config.data.mean and config.data.std must both be given, {channels} numbers "
-                f"each, got {given}"
+                f"config.data.mean and config.data.std must both be given, {channels} "
+                f"number{'s' * (channels > 1)} each, got {given}"
             )
     if min(config.data.std) <= 0:
         raise ConfigError(f"config.data.std must be above 0, got {config.data.std}")

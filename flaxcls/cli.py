@@ -188,6 +188,8 @@ def _read(text: str, kind: type) -> Any:
 
 def _what_is_wrong(error: Exception) -> str:
     """One line about an error in a recipe."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
     message = _one_line(error)
     # ConfigDict says it in many words, listing all fields.
     unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', message)

@@ -207,7 +207,7 @@ def test_enlarging_pictures_many_times_is_said(tiny_config):
     [
         (
             {"batch_size": 1000, "duration": "1 epochs"},
-            "got '1 epochs', which is 0.096 steps of config.batch_size = 1000: there are 96",
+            "config.batch_size = 1,000 is larger than the training split, which has 96 examples",
         ),
         ({"duration": "1e12 epochs"}, "config.duration must be at most 2,147,483,647 steps, got"),
         ({"duration": "1e300 epochs"}, "config.duration must be at most 2,147,483,647 steps, got"),

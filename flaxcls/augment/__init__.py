@@ -98,7 +98,7 @@ def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[Placed, Placed]:
         if name == "normalize":
             if options or normalized:
                 problem = "is listed twice" if normalized else f"takes no options, got {options}"
-                raise ConfigError(f"the augmentation `normalize` {problem}")
+                raise ConfigError(f"config.augment[{position}]: `normalize` {problem}")
             normalized = True
             continue
         where = f"config.augment[{position}]"
