@@ -48,7 +48,7 @@ def check(config: ConfigDict) -> None:
             kind = type(standard)
             require(field, options.fits(get(config, field), kind), options.describe(kind))
     batch, parts = config.batch_size, config.gradient_accumulation
-    require("seed", config.seed >= 0, "at least 0")
+    require("seed", 0 <= config.seed < 2**64, "at least 0 and below 2**64")
     require("batch_size", batch >= 1, "at least 1")
     require(
         "gradient_accumulation",
@@ -435,6 +435,13 @@ def loss(config: ConfigDict, weights: Sequence[float] | None) -> Callable:
     """The loss with these class weights."""
     given = _given(config.loss, "class_weights")
     return losses.build(config.loss.name, class_weights=weights, **given)
+
+
+def objective(config: ConfigDict, weights: Sequence[float] | None) -> Callable | None:
+    """The loss that is trained for, if evaluation's `losses.likelihood` is another one."""
+    given = _given(config.loss, "class_weights")
+    is_same = losses.is_likelihood(config.loss.name, class_weights=weights, **given)
+    return None if is_same else loss(config, weights)
 
 
 def learning_rate(config: ConfigDict, num_examples: int) -> Callable[[Any], jax.Array]:

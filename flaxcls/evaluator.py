@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import augment, build, inputs, metrics, models, run, sharding
+from flaxcls import augment, build, inputs, losses, metrics, models, run, sharding
 from flaxcls.checkpoint_reader import CheckpointReader
 from flaxcls.data import FILES
 from flaxcls.data.resident import gather
@@ -24,9 +24,11 @@ class Evaluator:
     """Evaluates variables on a whole split: every example counts once, whatever the batch size.
 
     Args:
+      loss: what the metric "loss" is the mean of.
       data: every example once, as `inputs.evaluation` gives it.
       batch_size: examples at a time; rounded up to a multiple of the devices.
       mean, std: the run's normalisation, one number a channel.
+      objective: the loss that is trained for, if it is another one; then a metric too.
     """
 
     def __init__(
@@ -39,23 +41,29 @@ class Evaluator:
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
+        objective: Callable | None = None,
     ):
         self._mesh, self._input = mesh, data
         self._batch_size = sharding.round_up(mesh, batch_size)
         self._data = sharding.replicate(mesh, data.arrays)
-        step = make_eval_step(network, loss, lambda x: augment.normalize(x, mean, std))
+        step = make_eval_step(network, loss, lambda x: augment.normalize(x, mean, std), objective)
 
         def eval_step(variables, sums, data, batch):
             return step(variables, sums, gather(data, batch))
 
         place = sharding.everywhere(mesh)
         self._step = jax.jit(eval_step, donate_argnums=1, out_shardings=place)
-        self._zeros = jax.jit(lambda: zero_metrics(network.num_classes), out_shardings=place)
+
+        def zeros():
+            sums = zero_metrics(network.num_classes)
+            return {**sums, "objective": sums["loss"]} if objective else sums
+
+        self._zeros = jax.jit(zeros, out_shardings=place)
 
     def __call__(
         self, variables: Any, alive: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """{"accuracy", "loss", "count", and "accuracy_top5" with more than 10 classes}.
+        """{"accuracy", "loss", "count", perhaps "objective", "accuracy_top5" from 11 classes on}.
 
         `alive` is called after every batch.
         """
@@ -110,11 +118,12 @@ def evaluate_run(
     evaluator = Evaluator(
         trained.mesh,
         trained.network,
-        build.loss(config, facts["class_weights"]),
+        losses.likelihood(config.loss.name),
         inputs.evaluation(config, source),
         batch_size=config.eval.batch_size or config.batch_size,
         mean=facts["mean"],
         std=facts["std"],
+        objective=build.objective(config, facts["class_weights"]),
     )
     with contextlib.closing(evaluator):
         results = evaluator.results(trained.variables, trained.ema)

@@ -116,25 +116,34 @@ class Goodput:
         if self._path is None or time.perf_counter() - self._written < every:
             return
         self._written = time.perf_counter()
-        totals = self.totals
-        content = {
-            "goodput": _goodput(totals),
-            "seconds": {name: round(seconds, 3) for name, seconds in totals.items()},
-            "restarts": self._restarts,
-            "last_sign_of_life": time.time(),
-        }
+        content = {**self.numbers(), "last_sign_of_life": time.time()}
         with contextlib.suppress(OSError):  # a full disk: training is worth more
             run.write_json(self._path, content)
 
-    def describe(self) -> str:
-        """`goodput 93.1 %: stepping 512 s, compiling 12 s, ...; 2 restarts`."""
+    def numbers(self) -> dict[str, Any]:
+        """{"goodput": a share, "seconds": of each category, "restarts": their number}; JSON."""
         totals = self.totals
-        largest_first = sorted(totals.items(), key=lambda item: -item[1])
-        parts = [f"{NAMES[name]} {spent:.0f} s" for name, spent in largest_first if spent >= 0.5]
-        text = f"goodput {100 * _goodput(totals):.1f} %: {', '.join(parts) or 'less than a second'}"
-        if self._restarts:
-            text += f"; {self._restarts} restart{'s' if self._restarts > 1 else ''}"
-        return text
+        return {
+            "goodput": _goodput(totals),
+            "seconds": {name: round(seconds, 3) for name, seconds in totals.items()},
+            "restarts": self._restarts,
+        }
+
+    def describe(self) -> str:
+        """The numbers in a sentence."""
+        return describe(self.numbers())
+
+
+def describe(numbers: Mapping[str, Any]) -> str:
+    """`goodput 93.1 %: stepping 512 s, compiling 12 s, ...; 2 restarts`, of `Goodput.numbers`."""
+    largest_first = sorted(numbers["seconds"].items(), key=lambda item: -item[1])
+    parts = [
+        f"{NAMES.get(name, name)} {spent:.0f} s" for name, spent in largest_first if spent >= 0.5
+    ]
+    text = f"goodput {100 * numbers['goodput']:.1f} %: {', '.join(parts) or 'less than a second'}"
+    if restarts := numbers["restarts"]:
+        text += f"; {restarts} restart{'s' if restarts > 1 else ''}"
+    return text
 
 
 def process_age() -> float:

@@ -108,6 +108,38 @@ def build(
     return loss
 
 
+# The negative log-likelihood of the distribution over the classes that a loss makes of logits; the
+# squared error has none, and stands for itself.
+_LIKELIHOODS = {
+    "softmax_cross_entropy": softmax_cross_entropy,
+    "focal": softmax_cross_entropy,
+    "sigmoid_cross_entropy": sigmoid_cross_entropy,
+    "squared_error": squared_error,
+}
+
+
+def likelihood(name: str) -> LossFunction:
+    """The plain loss that a network trained by the loss of that name is evaluated by.
+
+    Its negative log-likelihood, without label smoothing and weights, which is the same for networks
+    that were trained with different ones.
+    """
+    return build(_LIKELIHOODS[name].__name__)
+
+
+def is_likelihood(
+    name: str,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+    target_threshold: float | None = None,
+    **options,
+) -> bool:
+    """Whether the loss that `build` makes of these is `likelihood(name)`, for hard targets."""
+    del target_threshold, options  # 0 and 1 are on their sides of any threshold
+    return name != "focal" and not label_smoothing and class_weights is None
+
+
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """N / (K count_k) for each class, so that all classes weigh the same, as scikit-learn's.
 

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     run_flag = shlex.quote(f"--run={workdir}")
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
-        f"{watch.describe(summary['eval'])}\n{summary['goodput']}\n"
+        f"{watch.describe_end(summary)}\n{goodput.describe(summary['goodput'])}\n"
         f"The run is in {printable(workdir)}. To go on:\n"
         f"  evaluate:  python -m flaxcls.evaluate {run_flag}\n"
         f"  predict:   python -m flaxcls.predict {run_flag} FILES\n"

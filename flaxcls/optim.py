@@ -124,6 +124,16 @@ def build(
     return _in_float32(optimizer), describe(treatments, mode)
 
 
+def updates_made(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer of `build` has made, int32 []; its schedule is at that step."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    (state,) = filter(is_schedule, jax.tree.leaves(opt_state, is_leaf=is_schedule))
+    return state.count
+
+
 def describe(treatments: dict[str, Treatment], mode: str) -> str:
     """One line for each group of parameters that are treated alike, the largest group first."""
     groups: dict[tuple, list[str]] = {}

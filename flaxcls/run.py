@@ -151,10 +151,18 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
         return None
     if summary is None or not summary.get("finished"):
         return None
-    kinds = {"step": int, "seconds": float, "goodput": str, "eval": dict, "best": dict}
+    kinds = {"step": int, "seconds": float, "goodput": dict, "eval": dict, "best": dict}
     if all(options.fits(summary.get(name), kind) for name, kind in kinds.items()):
         metrics = {"accuracy": None, "loss": None, "count": None, **summary["eval"]}
-        if all(options.fits(value, float) for value in metrics.values()):
+        best = {name: value for name, value in summary["best"].items() if name != "weights"}
+        if summary["best"]:
+            best = {**dict.fromkeys(("step", "accuracy", "loss", "count")), **best}
+        spent = {"seconds": {}, "goodput": None, "restarts": None, **summary["goodput"]}
+        seconds = spent.pop("seconds")
+        numbers = (*metrics.values(), *best.values(), *spent.values())
+        if options.fits(seconds, dict) and all(
+            options.fits(value, float) for value in (*numbers, *seconds.values())
+        ):
             return summary
     say(f"flaxcls: {printable(path)} is no summary of a run; it is made anew", error=True)
     return None
@@ -166,8 +174,6 @@ def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[st
     Returns the config that the run had until now, None for a new one; and what summary.json holds
     if it has finished and nothing longer is asked for.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is a file; it must be a folder")
     try:
         before = load_config(workdir)
     except NoRun:

@@ -62,8 +62,10 @@ class Session:
         with clock.spending("compile"):
             seconds = trainer.compile(self.step)
         saved = compilation_cache.saved_seconds()
+        if self.step:
+            self._watch.say(f"resumed from step {self.step:,} of {plan.total_steps:,}")
         self._watch.say(
-            f"compiled in {seconds:.1f} s"
+            f"the training step compiled in {seconds:.1f} s"
             + (f" (programs kept from earlier save at least {saved:.0f} s)" if saved >= 1 else "")
             + f"; the run is in {workdir}"
         )
@@ -111,6 +113,7 @@ class Session:
         self._batches = self._trainer.batches(
             self.step, self._plan.total_steps, self._progress["data_offset"]
         )
+        self._watch.begin(self.step)
         self._logged = self.step
 
     @property
@@ -123,6 +126,7 @@ class Session:
             batch = next(self._batches)
         self._state = self._trainer.update(self._state, batch)
         self.step += 1
+        self._watch.stepped(self.step, self._epoch)
 
     def log(self) -> None:
         """Notes the metrics of the steps since the last time."""
@@ -133,7 +137,7 @@ class Session:
                 f"the updates of steps {self.step - skipped + 1} to {self.step} were not finite or "
                 "too large"
             )
-        row["learning_rate"] = self._trainer.rate(self.step - 1)
+        row["learning_rate"] = self._trainer.last_rate(self._state)
         lap = self._clock.lap(self.step - self._logged)
         self._watch.training(self.step, self._epoch, row, lap)
         self._logged = self.step
@@ -225,7 +229,7 @@ class Session:
             "finished": True,
             "step": self.step,
             "seconds": sum(self._clock.totals.values()),
-            "goodput": self._clock.describe(),
+            "goodput": self._clock.numbers(),
             "images_per_second": self._config.batch_size * steps_per_second,
             "data_wait": data_wait,
             "rollbacks": self._progress["rollbacks"],

@@ -15,7 +15,7 @@ another batch. Small images are enlarged, a pixel as a square.
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,9 +86,9 @@ def look(config: ConfigDict, *, step: int, count: int) -> list[Row]:
     with contextlib.closing(pipeline):
         mean, std = inputs.normalization(config, source, pipeline)
         batch = gather(pipeline.arrays, pipeline.batch(step))
-    augmentation = jax.jit(augment.build(config.augment or (), mean=mean, std=std))
+    augmentation = augment.build(config.augment or (), mean=mean, std=std)
     labels = jax.nn.one_hot(batch["label"], len(names))
-    augmented = augmentation(augmentation_key(config.seed, step), {**batch, "label": labels})
+    augmented = _augmented(config, augmentation, step, {**batch, "label": labels})
 
     load = Loader(source, inputs.eval_transform(config, source), config.input.max_pixels)
     size, indices = inputs.eval_image_size(config), batch["index"][:count].tolist()
@@ -109,11 +109,23 @@ def look(config: ConfigDict, *, step: int, count: int) -> list[Row]:
     ]
 
 
-def augmentation_key(seed: int, step: int) -> Any:
-    """What `flaxcls.step.make_train_step` gives the augmentation of a batch."""
+def _augmented(config: ConfigDict, augmentation: Callable, step: int, batch: Any) -> Any:
+    """The images and labels of a batch as `flaxcls.step.make_train_step` augments them."""
     import jax
 
-    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step))[0]
+    from flaxcls.step import augmentation_key, seed_key
+
+    key = jax.random.split(jax.random.fold_in(seed_key(config.seed), step))[0]
+    parts = config.gradient_accumulation
+    augment_part = jax.jit(
+        lambda key, index, part: augmentation(augmentation_key(key, index, parts), part)
+    )
+    result = {name: np.zeros(batch[name].shape, np.float32) for name in ("image", "label")}
+    for index in range(parts):
+        part = augment_part(key, index, {name: x[index::parts] for name, x in batch.items()})
+        for name, array in result.items():
+            array[index::parts] = part[name]
+    return result
 
 
 def _say(sentence: str) -> None:

@@ -1,5 +1,6 @@
 """Initialisation, one update and one evaluation batch: pure functions, no I/O, no devices."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,21 @@ import optax
 
 from flaxcls import metrics, models
 from flaxcls.optim import ema_update
+from flaxcls.rules import path_name
 from flaxcls.state import TrainState
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def seed_key(seed: int) -> jax.Array:
+    """The key that all randomness of a run on the devices comes from; `seed` is below 2**64.
+
+    JAX's own keys know 32 bits of a seed: 2**40 would be 0.
+    """
+    high, low = divmod(seed, 2**32)
+    key = jax.random.key(low)
+    return jax.random.fold_in(key, high) if high else key
 
 
 def make_init(
@@ -48,6 +60,11 @@ def make_init(
         )
 
     return init
+
+
+def augmentation_key(key: jax.Array, part: int | jax.Array, parts: int) -> jax.Array:
+    """What the augmentation of a part of a batch is keyed by, of the batch's own key."""
+    return key if parts == 1 else jax.random.fold_in(key, part)
 
 
 def zero_metrics(num_classes: int) -> metrics.Metrics:
@@ -102,15 +119,27 @@ def make_train_step(
     With `gradient_accumulation` = k the batch is computed in k parts and updates once. The gradient
     is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout
     the update equals that of the whole batch. BatchNorm normalises each part by its own statistics;
-    its running statistics move once, by the mean over the parts. Dropout draws other masks.
+    its running statistics move once, by the mean over the parts. Dropout and augmentation, which
+    each part has to itself, draw other numbers.
 
     `platform`, "cpu", "gpu" or "tpu", is what the step is for, not what it is compiled on: the
     results are the same but for rounding, what is fast differs.
     """
 
+    frozen = models.frozen(model)
+
+    def trained(params: Any) -> Any:
+        """The parameters, with nothing to differentiate by in those that are frozen."""
+        if frozen is None:
+            return params
+        return jax.tree.map_with_path(
+            lambda path, x: jax.lax.stop_gradient(x) if re.search(frozen, path_name(path)) else x,
+            params,
+        )
+
     def loss_sum(params, batch_stats, key, batch):
         logits, updates = model.apply(
-            {"params": params, "batch_stats": batch_stats},
+            {"params": trained(params), "batch_stats": batch_stats},
             batch["image"],
             train=True,
             mutable=["batch_stats"],
@@ -123,10 +152,11 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         augment_key, dropout_key = jax.random.split(key)
-        batch = {**batch, "label": jax.nn.one_hot(batch["label"], num_classes)}
-        batch = augment(augment_key, batch)
 
         def part(index, part_batch):
+            labels = jax.nn.one_hot(part_batch["label"], num_classes)
+            part_key = augmentation_key(augment_key, index, gradient_accumulation)
+            part_batch = augment(part_key, {**part_batch, "label": labels})
             (_, (weight, batch_stats, part_sums)), grads = jax.value_and_grad(
                 loss_sum, has_aux=True
             )(state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch)
@@ -207,20 +237,27 @@ def _sum_over_parts(part: Callable, batch: Batch, parts: int, platform: str) -> 
 
 
 def make_eval_step(
-    model: nn.Module, loss: Loss, normalize: Callable[[jax.Array], jax.Array]
+    model: nn.Module,
+    loss: Loss,
+    normalize: Callable[[jax.Array], jax.Array],
+    objective: Loss | None = None,
 ) -> Callable[[Any, Any, Batch], Any]:
-    """Returns `eval_step(variables, sums, batch) -> sums`.
+    """Returns `eval_step(variables, sums, batch) -> sums`, which start as `zero_metrics`.
 
-    `batch` has "image" uint8 [B, H, W, C], "label" int32 [B] and "mask" [B], 0 where an example
-    only fills the batch up and must not count.
+    `loss` is what "loss" means; with an `objective`, what is trained for, its own mean is
+    "objective", and the sums have to have a pair for it. `batch` has "image" uint8 [B, H, W, C],
+    "label" int32 [B] and "mask" [B], 0 where an example only fills the batch up and must not count.
     """
 
     def eval_step(variables: Any, sums: Any, batch: Batch) -> Any:
         logits = model.apply(variables, normalize(batch["image"]), train=False)
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         losses, weights = loss(logits, targets)
-        return metrics.add(
-            sums, metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
-        )
+        new = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
+        if objective is not None:
+            losses, weights = objective(logits, targets)
+            other = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
+            new["objective"] = other["loss"]
+        return metrics.add(sums, new)
 
     return eval_step

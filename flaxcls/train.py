@@ -89,7 +89,7 @@ def _introduction(config: ConfigDict, plan: build.Plan, mesh: Mesh, trainer: Tra
         f"devices: {sharding.describe(mesh)}\n"
         f"optimizer: {plan.treatment}\n"
         f"length: {plan.total_steps:,} steps of {config.batch_size} images, "
-        f"{plan.total_steps / plan.steps_per_epoch:g} epochs"
+        f"{plan.total_steps / plan.steps_per_epoch:.4g} epochs"
     )
 
 

@@ -11,11 +11,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import augment, build, inputs, metrics, processes, run, sharding
+from flaxcls import augment, build, inputs, losses, metrics, processes, run, sharding
 from flaxcls.data.resident import gather
 from flaxcls.evaluator import Evaluator
+from flaxcls.optim import updates_made
 from flaxcls.state import TrainState
-from flaxcls.step import forgive, is_finite, make_init, make_train_step, take_metrics
+from flaxcls.step import (
+    forgive,
+    is_finite,
+    make_init,
+    make_train_step,
+    seed_key,
+    take_metrics,
+)
 
 
 def mesh_for(config: ConfigDict) -> Mesh:
@@ -58,11 +66,12 @@ class Trainer:
         self._evaluator = Evaluator(
             mesh,
             network,
-            loss,
+            losses.likelihood(config.loss.name),
             inputs.evaluation(config, plan.eval_source, rows),
             batch_size=config.eval.batch_size or config.batch_size,
             mean=mean,
             std=std,
+            objective=build.objective(config, class_weights),
         )
         self.facts = {
             "config": run.plain(config),
@@ -78,7 +87,7 @@ class Trainer:
         # The state: shapes, then places; the arrays come with `init` or from a checkpoint.
         images = inputs.first_images(config, source, self.input, network)
         self._sample = np.asarray(augment.normalize(jnp.asarray(images), mean, std))
-        self._rng = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+        self._rng = np.asarray(jax.random.key_data(seed_key(config.seed)))
         with_ema = config.ema_decay is not None
         init = make_init(network, plan.optimizer, num_classes=num_classes, ema=with_ema)
         self.shapes = jax.eval_shape(init, self._rng, self._sample)
@@ -162,9 +171,14 @@ class Trainer:
         return self._forgive(state)
 
     def rate(self, step: int) -> float:
-        """The learning rate of the update number `step`, counted from 0."""
+        """The learning rate of the update number `step`, counted from 0 without skipped ones."""
         with jax.transfer_guard("allow"):
             return float(self._rate(step))
+
+    def last_rate(self, state: TrainState) -> float:
+        """The learning rate of the last update; the schedule waits while updates are skipped."""
+        updates = int(jax.device_get(updates_made(state.opt_state)))
+        return self.rate(max(updates - 1, 0))
 
     def evaluate(
         self, state: TrainState, alive: Callable[[], None] = lambda: None

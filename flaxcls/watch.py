@@ -21,6 +21,8 @@ from tensorboardX.summary import scalar
 from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.output import Guarded, printable_lines
 
+FIRST_LINE_SECONDS = 3  # of steps, from which the rest can be told
+
 
 class Watch:
     """Writes one row at a time to `metrics.jsonl`, TensorBoard and the terminal.
@@ -43,6 +45,7 @@ class Watch:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._board = _Board(workdir and workdir / "tensorboard")
         self._open(start_step)
+        self.begin(start_step)
 
     def _open(self, start_step: int) -> None:
         try:
@@ -84,6 +87,35 @@ class Watch:
         """Prints a line that stays."""
         self._console.print(printable_lines(text), markup=False)
 
+    def begin(self, step: int) -> None:
+        """Now the loop begins, or begins again, after a step."""
+        self._begin, self._began, self._is_silent = step, time.perf_counter(), True
+        self._first_step_ended: float | None = None
+
+    def stepped(self, step: int, epoch: float) -> None:
+        """Says how fast it is and how long it takes, once, some seconds after the first step.
+
+        Rows may be far apart, and who waits wants to know. Nothing is said after the first row.
+        """
+        if not self._is_silent:
+            return
+        now = time.perf_counter()
+        if self._first_step_ended is None:
+            self._first_step_ended = now
+        enough = max(now - self._first_step_ended, self._first_step_ended - self._began)
+        if enough >= FIRST_LINE_SECONDS and step < self._total_steps:
+            self._is_silent = False
+            rate = self._batch_size * (step - self._begin) / (now - self._began)
+            self.say(
+                f"step {step}/{self._total_steps}  epoch {epoch:.2f}  {rate:,.0f} images/s  "
+                f"{_about(self._remaining(step))} to go"
+            )
+
+    def _remaining(self, step: int) -> float:
+        """Seconds, if all goes on as since the loop began, evaluations and saves included."""
+        elapsed = time.perf_counter() - self._began
+        return (self._total_steps - step) * elapsed / max(step - self._begin, 1)
+
     def training(
         self, step: int, epoch: float, row: dict[str, float], lap: tuple[float, float]
     ) -> None:
@@ -92,12 +124,12 @@ class Watch:
         steps_per_second, data_wait = lap
         rate = self._batch_size * steps_per_second
         self._board.add(step, {"time/images_per_second": rate, "time/data_wait": data_wait})
-        eta = (self._total_steps - step) / steps_per_second
+        self._is_silent = False
         line = (
             f"step {step}/{self._total_steps}  epoch {epoch:.2f}  loss {row['loss']:.4f}  "
             f"accuracy {100 * row['accuracy']:.2f} %  lr {row['learning_rate']:.3g}  "
             f"{rate:,.0f} images/s  data wait {100 * data_wait:.0f} %  "
-            f"ETA {_clock(eta)}"
+            f"ETA {_clock(self._remaining(step))}"
         )
         if row.get("skipped_updates"):
             line += f"  {row['skipped_updates']} updates left out"
@@ -219,6 +251,24 @@ def describe(row: Mapping[str, float]) -> str:
             right = round(row[name] * row["count"])
             parts.append(f"{label} {100 * row[name]:.2f} % ({right:,} of {row['count']:,})")
     return ", ".join([*parts, f"loss {row['loss']:.4f}"])
+
+
+def describe_end(summary: Mapping[str, Any]) -> str:
+    """The last results of summary.json and, where it is another one, the best result."""
+    text, best = describe(summary["eval"]), summary["best"]
+    if best and (best["step"], best["weights"]) != (summary["step"], "eval"):
+        averaged = ", averaged parameters" if best["weights"] == "ema" else ""
+        text += f"\nThe best was after step {best['step']:,}{averaged}: {describe(best)}"
+    return text
+
+
+def _about(seconds: float) -> str:
+    """`about 50 seconds`, `about 12 minutes`, `about 3.5 hours`."""
+    if seconds < 90:
+        return f"about {seconds:.0f} seconds"
+    if seconds < 90 * 60:
+        return f"about {seconds / 60:.0f} minutes"
+    return f"about {seconds / 3600:.1f} hours"
 
 
 def _clock(seconds: float) -> str:

@@ -145,3 +145,33 @@ def test_balanced_class_weights_name_the_class_that_has_no_example():
         losses.balanced_class_weights(LABELS, 6)
     with pytest.raises(DataError, match="from 0 to 3, got 0 to 4"):
         losses.balanced_class_weights(LABELS, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "same"),
+    [
+        ("softmax_cross_entropy", {}, True),
+        ("softmax_cross_entropy", {"label_smoothing": 0.1}, False),
+        ("softmax_cross_entropy", {"class_weights": (1.0, 2.0, 3.0)}, False),
+        ("focal", {"gamma": 2.0}, False),
+        ("sigmoid_cross_entropy", {"target_threshold": 0.2}, True),
+        ("sigmoid_cross_entropy", {"label_smoothing": 0.1}, False),
+        ("squared_error", {}, True),
+    ],
+)
+def test_likelihood_is_the_loss_without_smoothing_and_weights(name, options, same):
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(6, 3)).astype(np.float32)
+    labels = random.integers(0, 3, 6)
+    targets = np.eye(3, dtype=np.float32)[labels]
+    values, weights = losses.likelihood(name)(logits, targets)
+    assert (weights == 1).all()
+    x = logits.astype(np.float64)
+    expected = {
+        "squared_error": ((x - targets) ** 2).mean(axis=1),
+        "sigmoid_cross_entropy": (np.log1p(np.exp(x)) - targets * x).mean(axis=1),
+    }.get(name, np.log(np.exp(x).sum(axis=1)) - x[np.arange(6), labels])
+    np.testing.assert_allclose(values, expected, rtol=1e-5)
+    assert losses.is_likelihood(name, **options) == same
+    other, other_weights = losses.build(name, **options)(logits, targets)
+    assert (np.allclose(other, values) and np.allclose(other_weights, 1)) == same

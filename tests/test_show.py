@@ -7,7 +7,7 @@ import pytest
 from flaxcls import augment, build, inputs, sharding, show
 from flaxcls.data.resident import gather
 from flaxcls.errors import ConfigError
-from flaxcls.step import make_init, make_train_step
+from flaxcls.step import augmentation_key, make_init, make_train_step, seed_key
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
     step = jax.jit(lambda state: (train_step(state, batch), keys.pop()))
     for number in (0, 1):
         state, key = step(state)
-        expected = jax.random.key_data(show.augmentation_key(7, number))
-        np.testing.assert_array_equal(key, expected)
+        expected = jax.random.split(jax.random.fold_in(seed_key(7), number))[0]
+        np.testing.assert_array_equal(key, jax.random.key_data(expected))
 
 
 @pytest.mark.parametrize("mode", ["resident", "stream"])
@@ -65,6 +65,24 @@ def test_rows_are_the_images_of_the_batch(tiny_config, mode, step):
     names = [plan.train_source.class_names[label] for label in np.asarray(batch["label"])[:5]]
     assert [words for (words,) in evaluation.captions] == [(name, 1.0) for name in names]
     assert augmented.captions == evaluation.captions
+
+
+def test_parts_of_an_accumulated_batch_are_augmented_as_in_training(tiny_config):
+    spec = ({"name": "mixup", "alpha": 1.0},)
+    config = tiny_config(gradient_accumulation=2, augment=spec, data__mean=(0.5,), data__std=(0.2,))
+    *_, shown = show.look(config, step=3, count=16)
+
+    plan = build.plan(config, sharding.make_mesh())
+    pipeline = inputs.training(config, plan.train_source, plan.image_sizes)
+    batch = gather(pipeline.arrays, pipeline.batch(3))
+    key = jax.random.split(jax.random.fold_in(seed_key(0), 3))[0]
+    mix = augment.build(spec, mean=(0.5,), std=(0.2,))
+    for part in (0, 1):
+        images = {name: x[part::2] for name, x in batch.items()}
+        images["label"] = jax.nn.one_hot(images["label"], 5)
+        mixed = mix(augmentation_key(key, part, 2), images)["image"]
+        pixels = np.round((np.asarray(mixed) * 0.2 + 0.5) * 255)
+        np.testing.assert_allclose(shown.images[part::2], pixels, atol=1)
 
 
 def test_crops_of_training_differ_from_those_of_evaluation(tiny_config):

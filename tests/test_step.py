@@ -5,11 +5,13 @@ import collections
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType
 
 from flaxcls import augment, build, models
-from flaxcls.step import make_init, make_train_step, take_metrics
+from flaxcls.models.dense import DenseNetwork
+from flaxcls.step import augmentation_key, make_init, make_train_step, seed_key, take_metrics
 from flaxcls.train import train
 from flaxcls.trainer import Trainer
 
@@ -163,12 +165,12 @@ def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
         {
             "loss__class_weights": (0.2, 3.0, 1.0, 0.0, 2.0),
             "loss__label_smoothing": 0.1,
-            "augment": ({"name": "pad_crop", "padding": 1}, {"name": "mixup", "alpha": 0.8}),
+            "augment": ({"name": "flip", "mode": "alternating"}, {"name": "normalize"}),
             "optimizer__gradient_clip_norm": 0.5,
             "optimizer__weight_decay": 0.01,
         },
     ],
-    ids=["plain", "weighted, smoothed, mixed, clipped"],
+    ids=["plain", "weighted, smoothed, augmented, clipped"],
 )
 def test_accumulated_parts_equal_the_large_batch(tiny_config, changes):
     config = tiny_config(optimizer__momentum=0.9, **changes)
@@ -178,6 +180,85 @@ def test_accumulated_parts_equal_the_large_batch(tiny_config, changes):
         for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(*(jax.tree.leaves(s) for s in (sums, other_sums)), rtol=1e-5)
+
+
+def test_parts_are_augmented_as_they_come_each_with_its_own_numbers(tiny_config):
+    seen = []
+
+    def augmentation(key, batch):
+        assert batch["image"].dtype == jnp.uint8 and batch["label"].shape[1] == 5
+        jax.debug.callback(
+            lambda *part: seen.append(part), jax.random.key_data(key), batch["index"]
+        )
+        return {**batch, "image": batch["image"].astype(jnp.float32)}
+
+    config = tiny_config()
+    plan = build.plan(config, mesh_of(1, 1))
+    batch = tiny_batch()
+    for parts in (1, 4):
+        step = make_train_step(
+            plan.network,
+            build.loss(config, None),
+            plan.optimizer,
+            augmentation,
+            num_classes=5,
+            ema_decay=None,
+            gradient_accumulation=parts,
+            max_grad_norm=1e9,
+            platform="cpu",
+        )
+        init = make_init(plan.network, plan.optimizer, num_classes=5, ema=False)
+        state = init(jax.random.key_data(seed_key(7)), batch["image"].astype(jnp.float32))
+        seen.clear()
+        jax.block_until_ready(jax.jit(step)(state, batch))
+        jax.effects_barrier()
+        key = jax.random.split(jax.random.fold_in(seed_key(7), 0))[0]
+        keys = {
+            tuple(jax.random.key_data(augmentation_key(key, n, parts)).tolist())
+            for n in range(parts)
+        }
+        assert {tuple(key.tolist()) for key, _ in seen} == keys and len(keys) == parts
+        indices = sorted(tuple(index.tolist()) for _, index in seen)
+        whole = np.asarray(batch["index"])
+        assert indices == sorted(tuple(whole[n::parts].tolist()) for n in range(parts))
+
+
+@pytest.mark.parametrize("high", [1, 2**31, 2**32 - 1])
+def test_every_bit_of_the_seed_counts(high):
+    plain, other = (jax.random.key_data(seed_key(seed)) for seed in (5, 5 + high * 2**32))
+    np.testing.assert_array_equal(plain, jax.random.key_data(jax.random.key(5)))
+    assert (plain != other).any()
+
+
+class HalfFrozen(DenseNetwork):
+    frozen = r"^hidden1/kernel$"
+
+
+def test_frozen_parameters_have_no_gradient(monkeypatch, tiny_config):
+    monkeypatch.setitem(models.MODELS, "half_frozen", HalfFrozen)
+    config = tiny_config(model__name="half_frozen", optimizer__momentum=0.9)
+    before, _ = step_in_parts(config, 1, steps=0)
+    after, sums = step_in_parts(config, 1, steps=2)
+    first, last = (state.params["hidden1"] for state in (before, after))
+    np.testing.assert_array_equal(first["kernel"], last["kernel"])
+    assert (first["bias"] != last["bias"]).any()
+
+    # The norm, which is logged and limited, is that of what is trained.
+    plan = build.plan(config, mesh_of(1, 1))
+    batch = tiny_batch()
+    image = augment.build((), mean=(0.5,), std=(0.25,))(
+        jax.random.key(0), {**batch, "label": jax.nn.one_hot(batch["label"], 5)}
+    )["image"]
+
+    def loss(params):
+        logits = plan.network.apply({"params": params}, image, train=True)
+        losses, weights = build.loss(config, None)(logits, jax.nn.one_hot(batch["label"], 5))
+        return jnp.sum(losses * weights) / jnp.sum(weights)
+
+    grads = jax.grad(loss)(before.params)
+    assert np.abs(grads["hidden1"].pop("kernel")).max() > 0
+    _, sums = step_in_parts(config, 1, steps=1)
+    assert float(sums["grad_norm"][0]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
 
 
 def test_accumulation_with_batch_norm_is_as_documented(tiny_config):

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import augment
+from flaxcls import augment, build, sharding
 from flaxcls import train as training
 from flaxcls.checkpoint import Checkpoints
 from flaxcls.errors import ConfigError, DataError, DivergedError, Interrupted
 from flaxcls.schedules import Duration
 from flaxcls.train import Due, train
+from flaxcls.trainer import Trainer
 
 
 def rows_of(workdir):
@@ -318,3 +319,22 @@ def test_run_does_not_go_on_with_other_data(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr("flaxcls.data.fake.fingerprint", lambda **facts: "0" * 16)
     with pytest.raises(DataError, match="the training data are not those"):
         train(config, tmp_path / "run")
+
+
+def test_logged_learning_rate_waits_with_the_schedule_while_updates_are_skipped(tiny_config):
+    mesh = sharding.make_mesh()
+    for max_grad_norm, made in ((1e9, 4), (1e-9, 0)):
+        config = tiny_config(divergence__max_grad_norm=max_grad_norm)
+        trainer = Trainer(config, build.plan(config, mesh), mesh)
+        state = trainer.init()
+        for step in range(4):
+            state = trainer.update(state, trainer.batch(step))
+        assert int(state.step) == 4
+        assert trainer.last_rate(state) == trainer.rate(max(made - 1, 0))
+
+
+def test_evaluation_tells_the_likelihood_and_the_objective_if_it_is_another(tmp_path, tiny_config):
+    plain = train(tiny_config(), tmp_path / "plain")["eval"]
+    assert "objective" not in plain
+    smoothed = train(tiny_config(loss__label_smoothing=0.3), tmp_path / "smoothed")["eval"]
+    assert smoothed["objective"] > smoothed["loss"] + 0.05  # what can't be reached is not counted

@@ -5,6 +5,7 @@ import pty
 import pytest
 from tensorboardX.proto import event_pb2
 
+from flaxcls import watch as watch_module
 from flaxcls.watch import Watch, describe
 
 ROW = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 0.1}
@@ -57,10 +58,13 @@ def test_tensorboard_file_holds_the_scalars(tmp_path):
     assert scalars["time/data_wait"] == (10, 0.25)
 
 
-def test_lines_are_plain_when_not_a_terminal(tmp_path, capsys):
+def test_lines_are_plain_when_not_a_terminal(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watch_module.time, "perf_counter", lambda: now[0])
     with Watch(tmp_path, 0, 40, 8) as watch:
         watch.say("[bold]a line[/bold] that is longer than any terminal " + "x" * 200)
         watch.training(10, 2.5, ROW, (100.0, 0.25))
+        now[0] = 2000.0  # with evaluations and all: what is left takes as long
         watch.training(20, 5.0, ROW, (0.01, 0.25))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("[bold]a line[/bold]") and lines[0].endswith("x" * 200)
@@ -105,3 +109,47 @@ def test_description_says_how_many_were_right():
     assert describe(row) == (
         "accuracy 98.61 % (355 of 360), top-5 accuracy 100.00 % (360 of 360), loss 0.0512"
     )
+
+
+def test_speed_and_length_are_said_once_before_the_first_row(tmp_path, capsys, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(watch_module.time, "perf_counter", lambda: now[0])
+    with Watch(tmp_path, 0, 1000, 64) as told:
+        for step in range(1, 30):
+            now[0] += 0.25
+            told.stepped(step, step / 10)
+        said = capsys.readouterr().out.splitlines()
+        # 3 s after the first step, which ended after 0.25 s: at step 13.
+        assert said == ["step 13/1000  epoch 1.30  256 images/s  about 4 minutes to go"]
+
+        told.begin(29)  # after a rollback
+        now[0] += 100
+        told.stepped(30, 3.0)  # a step that takes long tells enough
+        assert capsys.readouterr().out == (
+            "step 30/1000  epoch 3.00  1 images/s  about 26.9 hours to go\n"
+        )
+    assert not (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_nothing_is_said_where_rows_come_soon_or_the_run_is_over(tmp_path, capsys):
+    with Watch(tmp_path, 0, 3, 64) as told:
+        told.stepped(1, 0.1)
+        row = {"loss": 1.0, "accuracy": 0.5, "learning_rate": 0.1}
+        told.training(1, 0.1, row, (10.0, 0.0))
+        capsys.readouterr()
+        told.stepped(2, 0.2)
+        told.stepped(3, 0.3)
+    assert not capsys.readouterr().out
+
+
+def test_end_names_the_best_result_where_it_is_not_the_last():
+    row = {"accuracy": 0.5, "loss": 1.25, "count": 10}
+    best = {"step": 40, "weights": "ema", "accuracy": 0.7, "loss": 1.0, "count": 10}
+    text = watch_module.describe_end({"step": 50, "eval": row, "best": best})
+    assert text == (
+        "accuracy 50.00 % (5 of 10), loss 1.2500\n"
+        "The best was after step 40, averaged parameters: accuracy 70.00 % (7 of 10), loss 1.0000"
+    )
+    same = {**row, "step": 50, "weights": "eval"}
+    for best in ({}, same):
+        assert "best" not in watch_module.describe_end({"step": 50, "eval": row, "best": best})

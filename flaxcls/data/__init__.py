@@ -57,8 +57,8 @@ def other_classes(source: Source, class_names: Sequence[str]) -> str:
     differences = [f"it has {some_names(unknown)} besides"] if unknown else []
     differences += [f"it lacks {some_names(missing)}"] if missing else []
     return (
-        f"the {len(ours):,} classes of {source.name} are not the {len(theirs):,} that the network knows: "
-        f"{', '.join(differences) or 'their order is another'}"
+        f"the {len(ours):,} classes of {source.name} are not the {len(theirs):,} that the network "
+        f"knows: {', '.join(differences) or 'their order is another'}"
     )
 
 

@@ -25,7 +25,16 @@ from flaxcls.errors import ConfigError, DataError
 from flaxcls.output import printable, say
 
 _COLUMNS = ("path", "label", "split")
-_INTEGER = re.compile("-?(0|[1-9][0-9]*)")
+_NEEDED = _COLUMNS[:2]
+ALIASES = {  # what columns are called, in any case
+    "path": (
+        *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "img"),
+        *("image_path", "imagepath", "img_path", "image_file", "image_name", "filenames"),
+    ),
+    "label": ("label", "labels", "class", "class_name", "classname", "category", "target"),
+    "split": ("split", "set", "subset", "partition"),
+}
+_INTEGER = re.compile("-?(0|[1-9][0-9]{0,17})")
 
 
 class _Row(NamedTuple):
@@ -57,11 +66,13 @@ def open_list(
     rows = [row for _, row in _rows(path)]
     there = sorted({row.split for row in rows})
     if not rows:
-        raise ConfigError(f"{path} has no rows; each should be a path and a label")
+        raise ConfigError(f"{printable(path)} has no rows; each should be a path and a label")
     has_splits = there != [""]
     to_train = class_names is None
     if has_splits and to_train and "train" not in there:
-        raise ConfigError(f"{path} has no rows of split train, only of {', '.join(there)}")
+        raise ConfigError(
+            f"{printable(path)} has no rows of split train, only of {', '.join(there)}"
+        )
     asked = asked_splits(split, there) if has_splits else [""]
     if has_splits and to_train:
         asked = ["train", *asked]
@@ -114,7 +125,7 @@ def _rows(path: str) -> Iterator[tuple[int, _Row]]:
     """Every row and the number of its line; the list's form is checked, not the files."""
     read = _READERS.get(os.path.splitext(path)[1].lower())
     if read is None:
-        raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {path}")
+        raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {printable(path)}")
     has_split = None
     try:
         with open(path, encoding="utf-8-sig", newline="", opener=open_regular) as file:
@@ -125,9 +136,11 @@ def _rows(path: str) -> Iterator[tuple[int, _Row]]:
                     raise _bad(path, line, "either all rows have a split, or none")
                 yield line, row
     except OSError as error:
-        raise ConfigError(f"config.data.path: {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"config.data.path: {printable(path)} cannot be read: {error.strerror}"
+        ) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text") from error
+        raise DataError(f"{printable(path)} is not UTF-8 text") from error
 
 
 def _checked(path: str, line: int, record: dict[str, Any]) -> _Row:
@@ -150,31 +163,84 @@ def _encodable(text: str) -> bool:
 
 
 def _csv_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(file, strict=True)
-    columns: tuple[str, ...] = ()
+    delimiter = _delimiter(file)
+    reader = csv.reader(file, strict=True, delimiter=delimiter)
+    titles: Sequence[str] = ()
+    columns: dict[str, str] = {}
     try:
         for cells in reader:
             if not any(cells):
                 continue
-            if not columns:
-                columns = tuple(cell.strip().lower() for cell in cells)
-                if {"path", "label"} <= {*columns}:
+            if not titles:
+                headless = _begins_with_picture(cells)
+                titles = _COLUMNS[: len(cells)] if headless else [cell.strip() for cell in cells]
+                columns = _columns(path, reader.line_num, titles)
+                if not headless:
                     continue
-                columns = _COLUMNS[: len(cells)]
-                if len(cells) < 2 or not is_picture(cells[0]):
-                    raise _bad(
-                        path,
-                        reader.line_num,
-                        f"must be path,label or path,label,split, or name the columns so; got "
-                        f"{','.join(cells)}",
-                    )
-            if len(cells) != len(columns):
+            if len(cells) != len(titles):
                 raise _bad(
-                    path, reader.line_num, f"must be {','.join(columns)}, got {','.join(cells)}"
+                    path,
+                    reader.line_num,
+                    f"must be {delimiter.join(titles)}, got {delimiter.join(cells)}",
                 )
-            yield reader.line_num, dict(zip(columns, cells, strict=True))
+            row = dict(zip(titles, cells, strict=True))
+            yield reader.line_num, {column: row[title] for column, title in columns.items()}
     except csv.Error as error:
         raise _bad(path, reader.line_num, f"not CSV: {error}") from error
+
+
+def _delimiter(file: TextIO) -> str:
+    """What divides the columns of the first row so that they are understood."""
+    for delimiter in ",;\t":
+        file.seek(0)
+        try:
+            rows = csv.reader(file, strict=True, delimiter=delimiter)
+            first = next((cells for cells in rows if any(cells)), [])
+        except csv.Error:
+            first = []
+        names = {_plain(cell) for cell in first}
+        if _begins_with_picture(first) or all(names & {*ALIASES[key]} for key in _NEEDED):
+            break
+    else:
+        delimiter = ","
+    file.seek(0)
+    return delimiter
+
+
+def _begins_with_picture(cells: Sequence[str]) -> bool:
+    """Whether a first row names no columns, but is the path of a picture, its label and so on."""
+    return 2 <= len(cells) <= len(_COLUMNS) and is_picture(cells[0])
+
+
+def _plain(title: str) -> str:
+    return title.strip().lower().replace(" ", "_").replace("-", "_")
+
+
+def _columns(
+    path: str, line: int, titles: Sequence[str], needed: Sequence[str] = _NEEDED
+) -> dict[str, str]:
+    """The title of the column of each of `_COLUMNS` that there is, whatever it is called."""
+    found = {}
+    for column in _COLUMNS:
+        names = [title for title in titles if _plain(title) == column]
+        names = names or [title for title in titles if _plain(title) in ALIASES[column]]
+        if len(names) > 1:
+            raise _bad(
+                path,
+                line,
+                f"{' and '.join(names)} could each be the {column}: call one of them {column}",
+            )
+        if names:
+            found[column] = names[0]
+        elif column in needed:
+            others = [name for name in ALIASES[column] if name != column]
+            raise _bad(
+                path,
+                line,
+                f"no column is the {column}: they are called {', '.join(titles)}, but one must be "
+                f"{column} (or {', '.join(others)})",
+            )
+    return found
 
 
 def _json_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -183,15 +249,16 @@ def _json_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise _bad(path, number, f"not JSON: {error}") from error
         if not isinstance(record, dict):
             raise _bad(path, number, "must be an object with path and label")
-        yield number, record
+        columns = _columns(path, number, [*record], needed=())
+        yield number, {column: record[title] for column, title in columns.items()}
 
 
 def _bad(path: str, line: int, what: str) -> DataError:
-    return DataError(f"{path}, line {line}: {what}")
+    return DataError(printable(f"{path}, line {line}: {what}"))
 
 
 _READERS: dict[str, Callable[[str, TextIO], Iterator[tuple[int, dict[str, Any]]]]] = {

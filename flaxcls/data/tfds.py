@@ -22,6 +22,7 @@ from tensorflow_datasets.core import dataset_builder, naming
 from tensorflow_datasets.core.utils import version as versions
 from tensorflow_datasets.proto import tf_example_pb2
 
+from flaxcls.data import metadata
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split
 from flaxcls.data.storage import is_remote, size_and_version
 from flaxcls.data.tfrecord import FilePart, TfRecords, check_count
@@ -80,22 +81,25 @@ class TfdsSource(Source):
     """A split of a prepared data set: the folder with dataset_info.json and features.json."""
 
     def __init__(self, name: str, split: str, directory: epath.PathLike):
-        info = tfds.builder_from_directory(directory).info
+        info = metadata.read_info(directory)
         self._image_key, self._label_key = image_and_label(info)
         feature = info.features[self._image_key]
-        slices = resolve_split(
-            split, {key: list(value.shard_lengths) for key, value in info.splits.items()}
-        )
-        parts = [
-            part
-            for piece in slices
-            for part in info.splits[tfds.core.ReadInstruction(*piece)].file_instructions
-        ]
+        try:
+            slices = resolve_split(
+                split, {key: list(value.shard_lengths) for key, value in info.splits.items()}
+            )
+            parts = [
+                part
+                for piece in slices
+                for part in info.splits[tfds.core.ReadInstruction(*piece)].file_instructions
+            ]
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise metadata.damaged(directory, error) from error
         self._records = _open_records(parts, info.file_format.value)
         super().__init__(
             name=name,
             split=split,
-            class_names=info.features[self._label_key].names,
+            class_names=metadata.class_names(info, directory, self._label_key),
             image_shape=tuple(feature.shape),
             fingerprint=fingerprint(
                 name=info.full_name,
@@ -195,7 +199,7 @@ def find_prepared(name: str, root: epath.PathLike) -> epath.Path | None:
     """
     dataset, asked = _parse_name(name)
     folder = epath.Path(root) / dataset
-    config = asked.get("config") or dataset_builder.load_default_config_name(folder)
+    config = asked.get("config") or _default_config(folder)
     found = _prepared_versions(folder / (config or ""), asked.get("version"))
     if found:
         return found[-1]
@@ -207,6 +211,14 @@ def find_prepared(name: str, root: epath.PathLike) -> epath.Path | None:
                 f"ask for one, such as '{dataset}/{configs[0]}'"
             )
     return None
+
+
+def _default_config(folder: epath.Path) -> str | None:
+    try:
+        return dataset_builder.load_default_config_name(folder)
+    except (AttributeError, OSError, ValueError) as error:
+        place = folder / ".config/metadata.json"
+        raise DataError(f"{place} is damaged: {_first_line(error)}") from error
 
 
 def _parse_name(name: str) -> tuple[str, dict[str, Any]]:

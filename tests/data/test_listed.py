@@ -49,6 +49,17 @@ PAIRS = [("a.jpg", "cat"), ("b.jpg", "dog"), ("d.jpg", "dog"), ("sub folder/c.jp
         PLAIN.replace("\n", "\n\n"),
         b"\xef\xbb\xbfPath, Label\n" + PLAIN.encode(),
         PLAIN.replace("b.jpg", '"b.jpg"').replace(",cat", ", cat "),
+        *(
+            f"{path}{delimiter}{label}\n" + PLAIN.replace(",", delimiter)
+            for path, label, delimiter in (
+                ("filename", "class", ","),
+                ("Image Path", "Category", ";"),
+                ("FILE", "target", "\t"),
+            )
+        ),
+        PLAIN.replace(",", ";"),
+        PLAIN.replace(",", "\t"),
+        "path,label,class,file\n" + "".join(f"{row},x,y\n" for row in PLAIN.splitlines()),
         "label,age,path\ncat,3,a.jpg\ndog,,b.jpg\ncat,1,sub folder/c.jpg\ndog,2,d.jpg",
     ],
 )
@@ -56,6 +67,15 @@ def test_csv_with_and_without_a_header(write, text):
     source = open_list(write(text))
     assert contents(source) == PAIRS
     assert source.class_names == ("cat", "dog") and source.image_shape == (None, None, 3)
+
+
+def test_jsonl_with_other_names(write):
+    rows = [{"file_name": path, "Category": label} for path, label in PAIRS]
+    source = open_list(write("\n".join(map(json.dumps, rows)), "list.jsonl"))
+    assert contents(source) == PAIRS
+    rows[3]["file"] = "a.jpg"
+    with pytest.raises(DataError, match="line 4: file_name and file could each be the path"):
+        open_list(write("\n".join(map(json.dumps, rows)), "list.jsonl"))
 
 
 def test_jsonl_and_absolute_paths(write, tmp_path):
@@ -147,8 +167,15 @@ def test_missing_files_are_named_when_they_are_read(write, tmp_path):
         ("path,label\na, b.jpg,cat\n", "line 2: must be path,label, got a, b.jpg,cat"),
         ("a.jpg,cat\n,dog\n", "line 2: path must be text, got ''"),
         ("a.jpg,cat\nb.jpg, \n", "line 2: label must be text, got ' '"),
-        ("filename,class\na.jpg,cat\n", "line 1: must be path,label or path,label,split, or name"),
-        ("a.jpg;cat\n", "line 1: must be path,label or"),
+        (
+            "picture_no,kind\na.jpg,cat\n",
+            "line 1: no column is the path: they are called picture_no, kind, but one must be path "
+            r"\(or file, filename, ",
+        ),
+        ("file,kind\na.jpg,cat\n", "no column is the label: they are called file, kind, but one "),
+        ("image,file,label\na,a.jpg,0\n", "line 1: image and file could each be the path: call"),
+        ("a.jpg|cat\n", "line 1: no column is the path: they are called a.jpg|cat, but"),
+        ("file;class\na.jpg;cat\nb.jpg\n", "line 3: must be file;class, got b.jpg$"),
         ("a.jpg,cat,dev\n", "line 1: split must be one of train, val, valid, .*, got 'dev'"),
         ("a.jpg,cat,train\nb.jpg,dog,\n", "line 2: either all rows have a split, or none"),
         ("path,split,label\na.jpg,,cat\nb.jpg,val,cat\n", "line 3: either all rows have a split"),
