@@ -1,6 +1,7 @@
 """Times a recipe's training step, its input or its augmentations, without training to the end.
 
     python -m flaxcls.bench [step|input|augment] --config=configs/NAME.py [--config.x=y ...]
+                            [--json=FILE]
 
 step     seconds of reading the data and of compiling, and the images/s of each round of --steps
          steps with its input; a round ends when the devices have finished.
@@ -9,25 +10,34 @@ input    images/s that the streaming input decodes, all in all and a core; where
          --busy as fast as the input (0.8: the model is the bottleneck by a fifth).
 augment  milliseconds a batch of every augmentation, each compiled alone.
 
-Rounds are --rounds; one more comes first and is not counted.
+Rounds are --rounds; one more comes first and is not counted. --json=FILE gets the figures with
+their units, the config, versions and devices.
 """
 
+import contextlib
+import json
 import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 from flaxcls import cli
-from flaxcls.errors import ConfigError, did_you_mean
+from flaxcls.errors import ConfigError, OutputError, did_you_mean
+from flaxcls.output import printable, say, write_result
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
 flags.DEFINE_integer("steps", 20, "Steps a round.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 5, "Rounds that count.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("busy", 0.8, "Speed of the model over the input's.", flag_values=FLAGS)
+flags.DEFINE_string("json", None, "A file for all figures.", flag_values=FLAGS)
+
+Figures = dict[str, dict[str, Any]]  # by name {"value": number, "unit": str}, maybe "rounds"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"there is no benchmark {what!r}{did_you_mean(what, BENCHMARKS)}")
     if FLAGS.config is None:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
+    if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json={printable(FLAGS.json)} is in a folder that does not exist")
     config = cli.load_config(FLAGS.config, overrides)
 
     from flaxcls import build
@@ -47,10 +59,31 @@ def main(argv: Sequence[str]) -> None:
 
     build.check(config)
     mesh = mesh_for(config)
-    BENCHMARKS[what](config, mesh)
+    figures = BENCHMARKS[what](config, mesh)
+    if FLAGS.json:
+        _write_json(Path(FLAGS.json), what, config, figures)
 
 
-def bench_step(config: Any, mesh: Any) -> None:
+def _write_json(path: Path, what: str, config: Any, figures: Figures) -> None:
+    from flaxcls import run
+
+    content = {
+        "benchmark": what,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "flags": {name: FLAGS[name].value for name in ("config", "steps", "rounds", "busy")},
+        "figures": figures,
+        "config": run.plain(config),
+        **run.surroundings(),
+    }
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"--json={printable(path)} can't be written: {error.strerror or error}"
+        ) from error
+
+
+def bench_step(config: Any, mesh: Any) -> Figures:
     """The training step with its input."""
     import jax
 
@@ -58,11 +91,13 @@ def bench_step(config: Any, mesh: Any) -> None:
     from flaxcls.trainer import Trainer
 
     start = time.perf_counter()
-    trainer = Trainer(config, build.plan(config, mesh), mesh)
-    print(f"{sharding.describe(mesh)}, jax {jax.__version__}")
-    print(f"data read in {time.perf_counter() - start:.1f} s")
+    trainer = Trainer(config, build.plan(config, mesh), mesh, partial(say, error=True))
+    read = time.perf_counter() - start
+    write_result(f"{sharding.describe(mesh)}, jax {jax.__version__}")
+    write_result(f"data read in {read:.1f} s")
     state = trainer.init()
-    print(f"compiled in {trainer.compile():.1f} s")
+    compiled = trainer.compile()
+    write_result(f"compiled in {compiled:.1f} s")
     with trainer:
         batches = trainer.batches(0, (FLAGS.rounds + 1) * FLAGS.steps)
 
@@ -73,7 +108,13 @@ def bench_step(config: Any, mesh: Any) -> None:
             jax.block_until_ready(state)
             return config.batch_size * FLAGS.steps
 
-        _print_rates(_rates(steps))
+        rates = _rates(steps)
+    _print_rates(rates)
+    return {
+        "reading_data": _figure(read, "s"),
+        "compilation": _figure(compiled, "s"),
+        "rate": _figure(rates, "images/s"),
+    }
 
 
 def step_rate(config: Any, mesh: Any, *, image_size: int, num_classes: int) -> float:
@@ -106,64 +147,98 @@ def step_rate(config: Any, mesh: Any, *, image_size: int, num_classes: int) -> f
     return config.batch_size / min(seconds)
 
 
-def bench_input(config: Any, mesh: Any) -> None:
+def bench_input(config: Any, mesh: Any) -> Figures:
     """The streaming input, whatever config.input.mode says."""
-    import jax
-
-    from flaxcls import build, inputs, sharding
+    from flaxcls import build, inputs
     from flaxcls.data.decode import available_cores
     from flaxcls.data.order import evenly_spaced
 
     config.input.mode = "stream"
     plan = build.plan(config, mesh)
-    source, cores = plan.train_source, available_cores()
-    stream = inputs.training(config, source, plan.image_sizes)
-    name = type(stream.loader.transform).__name__ if stream.loader.transform else "no transform"
-    size = plan.image_sizes(0)
-    print(f"{source.name} '{source.split}', {len(source):,} images; {name}, size {size}")
-    print(f"{stream.describe()}; {cores} cores")
+    source, size = plan.train_source, plan.image_sizes(0)
+    stream = inputs.training(config, source, plan.image_sizes, partial(say, error=True))
+    with contextlib.closing(stream):
+        name = type(stream.loader.transform).__name__ if stream.loader.transform else "no transform"
+        write_result(
+            f"{source.name} '{source.split}', {len(source):,} images; {name}, size {size}\n"
+            f"{stream.describe()}; {available_cores()} cores"
+        )
+        indices = evenly_spaced(len(source), 200)
+        return {
+            **_parts_of_input(stream, indices, size, mesh, config.batch_size),
+            **_input_as_a_whole(stream, mesh, config.batch_size),
+        }
 
-    indices = evenly_spaced(len(source), 200)
+
+def _parts_of_input(
+    stream: Any, indices: Sequence[int], size: int | None, mesh: Any, batch_size: int
+) -> Figures:
+    import jax
+
+    from flaxcls import sharding
+
     seconds = _stages(stream, indices, size)
     batch = stream.batch(0)
     start = time.perf_counter()
     for _ in range(5):
         jax.block_until_ready(sharding.split_batch(mesh, batch))
-    seconds["transfer"] = (time.perf_counter() - start) / 5 / config.batch_size
+    seconds["transfer"] = (time.perf_counter() - start) / 5 / batch_size
     total = sum(seconds.values())
-    print(
+    write_result(
         f"one image on one thread takes {1e3 * total:.3f} ms: "
         + ", ".join(f"{name} {100 * part / total:.0f} %" for name, part in seconds.items())
     )
-    print(f"decoder alone, the same bytes: {_decoder_rate(stream, indices):,.0f} images/s")
+    decoder = _decoder_rate(stream, indices)
+    write_result(f"decoder alone, the same bytes: {decoder:,.0f} images/s")
+    names = {name: f"{name.replace(' ', '_')}_on_one_thread" for name in seconds}
+    return {
+        **{names[name]: _figure(1e3 * part, "ms/image") for name, part in seconds.items()},
+        "decoder_alone": _figure(decoder, "images/s"),
+    }
 
-    batches = sharding.prefetch(mesh, stream.batches(0, 10**9))
+
+def _input_as_a_whole(stream: Any, mesh: Any, batch_size: int) -> Figures:
+    import jax
+
+    from flaxcls import sharding
+    from flaxcls.data.decode import available_cores
+
     waits, peaks = [], []  # of every round
+    with contextlib.closing(sharding.prefetch(mesh, stream.batches(0, 10**9))) as batches:
 
-    def round_of(model_seconds: float = 0.0) -> int:
-        begin, waited = time.perf_counter(), 0.0
-        for _ in range(FLAGS.steps):
-            start = time.perf_counter()
-            jax.block_until_ready(next(batches))
-            waited += time.perf_counter() - start
-            time.sleep(model_seconds)
-        waits.append(waited / (time.perf_counter() - begin))
-        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-        return config.batch_size * FLAGS.steps
+        def round_of(model_seconds: float = 0.0) -> int:
+            begin, waited = time.perf_counter(), 0.0
+            for _ in range(FLAGS.steps):
+                start = time.perf_counter()
+                jax.block_until_ready(next(batches))
+                waited += time.perf_counter() - start
+                time.sleep(model_seconds)
+            waits.append(waited / (time.perf_counter() - begin))
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            return batch_size * FLAGS.steps
 
-    rates = _rates(round_of)
-    _print_rates(rates)
-    rate = statistics.median(rates)
-    print(f"that is {rate / cores:,.0f} images/s a core")
-    print(
-        f"peak memory of the process: {peaks[0]:,.0f} MiB after {FLAGS.steps:,} batches, "
-        f"{peaks[-1]:,.0f} MiB after {FLAGS.steps * len(peaks):,}"
-    )
-    _rates(lambda: round_of(config.batch_size / (rate * FLAGS.busy)))
+        rates = _rates(round_of)
+        _print_rates(rates)
+        rate = statistics.median(rates)
+        per_core = rate / available_cores()
+        write_result(
+            f"that is {per_core:,.0f} images/s a core\n"
+            f"peak memory of the process: {peaks[0]:,.0f} MiB after {FLAGS.steps:,} batches, "
+            f"{peaks[-1]:,.0f} MiB after {FLAGS.steps * len(peaks):,}"
+        )
+        first_peak, peak = peaks[0], peaks[-1]
+        _rates(lambda: round_of(batch_size / (rate * FLAGS.busy)))
     wait = statistics.median(waits[-FLAGS.rounds :])
-    print(f"a model of {rate * FLAGS.busy:,.0f} images/s waits {100 * wait:.1f} % of the time")
-    batches.close()
-    stream.close()
+    write_result(
+        f"a model of {rate * FLAGS.busy:,.0f} images/s waits {100 * wait:.1f} % of the time"
+    )
+    return {
+        "rate": _figure(rates, "images/s"),
+        "rate_per_core": _figure(per_core, "images/s"),
+        "peak_memory_first_round": _figure(first_peak, "MiB"),
+        "peak_memory": _figure(peak, "MiB"),
+        "waiting_of_busy_model": _figure(100 * wait, "%"),
+    }
 
 
 def _stages(stream: Any, indices: Sequence[int], size: int | None) -> dict[str, float]:
@@ -228,10 +303,9 @@ def _decoder_rate(stream: Any, indices: Sequence[int]) -> float:
         return statistics.median(_rates(decode_all))
 
 
-def bench_augment(config: Any, mesh: Any) -> None:
+def bench_augment(config: Any, mesh: Any) -> Figures:
     """Every augmentation on a batch of the recipe's size, and the recipe's own list."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from flaxcls import augment, build, inputs, sharding
@@ -254,7 +328,7 @@ def bench_augment(config: Any, mesh: Any) -> None:
     )
     if config.augment:
         pipelines["the recipe's"] = config.augment
-    print(f"batches of {count} x {shape}, {sharding.describe(mesh)}, jax {jax.__version__}")
+    write_result(f"batches of {count} x {shape}, {sharding.describe(mesh)}, jax {jax.__version__}")
     key = jax.random.key(0)
 
     def measure(specs: Sequence[Any]) -> float:
@@ -268,9 +342,13 @@ def bench_augment(config: Any, mesh: Any) -> None:
         return 1e3 / statistics.median(_rates(one))
 
     nothing = measure(())
-    print(f"{'normalising alone':20} {nothing:8.1f} ms")
+    write_result(f"{'normalising alone':20} {nothing:8.1f} ms")
+    figures = {"normalising alone": _figure(nothing, "ms/batch")}
     for name, specs in pipelines.items():
-        print(f"{name:20} {jnp.maximum(measure(specs) - nothing, 0):8.1f} ms more")
+        more = max(measure(specs) - nothing, 0)
+        write_result(f"{name:20} {more:8.1f} ms more")
+        figures[name] = _figure(more, "ms/batch more")
+    return figures
 
 
 def _rates(work: Callable[[], int]) -> list[float]:
@@ -284,8 +362,15 @@ def _rates(work: Callable[[], int]) -> list[float]:
 
 
 def _print_rates(rates: Sequence[float]) -> None:
-    print("images/s: " + ", ".join(f"{rate:,.0f}" for rate in rates))
-    print(f"median {statistics.median(rates):,.0f} images/s")
+    write_result("images/s: " + ", ".join(f"{rate:,.0f}" for rate in rates))
+    write_result(f"median {statistics.median(rates):,.0f} images/s")
+
+
+def _figure(value: float | Sequence[float], unit: str) -> dict[str, Any]:
+    """A figure, or the median of those of the rounds and all of them."""
+    if isinstance(value, Sequence):
+        return {"value": statistics.median(value), "unit": unit, "rounds": list(value)}
+    return {"value": value, "unit": unit}
 
 
 BENCHMARKS = {"step": bench_step, "input": bench_input, "augment": bench_augment}

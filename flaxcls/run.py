@@ -258,9 +258,7 @@ def record(
         earlier = [*earlier, {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "fields": changed}]
     content = {
         "config": plain(config),
-        "versions": {"python": platform.python_version(), **_versions()},
-        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-        "commit": _commit(),
+        **surroundings(),
         **facts,
         **({"changes": earlier} if earlier else {}),
     }
@@ -269,6 +267,15 @@ def record(
         write_json(workdir / "config.json", content)
     except OSError as error:
         raise ConfigError(f"{workdir} can't be written: {error.strerror or error}") from error
+
+
+def surroundings() -> dict[str, Any]:
+    """The versions, the devices and the commit that a result comes from; JSON."""
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "commit": _commit(),
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -133,9 +133,21 @@ def everywhere(mesh: Mesh) -> NamedSharding:
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts host arrays, the same in every process, whole onto every device."""
+    """Puts host arrays, the same in every process, whole onto every device.
+
+    CPU devices share the memory of host arrays that begin at a multiple of 64 bytes: what comes out
+    must not be donated, and the host arrays must not be changed any more.
+    """
     place = everywhere(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x, x.shape), tree)
+
+
+def copies(array: jax.Array) -> int:
+    """How often this process's devices hold an array that is whole on each."""
+    shards = array.addressable_shards
+    if shards[0].device.platform != "cpu":
+        return len(shards)
+    return len({shard.data.unsafe_buffer_pointer() for shard in shards})
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:

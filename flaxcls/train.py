@@ -84,7 +84,7 @@ def _introduction(config: ConfigDict, plan: build.Plan, mesh: Mesh, trainer: Tra
     return (
         f"data: {train.name}, {len(train):,} images to train on ({train.split}), {len(test):,} to "
         f"evaluate on ({test.split}), {len(train.class_names)} classes\n"
-        f"input: {trainer.input.describe()}{plan.image_sizes.describe()}\n"
+        f"input: {trainer.describe_input()}{plan.image_sizes.describe()}\n"
         f"model: {config.model.name}, {count:,} parameters\n"
         f"devices: {sharding.describe(mesh)}\n"
         f"optimizer: {plan.treatment}\n"

@@ -119,6 +119,11 @@ class Trainer:
         self._is_finite = jax.jit(is_finite, out_shardings=sharding.everywhere(mesh))
         self._forgive = jax.jit(forgive, donate_argnums=0, out_shardings=self.places)
 
+    def describe_input(self) -> str:
+        """The input of the training in words, with the memory it takes."""
+        copies = sharding.copies(self._data["image"]) if self._data else 1
+        return self.input.describe() + (f" on each of {copies} devices" if copies > 1 else "")
+
     def compile(self, start: int = 0) -> float:
         """Compiles the training step for every image size from step `start` on; in seconds."""
         began = time.perf_counter()

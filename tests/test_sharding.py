@@ -171,6 +171,18 @@ def test_closing_a_prefetched_input_ends_its_thread():
     assert not transfer_threads()
 
 
-def test_prefetching_needs_no_leave_of_the_transfer_guard():
-    with jax.transfer_guard("disallow"):
-        assert len(list(sharding.prefetch(sharding.make_mesh(), numbered(3)))) == 3
+@pytest.fixture
+def no_implicit_transfers():
+    """Forbids them in all threads: what `jax.transfer_guard` says holds in its own thread only."""
+    before = jax.config.jax_transfer_guard
+    jax.config.update("jax_transfer_guard", "disallow")
+    yield
+    jax.config.update("jax_transfer_guard", before)
+
+
+def test_prefetched_batches_are_put_on_the_devices_explicitly(no_implicit_transfers):
+    mesh = sharding.make_mesh()
+    assert len(list(sharding.prefetch(mesh, numbered(3)))) == 3
+    implicit = ({"index": jnp.asarray(batch["index"])} for batch in numbered(3))
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        list(sharding.prefetch(mesh, implicit))

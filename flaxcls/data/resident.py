@@ -60,7 +60,7 @@ class Resident:
         return take_rows(batch, self._rows(len(batch["index"])))
 
     def describe(self) -> str:
-        """In words, with the memory it takes."""
+        """In words, with the memory that a device's copy takes."""
         return f"on the devices, decoded, {self.arrays['image'].nbytes / 2**20:,.0f} MiB"
 
     def close(self) -> None:

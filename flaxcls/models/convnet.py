@@ -11,6 +11,7 @@ from flaxcls.models.layers import (
     Conv,
     Pool,
     batch_norm,
+    flatten,
     max_pool,
     torch_bias_init,
     torch_kernel_init,
@@ -42,7 +43,7 @@ class KerasCNN(nn.Module, kw_only=True):
         x = pool(nn.relu(conv(32, name="conv1")(x)))
         x = pool(nn.relu(conv(64, name="conv2")(x)))
         x = nn.relu(conv(64, name="conv3")(x))
-        x = x.reshape(len(x), -1)
+        x = flatten(x)
         x = nn.relu(nn.Dense(64, dtype=self.dtype, name="hidden", **_keras_init)(x))
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head", **_keras_init)(x)
 
@@ -69,7 +70,7 @@ class KerasSmall(nn.Module, kw_only=True):
         pool = POOLS[self.pool]
         x = pool(nn.relu(conv(32, name="conv1")(x)))
         x = pool(nn.relu(conv(64, name="conv2")(x)))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(len(x), -1))
+        x = nn.Dropout(self.dropout, deterministic=not train)(flatten(x))
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head", **_keras_init)(x)
 
 
@@ -101,7 +102,7 @@ class TorchConvNet(nn.Module, kw_only=True):
 
         x = pool(nn.relu(conv(x, 32, "conv1")))
         x = pool(nn.relu(conv(x, 64, "conv2")))
-        x = x.reshape(len(x), -1)
+        x = flatten(x)
         x = nn.relu(dense(x, 512, self.dtype, "hidden"))
         return dense(x, self.num_classes, jnp.float32, "head")
 
@@ -124,5 +125,5 @@ class DigitsCNN(nn.Module, kw_only=True):
             x = nn.relu(norm(name=f"norm{i + 1}")(conv(width, name=f"conv{i + 1}")(x)))
             if i == 1:
                 x = max_pool(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(x.reshape(len(x), -1))
+        x = nn.Dropout(self.dropout, deterministic=not train)(flatten(x))
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)

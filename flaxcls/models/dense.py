@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxcls.models.layers import ACTIVATIONS, Activation, Widths
+from flaxcls.models.layers import ACTIVATIONS, Activation, Widths, flatten
 from flaxcls.options import BelowOne
 
 
@@ -20,7 +20,7 @@ class DenseNetwork(nn.Module, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
-        x = x.reshape(len(x), -1)
+        x = flatten(x)
         for i, width in enumerate(self.widths):
             x = nn.Dense(width, dtype=self.dtype, name=f"hidden{i + 1}")(x)
             x = ACTIVATIONS[self.activation](x)

@@ -79,6 +79,11 @@ def _windows(x: jax.Array, window: int) -> jax.Array:
     return x.reshape(batch, rows, window, columns, window, channels)
 
 
+def flatten(x: jax.Array) -> jax.Array:
+    """[B, ...] -> [B, N]; B may be symbolic, which `len` can't tell."""
+    return x.reshape(x.shape[0], -1)
+
+
 POOLS = {"max": max_pool, "average": average_pool}
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu}
 

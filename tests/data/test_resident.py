@@ -1,12 +1,18 @@
 """The whole split on the device gives the batches of its order; its statistics are exact."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from flaxcls import build, sharding
+from flaxcls.data import loader, open_source
 from flaxcls.data.order import Order, evaluation_batches
 from flaxcls.data.resident import Resident, gather
 from flaxcls.data.statistics import channel_statistics
+from flaxcls.trainer import Trainer
 
 
 def images_and_labels(count):
@@ -53,6 +59,42 @@ def test_gather_leaves_a_streamed_batch_as_it_is():
 def test_it_says_what_memory_it_takes():
     data = Resident(np.zeros((2**10, 64, 16, 2), np.uint8), np.zeros(2**10, np.int64))
     assert data.describe() == "on the devices, decoded, 2 MiB"
+
+
+@pytest.mark.parametrize("count", [1, 7, 100])
+@pytest.mark.parametrize("shape", [(3, 5, 3), (64, 64, 1)])
+def test_cpu_devices_share_the_memory_of_a_split(count, shape):
+    options = {"image_shape": shape, "num_classes": 3, "num_examples": count}
+    images, _ = loader.materialize(open_source("fake", "train", **options))
+    place, expected = images.ctypes.data, images.copy()
+    array = sharding.replicate(sharding.make_mesh(), images)
+    shards = array.addressable_shards
+    assert [shard.data.unsafe_buffer_pointer() for shard in shards] == [place] * 8
+    assert sharding.copies(array) == 1
+    del images
+    gc.collect()
+    np.testing.assert_array_equal(array, expected)
+
+
+def misaligned(shape):
+    """Memory that XLA can't use as it is."""
+    memory = np.empty(np.prod(shape) + 64, np.uint8)
+    start = -memory.ctypes.data % 64 + 1
+    return memory[start:][: np.prod(shape)].reshape(shape)
+
+
+def test_it_is_said_how_many_copies_the_devices_hold(tiny_config, monkeypatch):
+    config, mesh = tiny_config(data__num_examples=2**14), sharding.make_mesh()
+
+    def said():
+        with Trainer(config, build.plan(config, mesh), mesh) as trainer:
+            return trainer.describe_input()
+
+    assert said() == "on the devices, decoded, 1 MiB"
+    monkeypatch.setattr(loader, "_empty", misaligned)
+    assert said() == "on the devices, decoded, 1 MiB on each of 8 devices"
+    config.input.mode = "stream"
+    assert said().startswith("streamed by")
 
 
 def test_channel_statistics_equal_float64():

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
 
@@ -114,6 +115,15 @@ def test_the_minimum_image_size_is_the_least_that_leaves_no_layer_empty(name, op
         assert not fits(module, minimum - 1)
         with pytest.raises(ConfigError, match=f"{name} needs images of at least"):
             models.check_image_shape(module, (minimum, minimum - 1, 3))
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_number_of_images_may_be_open(name):
+    module = models.build(name, num_classes=3)
+    variables = models.shapes(module, (18, 18, 3))
+    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 18, 18, 3"), jnp.float32)
+    logits = jax.eval_shape(functools.partial(module.apply, train=False), variables, images)
+    assert (str(logits.shape[0]), *logits.shape[1:]) == ("b", 3)
 
 
 def test_check_image_shape_is_one_sentence():
