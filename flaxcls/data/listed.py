@@ -70,7 +70,10 @@ def open_list(
         {f"split '{part}' of {path}" if part else path: classes[part] for part in asked},
         class_names,
     )
-    class_names = _class_names({*found}, path, len(rows)) if to_train else found
+    class_names = found
+    if to_train:
+        class_names = _class_names({*found}, path, len(rows))
+        _say_missing(class_names, {*found}, path)
     index = {name: number for number, name in enumerate(class_names)}
     files = Files(
         paths=[row.path for row in rows],
@@ -87,7 +90,20 @@ def open_list(
         splits=divide(files, split_of, held_out=held_out, seed=split_seed),
         channels=channels,
         max_bytes=max_bytes,
+        there=there if has_splits else ("train", "validation"),
     )
+
+
+def contents(path: str) -> tuple[list[str], list[str]]:
+    """The splits of a list, and the names of all classes that any of them has, sorted.
+
+    The splits need not fit together, as they must for `open_list`, whose errors it raises.
+    """
+    path = os.path.expanduser(path)
+    rows = [row for _, row in _rows(path)]
+    there = sorted({row.split for row in rows} - {""})
+    labels = {row.label for row in rows}
+    return there or ["train", "validation"], _class_names(labels, path, len(rows)) if rows else []
 
 
 def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
@@ -99,7 +115,10 @@ def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
         if not 0 <= number < num_rows:
             line = next(line for line, row in _rows(path) if row.label == str(number))
             raise _bad(path, line, f"label {number} is not the number of a class, counted from 0")
-    class_names = [str(number) for number in range(numbers[-1] + 1)]
+    return [str(number) for number in range(numbers[-1] + 1)]
+
+
+def _say_missing(class_names: Sequence[str], labels: set[str], path: str) -> None:
     if missing := [name for name in class_names if name not in labels]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         say(
@@ -107,7 +126,6 @@ def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
             f"rows: {some}",
             error=True,
         )
-    return class_names
 
 
 def _rows(path: str) -> Iterator[tuple[int, _Row]]:
