@@ -127,10 +127,11 @@ def open_list(
 ) -> Source:
     """A list of pictures, `path`.csv or `path`.jsonl: path and label of each, and perhaps split.
 
-    CSV has its columns in this order, or names them in its first row. A picture's path is relative
-    to the list's folder, or absolute. Labels are names or, where all are integers, the numbers of
-    the classes, from 0. A split is train, val, valid, validation or test; without this column
-    `held_out` and `split_seed` divide the list as they do a folder.
+    CSV has its columns in this order, or names them in its first row, separated by commas,
+    semicolons or tabs; "filename", "image", "class", "category" and the like will do. A picture's
+    path is relative to the list's folder, or absolute. Labels are names or, where all are integers,
+    the numbers of the classes, from 0. A split is train, val, valid, validation or test; without
+    this column `held_out` and `split_seed` divide the list as they do a folder.
     """
     from flaxcls.data.listed import open_list as open_files
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -24,7 +24,18 @@ from flaxcls.data.storage import open_regular
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.output import printable, say
 
-_COLUMNS = ("path", "label", "split")
+# What the columns of other people's lists are called, in any case; "file name" is file_name too.
+_COLUMNS = {
+    "path": (
+        *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
+        *("image_file", "image_name", "img", "img_path"),
+    ),
+    "label": ("label", "labels", "class", "class_name", "category", "target"),
+    "split": ("split",),
+}
+_REQUIRED = ("path", "label")
+_OR_NO_HEADER = "; a list without names of columns has path,label or path,label,split in each row"
+_DELIMITERS = ",;\t"
 _INTEGER = re.compile("-?(0|[1-9][0-9]*)")
 
 
@@ -168,44 +179,91 @@ def _encodable(text: str) -> bool:
 
 
 def _csv_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.reader(file, strict=True)
-    columns: tuple[str, ...] = ()
+    delimiter, has_header, names = _form(path, file)
+    file.seek(0)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     try:
-        for cells in reader:
-            if not any(cells):
-                continue
-            if not columns:
-                columns = tuple(cell.strip().lower() for cell in cells)
-                if {"path", "label"} <= {*columns}:
-                    continue
-                columns = _COLUMNS[: len(cells)]
-                if len(cells) < 2 or not is_picture(cells[0]):
-                    raise _bad(
-                        path,
-                        reader.line_num,
-                        f"must be path,label or path,label,split, or name the columns so; got "
-                        f"{','.join(cells)}",
-                    )
-            if len(cells) != len(columns):
-                raise _bad(
-                    path, reader.line_num, f"must be {','.join(columns)}, got {','.join(cells)}"
-                )
-            yield reader.line_num, dict(zip(columns, cells, strict=True))
+        rows = (cells for cells in reader if any(cells))
+        columns = {name: name for name in names}
+        if has_header:
+            next(rows)
+            columns = _columns(path, reader.line_num, names)
+        for cells in rows:
+            if len(cells) != len(names):
+                expected, got = delimiter.join(names), delimiter.join(cells)
+                raise _bad(path, reader.line_num, f"must be {expected}, got {got}")
+            record = dict(zip(names, cells, strict=True))
+            yield reader.line_num, {column: record[name] for column, name in columns.items()}
     except csv.Error as error:
         raise _bad(path, reader.line_num, f"not CSV: {error}") from error
 
 
+def _form(path: str, file: TextIO) -> tuple[str, bool, list[str]]:
+    """What separates the cells, whether the first row has their names, and these."""
+    for delimiter in _DELIMITERS:
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        try:
+            cells = next((cells for cells in reader if any(cells)), [])
+        except csv.Error as error:
+            if delimiter == _DELIMITERS[-1]:
+                raise _bad(path, reader.line_num, f"not CSV: {error}") from error
+            continue
+        if 2 <= len(cells) <= len(_COLUMNS) and is_picture(cells[0]):
+            return delimiter, False, [*_COLUMNS][: len(cells)]
+        if any(_plain(cell) in names for names in _COLUMNS.values() for cell in cells[1:]):
+            return delimiter, True, cells
+    file.seek(0)
+    first = next((line.strip() for line in file if line.strip()), "")
+    delimiter = max(_DELIMITERS, key=first.count)
+    return delimiter, bool(first), first.split(delimiter)
+
+
+def _columns(path: str, line: int, names: Collection[str]) -> dict[str, str]:
+    """Which of the names is the path's, the label's and, if there is one, the split's."""
+    called = ", ".join(map(repr, names))
+    columns = {}
+    for column, known in _COLUMNS.items():
+        exact, alike = ([n for n in names if _plain(n) in some] for some in ((column,), known))
+        found = exact or alike
+        if len(found) > 1:
+            raise _bad(
+                path,
+                line,
+                f"of the columns {called}, {' and '.join(map(repr, found))} may each be the "
+                f"{column}: call the one that is meant {column!r}, and no other",
+            )
+        if not found and column in _REQUIRED:
+            raise _bad(
+                path,
+                line,
+                f"the columns are called {called}; none is the {column}, which would be called "
+                f"{', '.join(known)}{_OR_NO_HEADER}",
+            )
+        if found:
+            columns[column] = found[0]
+    return columns
+
+
+def _plain(name: str) -> str:
+    return re.sub("[ -]", "_", name.strip().lower())
+
+
 def _json_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = None
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise _bad(path, number, f"not JSON: {error}") from error
+        except (json.JSONDecodeError, RecursionError) as error:
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise _bad(path, number, f"not JSON: {why}") from error
         if not isinstance(record, dict):
             raise _bad(path, number, "must be an object with path and label")
-        yield number, record
+        if columns is None:
+            columns = {"split": "split", **_columns(path, number, record)}
+        yield number, {column: record.get(name) for column, name in columns.items()}
 
 
 def _bad(path: str, line: int, what: str) -> DataError:

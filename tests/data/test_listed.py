@@ -49,6 +49,13 @@ PAIRS = [("a.jpg", "cat"), ("b.jpg", "dog"), ("d.jpg", "dog"), ("sub folder/c.jp
         PLAIN.replace("\n", "\n\n"),
         b"\xef\xbb\xbfPath, Label\n" + PLAIN.encode(),
         PLAIN.replace("b.jpg", '"b.jpg"').replace(",cat", ", cat "),
+        "filename,class\n" + PLAIN,
+        "id,Image Path,width,Category,x\n" + "".join(f"7,{p},3,{c},\n" for p, c in PAIRS),
+        "file;label;class\n" + "".join(f"{p};{c};3\n" for p, c in PAIRS),
+        PLAIN.replace(",", ";"),
+        PLAIN.replace(",", "\t"),
+        b"\xef\xbb\xbf\n\nFILE_NAME\ttargets?\tLabels\n"
+        + "".join(f"{p}\t0,5;x\t{c}\n" for p, c in PAIRS).encode(),
         "label,age,path\ncat,3,a.jpg\ndog,,b.jpg\ncat,1,sub folder/c.jpg\ndog,2,d.jpg",
     ],
 )
@@ -64,6 +71,22 @@ def test_jsonl_and_absolute_paths(write, tmp_path):
     source = open_list(write("\n".join(map(json.dumps, rows)) + "\n\n", "list.JSONL"))
     assert contents(source) == PAIRS
     assert {source.where(index) for index in range(4)} == {str(tmp_path / p) for p, _ in PAIRS}
+
+
+def test_names_of_columns_are_understood_in_jsonl_too(write):
+    rows = [{"file_name": path, "Class": label} for path, label in PAIRS]
+    assert contents(open_list(write("\n".join(map(json.dumps, rows)), "list.jsonl"))) == PAIRS
+    with pytest.raises(DataError, match="line 1: the columns are called 'a'; none is the path, "):
+        open_list(write('{"a": 1}', "list.jsonl"))
+    with pytest.raises(DataError, match="line 1: not JSON: it is nested too deeply"):
+        open_list(write("[" * 100_000, "list.jsonl"))
+
+
+def test_names_may_have_what_separates_other_lists(write):
+    source = open_list(write("a;b.jpg,cat\nc;d.jpg,dog\n"))
+    assert sorted(source.where(i).rpartition("/")[2] for i in range(2)) == ["a;b.jpg", "c;d.jpg"]
+    source = open_list(write('"a,b.jpg";"cat; black"\nd.jpg;dog\n'))
+    assert source.class_names == ("cat; black", "dog")
 
 
 @pytest.mark.parametrize(
@@ -147,8 +170,26 @@ def test_missing_files_are_named_when_they_are_read(write, tmp_path):
         ("path,label\na, b.jpg,cat\n", "line 2: must be path,label, got a, b.jpg,cat"),
         ("a.jpg,cat\n,dog\n", "line 2: path must be text, got ''"),
         ("a.jpg,cat\nb.jpg, \n", "line 2: label must be text, got ' '"),
-        ("filename,class\na.jpg,cat\n", "line 1: must be path,label or path,label,split, or name"),
-        ("a.jpg;cat\n", "line 1: must be path,label or"),
+        (
+            "photo,kind\na.jpg,cat\n",
+            "line 1: the columns are called 'photo', 'kind'; none is the path, which would be "
+            "called path, file, filename, .*; a list without names of columns has path,label or ",
+        ),
+        (
+            "Filename;kind\na.jpg;cat\n",
+            "the columns are called 'Filename', 'kind'; none is the label",
+        ),
+        ("a.xyz,cat\n", "line 1: the columns are called 'a.xyz', 'cat'; none is the path"),
+        ("a.jpg|cat\n", r"line 1: the columns are called 'a.jpg\|cat'; none is the path"),
+        (
+            "file,image,class\na.jpg,a.jpg,cat\n",
+            "line 1: of the columns 'file', 'image', 'class', 'file' and 'image' may each be the "
+            "path: call the one that is meant 'path', and no other",
+        ),
+        ("path,class,category\na.jpg,1,cat\n", "'class' and 'category' may each be the label"),
+        ("path,Label,label\na.jpg,1,cat\n", "'Label' and 'label' may each be the label"),
+        ("a.jpg;cat\nb.jpg\n", "line 2: must be path;label, got b.jpg$"),
+        ('"a.jpg;cat\n', "not CSV: unexpected end of data"),
         ("a.jpg,cat,dev\n", "line 1: split must be one of train, val, valid, .*, got 'dev'"),
         ("a.jpg,cat,train\nb.jpg,dog,\n", "line 2: either all rows have a split, or none"),
         ("path,split,label\na.jpg,,cat\nb.jpg,val,cat\n", "line 3: either all rows have a split"),
