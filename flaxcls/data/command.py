@@ -33,12 +33,16 @@ def define_flags() -> flags.FlagValues:
 
 
 def read_config(values: flags.FlagValues, overrides: Sequence[str]) -> ConfigDict:
-    """The recipe or the default config with what --source says and then the overrides."""
+    """The recipe or the default config with what --source says and then the overrides.
+
+    What a recipe leaves to its data and to the devices stays open: only data are meant here, and
+    these may be what is wrong.
+    """
     names_data = any(override.startswith("data.name=") for override in overrides)
     if not (values.config or values.source or names_data):
         raise ConfigError("--source=NAME-or-PATH is missing (or --config=FILE)")
     data = [] if values.source is None else source_overrides(values.source)
-    return cli.load_config(values.config, [*data, *overrides])
+    return cli.load_recipe(values.config, [*data, *overrides]).config
 
 
 def source_overrides(source: str) -> list[str]:

@@ -106,6 +106,7 @@ class TfdsSource(Source):
                 slices=slices,
                 files=_names_and_sizes(parts),
             ),
+            splits=info.splits,
         )
 
     def __len__(self) -> int:
