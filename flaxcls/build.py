@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import augment, inputs, losses, models, optim, options, run, schedules, sharding
 from flaxcls.config import default
-from flaxcls.data import SOURCES, open_source, open_tfds
+from flaxcls.data import SOURCES, check_tfds_name, open_source, open_tfds
 from flaxcls.data.source import Source, all_ignored, resolve_split
 from flaxcls.errors import ConfigError
 from flaxcls.output import printable
@@ -351,7 +351,9 @@ def check_source(config: ConfigDict) -> dict[str, Any]:
     """The options of the data, if they are right; the data are not opened."""
     given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
     opener = SOURCES.get(config.data.name, open_tfds)
-    known = options.accepted(opener, ("split", "data_dir", "class_names", "max_bytes"))
+    if given and opener is open_tfds:  # else the sentence would be about an option
+        check_tfds_name(config.data.name, config.data.dir)
+    known = options.accepted(opener, ("name", "split", "data_dir", "class_names", "max_bytes"))
     options.check("config.data", config.data.name, given, known)
     return given
 

@@ -178,6 +178,13 @@ def open_tfds(name: str, split: str, *, data_dir: str | Path | None = None) -> S
     return open_prepared(name, split, data_dir, others=SOURCES)
 
 
+def check_tfds_name(name: str, data_dir: str | Path | None = None) -> None:
+    """ConfigError unless TFDS knows a data set of this name, or it is prepared in the folder."""
+    from flaxcls.data.tfds import check_known
+
+    check_known(name, data_dir, others=SOURCES)
+
+
 SOURCES: dict[str, Callable[..., Source]] = {
     "digits": open_digits,
     "fake": open_fake,

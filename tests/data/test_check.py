@@ -420,12 +420,38 @@ def test_source_is_a_name_a_folder_or_a_list(tmp_path, monkeypatch):
         "mnist": ["data.name=idx", "data.path=mnist"],
     }.items():
         assert source_overrides(source) == expected
+    for name, message in (
+        ("pictures.zip", "is an archive: unpack it, and give the folder that comes out of it"),
+        ("mnist/train-images-idx3-ubyte.gz", "is one of the files of a data set"),
+        ("recipe.py", "is a recipe: give it as --config=recipe.py"),
+        ("a.JPG", "is a picture: give the folder whose folders are the classes"),
+        ("mnist/t10k-labels-idx1-ubyte", "is one of the files of a data set: give their folder"),
+        ("notes.txt", "is a file, but no list of pictures, whose name ends in .csv or .jsonl"),
+    ):
+        (tmp_path / name).touch()
+        with pytest.raises(ConfigError, match=f"^--source={name} {message}"):
+            source_overrides(name)
+    with pytest.raises(ConfigError, match="^--source=L/k.zip does not exist$"):
+        source_overrides("L/k.zip")
     with pytest.raises(ConfigError, match="there is no folder ./picture"):
         source_overrides("./picture")
     with pytest.raises(ConfigError, match="is a data set of TFDS: give its name as --source"):
         source_overrides("tfds/cifar10")
     monkeypatch.chdir(tmp_path / "tfds")
     assert source_overrides("cifar10") == ["data.name=cifar10"]
+
+
+def test_unknown_data_set_is_named_before_the_options_it_would_not_take(tmp_path):
+    for name, hint in (("foo", ""), ("foldr", ", did you mean 'folder'"), ("cifar1", "")):
+        config = cli.load_config(None, [f"data.name={name}", "data.path=x", f"data.dir={tmp_path}"])
+        with pytest.raises(ConfigError, match=f"^unknown data set '{name}'{hint}"):
+            build.source(config, "train")
+    for name in ("cifar10", "tiny"):
+        (tmp_path / "tiny/1.0.0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tiny/1.0.0/features.json").touch()
+        config = cli.load_config(None, [f"data.name={name}", "data.path=x", f"data.dir={tmp_path}"])
+        with pytest.raises(ConfigError, match=f"config.data.path is not used by {name}; it takes"):
+            build.source(config, "train")
 
 
 def test_overrides_win_over_the_recipe_and_the_source(recipe):
