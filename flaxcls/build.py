@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 
 from flaxcls import augment, inputs, losses, models, optim, options, run, schedules, sharding
 from flaxcls.config import default
-from flaxcls.data import SOURCES, open_source, open_tfds
-from flaxcls.data.source import Source, resolve_split
+from flaxcls.data import SOURCES, check_tfds_name, open_source, open_tfds
+from flaxcls.data.source import Source, all_ignored, resolve_split
 from flaxcls.errors import ConfigError
+from flaxcls.output import printable
 from flaxcls.schedules import Duration, parse_duration
 
 _MOST_STEPS = 2**31 - 1  # that a state can count
@@ -260,6 +261,7 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
             *_shortened(config, total_steps, in_steps),
             *_evaluated_twice(config, train_source, eval_source),
             *_enlarged(image_sizes, train_source),
+            *_ignored(train_source, eval_source),
         ),
     )
 
@@ -335,16 +337,31 @@ def _enlarged(sizes: inputs.Sizes, train: Source) -> Iterator[str]:
         )
 
 
+def _ignored(train: Source, evaluation: Source) -> Iterator[str]:
+    """That there are pictures which are neither trained nor evaluated on."""
+    ignored = all_ignored([train, evaluation])
+    if ignored.pictures:
+        yield f"{ignored.sentence()}, such as {printable(ignored.pictures[0])}"
+
+
+def check_source(config: ConfigDict) -> dict[str, Any]:
+    """The options of the data, if they are right; the data are not opened."""
+    given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
+    opener = SOURCES.get(config.data.name, open_tfds)
+    if given and opener is open_tfds:  # else the sentence would be about an option
+        check_tfds_name(config.data.name, config.data.dir)
+    known = options.accepted(opener, ("name", "split", "data_dir", "class_names", "max_bytes"))
+    options.check("config.data", config.data.name, given, known)
+    return given
+
+
 def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = None) -> Source:
     """The data that a split such as `train[:90%]` names.
 
     With `class_names`, the classes of a network by label, a folder or a list needs no more than
     some of them.
     """
-    given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
-    opener = SOURCES.get(config.data.name, open_tfds)
-    known = options.accepted(opener, ("split", "data_dir", "class_names", "max_bytes"))
-    options.check("config.data", config.data.name, given, known)
+    given = check_source(config)
     return open_source(
         config.data.name,
         split,

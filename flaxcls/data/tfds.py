@@ -106,6 +106,7 @@ class TfdsSource(Source):
                 slices=slices,
                 files=_names_and_sizes(parts),
             ),
+            splits=info.splits,
         )
 
     def __len__(self) -> int:
@@ -264,6 +265,13 @@ def prepare(name: str, root: Path, others: Iterable[str] = ()) -> None:
         return
     sentence = child.stdout.strip() or f"preparing {name} ended with exit code {child.returncode}"
     raise (ConfigError if child.returncode == ConfigError.exit_code else DataError)(sentence)
+
+
+def check_known(name: str, data_dir: str | Path | None, others: Iterable[str] = ()) -> None:
+    """ConfigError for a name that nothing can be opened by; in the cloud nothing is looked at."""
+    root = _data_root(data_dir)
+    if not is_remote(root) and find_prepared(name, root) is None:
+        _check_known(name, root, others)
 
 
 def _check_known(name: str, root: Path, others: Iterable[str]) -> None:
