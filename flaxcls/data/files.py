@@ -67,7 +67,10 @@ class FileSource(Source):
         ignored: Ignored = Source.ignored,
     ):
         sizes = {key: [len(indices)] for key, indices in splits.items()}
-        order = take_slices(splits, resolve_split(known_split(split, splits), sizes))
+        known = known_split(split, splits)
+        if sizes.get("validation") == [0] and "validation" in known:
+            raise ConfigError(_nothing_held_out(name, split, class_names, files))
+        order = take_slices(splits, resolve_split(known, sizes))
         self._root, self._max_bytes = root, max_bytes
         self._paths = [files.paths[index] for index in order]
         self._labels = files.labels[order]
@@ -103,6 +106,20 @@ class FileSource(Source):
 
     def where(self, index: int) -> str:
         return printable(os.path.join(self._root, self._paths[index]))
+
+
+def _nothing_held_out(name: str, split: str, class_names: Sequence[str], files: Files) -> str:
+    counts = np.bincount(files.labels, minlength=len(class_names))
+    some = ", ".join(
+        f"'{text}' has {count}" for text, count in [*zip(class_names, counts, strict=True)][:3]
+    )
+    more = f" and so on for {len(counts) - 3:,} more" if len(counts) > 3 else ""
+    others = "a column of splits" if name == "list" else "DIR/val/CLASS/* beside DIR/train/CLASS/*"
+    return (
+        f"split '{split}' is empty: a part of each class is held out, but none of the "
+        f"{len(counts):,} has two pictures ({some}{more}); add pictures, or say which ones are "
+        f"evaluated on by {others}"
+    )
 
 
 def known_split(split: str, there: Collection[str]) -> str:

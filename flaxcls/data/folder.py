@@ -108,7 +108,12 @@ def contents(path: str) -> tuple[list[str], list[str]]:
 def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
     """The folder of every split, by the split's name; nothing where `root` has those of classes."""
     if not os.path.isdir(root):
-        found = "is a file" if os.path.exists(root) else "does not exist"
+        found = "is a file"
+        try:
+            os.stat(root)
+        except OSError as error:  # or it is in a folder that may not be looked into
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            found = "does not exist" if missing else f"can't be reached: {error.strerror}"
         raise ConfigError(f"config.data.path must be a folder of pictures, but {root} {found}")
     names: dict[str, str] = {}
     subfolders = _look_into(root).folders
@@ -233,5 +238,8 @@ def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
     return status.st_dev, status.st_ino

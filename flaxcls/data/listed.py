@@ -144,6 +144,11 @@ def _say_missing(class_names: Sequence[str], labels: set[str], path: str) -> Non
 def _rows(path: str) -> Iterator[tuple[int, _Row]]:
     """Every row and the number of its line; the list's form is checked, not the files."""
     read = _READERS.get(os.path.splitext(path)[1].lower())
+    if os.path.isdir(path):
+        raise ConfigError(
+            f"config.data.path must be a .csv or .jsonl file for list, but {path} is a folder, "
+            "which config.data.name = 'folder' is for"
+        )
     if read is None:
         raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {printable(path)}")
     has_split = None

@@ -249,6 +249,13 @@ def test_lists_that_cannot_be_trained_on_are_refused(write, text, split, message
 def test_a_list_of_another_kind_or_a_missing_one_is_refused(write, tmp_path):
     with pytest.raises(ConfigError, match="must be a .csv or .jsonl file, got .*list.txt"):
         open_list(write(PLAIN, "list.txt"))
+    (tmp_path / "folder.csv").mkdir()
+    for folder in (tmp_path, tmp_path / "folder.csv"):
+        with pytest.raises(ConfigError, match=f"{folder} is a folder, which config.data.name = 'f"):
+            open_list(str(folder))
+    with pytest.raises(ConfigError, match=r"none of the 2 has two pictures .* a column of splits$"):
+        open_list(write("a.jpg,cat\nb.jpg,dog\n"), "test[:50%]")
+    assert len(open_list(write("a.jpg,cat\nb.jpg,dog\n"))) == 2
     with pytest.raises(ConfigError, match="nowhere.csv cannot be read: No such file"):
         open_list(str(tmp_path / "nowhere.csv"))
 
