@@ -72,6 +72,7 @@ def scan(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Scan:
         histogram = np.zeros_like(result.histogram)
         for index in chunk:
             try:
+                source.verify(index)
                 image, result.labels[index] = source[index]
                 pixels, file_format = image, "pixels"
                 if isinstance(image, bytes):

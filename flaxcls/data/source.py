@@ -94,6 +94,9 @@ class Source:
     def __getitem__(self, index: int) -> Example:
         raise NotImplementedError
 
+    def verify(self, index: int) -> None:
+        """Raises DataError if what is stored of an example fails a checksum, if it has one."""
+
     def labels(self) -> np.ndarray:
         """Every example's label, int32 [N]; reads the whole split where nothing better is known."""
         return np.fromiter((self[i].label for i in range(len(self))), np.int32, len(self))

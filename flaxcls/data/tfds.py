@@ -112,6 +112,13 @@ class TfdsSource(Source):
     def __len__(self) -> int:
         return len(self._records)
 
+    def verify(self, index: int) -> None:
+        if isinstance(self._records, TfRecords):  # ARRAY_RECORD's reader does it itself
+            try:
+                self._records.verify(index)
+            except OSError as error:
+                raise DataError(f"{self.where(index)} cannot be read: {error}") from error
+
     def __getitem__(self, index: int) -> Example:
         # Seven times as fast as the features' own deserialize_example_np, which converts all.
         try:

@@ -5,10 +5,11 @@ import json
 import cv2
 import numpy as np
 import pytest
+from tensorflow_datasets.proto import tf_example_pb2
 
 from flaxcls import build, cli, sharding
 from flaxcls.data import __main__ as commands
-from flaxcls.data import check
+from flaxcls.data import check, open_source
 from flaxcls.data.command import source_overrides
 from flaxcls.data.scan import find_problems, scan
 from flaxcls.data.source import Example, Source
@@ -350,6 +351,28 @@ def test_split_of_a_list_that_lacks_a_class_is_checked(write_folder, run_check):
     assert "class 'bee' is in split 'train' of" in output
     assert "classes: 1 of the 3 in 'test' but not in 'train'" in output
     assert [split["pictures"] for split in report["splits"]] == [8, 2, 1]
+
+
+def test_flipped_label_in_a_tfrecord_file_is_found_by_its_checksum(
+    write_dataset, run_check, tmp_path
+):
+    write_dataset(shards={"train": [40, 40], "test": [9]})
+    arguments = ("--source=tiny", f"--config.data.dir={tmp_path}", "--config.input.max_broken=0.5")
+    assert run_check(*arguments)[0] == 0
+    source = open_source("tiny", "train", data_dir=tmp_path)
+    path = tmp_path / "tiny/1.0.0/tiny-train.tfrecord-00001-of-00002"
+    image, label = source[50]
+    record = tf_example_pb2.Example.FromString(source._records[50])
+    assert record.features.feature["label"].int64_list.value.pop() == label
+    record.features.feature["label"].int64_list.value.append((label + 1) % 3)
+    whole, other = source._records[50], record.SerializeToString()
+    assert len(other) == len(whole) and path.read_bytes().count(whole) == 1
+    path.write_bytes(path.read_bytes().replace(whole, other))
+    code, output, report = run_check(*arguments)
+    assert "unreadable: 1 of the 80 pictures of 'train'" in output and code == 0
+    (name,) = report["problems"][0]["examples"]
+    assert name.startswith(f"{path} is damaged: the checksum of the record at byte ")
+    assert run_check(*arguments[:2])[0] == 45
 
 
 def test_split_without_labels_is_a_warning():
