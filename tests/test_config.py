@@ -50,7 +50,8 @@ READ = {
 def taken(section):
     """The options that something with a name in the section takes, in all."""
     if section == "data":
-        return set().union(*(options.accepted(f, ("split",)) for f in SOURCES.values()))
+        passed = ("split", "max_bytes", "class_names")
+        return set().union(*(options.accepted(f, passed) for f in SOURCES.values()))
     if section == "crop":
         return set().union(*map(options.accepted, TRANSFORMS.values()))
     if section == "model":
@@ -233,7 +234,7 @@ def test_smoke_test_of_one_step_is_a_plan_with_every_recipe(recipe):
             config.data[field] = None
         config.data.name, config.data.eval_split = "fake", "test"
         config.data.image_shape, config.data.num_classes = (size, size, 1 if grey else 3), 10
-        config.data.num_examples = 64
+        config.data.num_examples = 4096
     config.image_size = config.image_size and 64
     build.check(config)
     assert build.plan(config, sharding.make_mesh()).total_steps == 1
