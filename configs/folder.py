@@ -48,6 +48,7 @@ def adapt(config):
     from flaxcls import build, inputs, processes, sharding
     from flaxcls.trainer import mesh_for
 
+    build.source(config, config.data.eval_split)  # if it is wrong, before steps are timed
     images, classes, short_side = inputs.survey(build.source(config, config.data.train_split))
     if config.batch_size is None:  # at least some 20 updates an epoch, for small sets too
         batch = max(b for b in (16, 32, 64, 128, 256) if b == 16 or 20 * b <= images)

@@ -4,7 +4,7 @@ Each function raises ConfigError for what can't be, before anything slow happens
 """
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,16 +15,25 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import augment, inputs, losses, models, optim, options, run, schedules, sharding
+from flaxcls import (
+    augment,
+    inputs,
+    losses,
+    models,
+    notes,
+    optim,
+    options,
+    run,
+    schedules,
+    sharding,
+)
 from flaxcls.config import default
-from flaxcls.data import SOURCES, open_source, open_tfds
-from flaxcls.data.source import Source, resolve_split
+from flaxcls.data import SOURCES, check_tfds_name, open_source, open_tfds
+from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
 
 _MOST_STEPS = 2**31 - 1  # that a state can count
-_LARGE = 96  # pixels a side; pictures are seldom so small that this would be much larger
-_ENLARGED = 4  # times; more is taken for a mistake
 
 
 def _given(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
@@ -110,70 +119,6 @@ def _about(field: str) -> Iterator[None]:
         raise ConfigError(f"config.{field}: {error}") from error
 
 
-def drop_unused(config: ConfigDict, given: Collection[str]) -> Iterator[str]:
-    """Unsets the options that a recipe has for another thing than the one that the user named.
-
-    Where the user has named, say, another optimizer, options of the recipe's that it doesn't take
-    are None again; those that the user has `given` too, such as "optimizer.momentum", stay and will
-    be refused. Yields a sentence about each section.
-    """
-    for section, accepted in _ACCEPTED.items():
-        if f"{section}.name" not in given or config[section].name is None:
-            continue
-        known, own = accepted(config[section].name), get(default(), section)
-        unused = [
-            field
-            for field, value in config[section].items()
-            if field not in ("name", *known)
-            and own[field] is None
-            and value is not None
-            and f"{section}.{field}" not in given
-        ]
-        for field in unused:
-            config[section][field] = None
-        if unused:
-            yield (
-                f"config.{section}.name = {config[section].name!r} takes no "
-                f"{', '.join(unused)}: what the recipe has there is dropped"
-            )
-
-
-def _optimizer_options(name: str) -> Collection[str]:
-    rule = options.look_up("config.optimizer.name", name, optim.RULES)
-    return {*options.accepted(rule), *options.accepted(optim.build), "learning_rate_batch"}
-
-
-def _schedule_options(name: str) -> Collection[str]:
-    schedule = options.look_up("config.schedule.name", name, schedules.SCHEDULES)
-    return {*options.accepted(schedule), *options.accepted(schedules.build)}
-
-
-def _loss_options(name: str) -> Collection[str]:
-    function = options.look_up("config.loss.name", name, losses.LOSSES)
-    return {*options.accepted(function), *options.accepted(losses.build)}
-
-
-def _crop_options(name: str) -> Collection[str]:
-    return options.accepted(options.look_up("config.crop.name", name, inputs.TRANSFORMS))
-
-
-# What a named thing takes, by the section that names it.
-_ACCEPTED: dict[str, Callable[[str], Collection[str]]] = {
-    "model": models.options,
-    "optimizer": _optimizer_options,
-    "schedule": _schedule_options,
-    "loss": _loss_options,
-    "crop": _crop_options,
-}
-
-
-def check_names(config: ConfigDict) -> None:
-    """ConfigError for a name that is not known; what is left open, None, is not looked at."""
-    for section, accepted in _ACCEPTED.items():
-        if config[section].name is not None:
-            accepted(config[section].name)
-
-
 class Plan(NamedTuple):
     """What a config means for the data it names; made without reading the examples.
 
@@ -257,9 +202,10 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
         eval_every=interval("eval.every"),
         save_every=interval("checkpoint.every", may_be_time=True),
         notes=(
-            *_shortened(config, total_steps, in_steps),
-            *_evaluated_twice(config, train_source, eval_source),
-            *_enlarged(image_sizes, train_source),
+            *notes.shortened(config.schedule, total_steps, in_steps),
+            *notes.evaluated_twice(train_source, eval_source, partial(source, config)),
+            *notes.enlarged(image_sizes, train_source),
+            *notes.ignored(train_source, eval_source),
         ),
     )
 
@@ -280,59 +226,15 @@ def _length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str],
     return round(total_steps), partial(schedules.in_steps, **sizes)
 
 
-def _shortened(
-    config: ConfigDict, total_steps: int, in_steps: Callable[[str], float]
-) -> Iterator[str]:
-    """That warm-up and cooldown take more steps than there are."""
-    given = {field: config.schedule[field] for field in ("warmup", "cooldown")}
-    steps = {field: round(in_steps(text)) if text else 0 for field, text in given.items()}
-    if sum(steps.values()) <= total_steps:
-        return
-    fitted = schedules.fitted(*steps.values(), total_steps)
-    for (field, text), fits in zip(given.items(), fitted, strict=True):
-        if text:
-            yield (
-                f"config.schedule.{field} = {text!r} is shortened to {fits} of the run's "
-                f"{total_steps} steps"
-            )
-
-
-def _evaluated_twice(config: ConfigDict, train: Source, evaluation: Source) -> Iterator[str]:
-    """That some images are both trained and evaluated on."""
-    specs = (config.data.train_split, config.data.eval_split)
-    names = [{part.partition("[")[0].strip() for part in spec.split("+")} for spec in specs]
-    sizes = {name: [len(source(config, name))] for name in sorted(names[0] & names[1])}
-    slices = []
-    for spec in specs:  # of the splits that are in both
-        parts = [part for part in spec.split("+") if part.partition("[")[0].strip() in sizes]
-        slices.append([piece for part in parts for piece in resolve_split(part.strip(), sizes)])
-    both = sum(
-        max(0, min(one.stop, other.stop) - max(one.start, other.start))
-        for one in slices[0]
-        for other in slices[1]
-        if one.split == other.split
-    )
-    if train.fingerprint == evaluation.fingerprint:
-        both = len(evaluation)
-    if both:
-        yield (
-            f"{both:,} of the {len(evaluation):,} images to evaluate on are trained on as well "
-            f"(config.data.train_split = {specs[0]!r}, eval_split = {specs[1]!r}): the results "
-            "will be too good"
-        )
-
-
-def _enlarged(sizes: inputs.Sizes, train: Source) -> Iterator[str]:
-    """That pictures are made much larger than they are."""
-    largest = max((size for size in sizes.sizes if size), default=0)
-    short_side = min(train.image_shape[:2]) if None not in train.image_shape else None
-    if largest > _LARGE and short_side is None:
-        short_side = inputs.survey(train, count=20).short_side
-    if short_side and largest > _ENLARGED * short_side:
-        yield (
-            f"config.image_size = {largest} enlarges pictures of {short_side} pixels "
-            f"{largest / short_side:.0f} times: that costs time and adds nothing to see"
-        )
+def check_source(config: ConfigDict) -> dict[str, Any]:
+    """The options of the data, if they are right; the data are not opened."""
+    given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
+    opener = SOURCES.get(config.data.name, open_tfds)
+    if given and opener is open_tfds:  # else the sentence would be about an option
+        check_tfds_name(config.data.name, config.data.dir)
+    known = options.accepted(opener, ("name", "split", "data_dir", "class_names", "max_bytes"))
+    options.check("config.data", config.data.name, given, known)
+    return given
 
 
 def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = None) -> Source:
@@ -341,10 +243,7 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
     With `class_names`, the classes of a network by label, a folder or a list needs no more than
     some of them.
     """
-    given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
-    opener = SOURCES.get(config.data.name, open_tfds)
-    known = options.accepted(opener, ("split", "data_dir", "class_names", "max_bytes"))
-    options.check("config.data", config.data.name, given, known)
+    given = check_source(config)
     return open_source(
         config.data.name,
         split,

@@ -85,13 +85,13 @@ def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
     def adapt() -> str:
         lines = []
         if any(field.endswith(".name") for field in given):
-            from flaxcls import build  # JAX, which takes a second
+            from flaxcls import named  # JAX, which takes a second
 
-            lines += build.drop_unused(config, given)
+            lines += named.drop_unused(config, given)
         if "adapt" in namespace:
-            from flaxcls import build
+            from flaxcls import named
 
-            build.check_names(config)  # before something is said about them
+            named.check_names(config)  # before something is said about them
             with _in_recipe(path):
                 lines.append(namespace["adapt"](config))
         return "\n".join(lines)

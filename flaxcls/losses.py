@@ -87,7 +87,9 @@ def build(
     if class_weights is not None:
         class_weights = np.asarray(class_weights, np.float32)
         if not (np.isfinite(class_weights).all() and (class_weights >= 0).all()):
-            raise ConfigError(f"`class_weights` must not be negative, got {class_weights.tolist()}")
+            raise ConfigError(
+                f"config.loss.class_weights must not be negative, got {class_weights.tolist()}"
+            )
 
     def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)

@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what made it and how it ended.
 
-config.json      the resolved config; versions, device, commit and sizes beside it
+config.json      the resolved config; versions, device, commit, sizes and when the training files
+                 were written last ("data_modified", seconds since 1970) beside it
 metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
 checkpoints/     the newest steps and the best one
 summary.json     how it ended
@@ -22,6 +23,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import options
 from flaxcls.config import default
+from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.output import printable, say
 
@@ -254,8 +256,13 @@ def record(
     if before is not None:
         if not (changed := changes(before, config)):
             return
-        earlier = (read_json(workdir / "config.json") or {}).get("changes", [])
-        earlier = [*earlier, {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "fields": changed}]
+        first = read_json(workdir / "config.json") or {}
+        if "data_modified" in first:  # stays as it was when the run began
+            facts = {**facts, "data_modified": first["data_modified"]}
+        earlier = [
+            *first.get("changes", []),
+            {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "fields": changed},
+        ]
     content = {
         "config": plain(config),
         **surroundings(),
@@ -276,6 +283,19 @@ def surroundings() -> dict[str, Any]:
         "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
         "commit": _commit(),
     }
+
+
+def changed_data(workdir: Path, source: Source) -> Iterator[str]:
+    """That training files were written after the run in `workdir` began, if they were.
+
+    The fingerprint does not tell: what a picture shows may change and its size not.
+    """
+    began = (read_json(workdir / "config.json") or {}).get("data_modified")
+    if source.modified and options.fits(began, float) and source.modified[0] > began:
+        yield (
+            f"files to train on were written after the run began, such as {source.modified[1]}: "
+            "if they show something else now, the run goes on with other pictures"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -49,7 +49,10 @@ class Session:
         if before is not None and before.duration != config.duration:
             self._say_new_length(before)
         if processes.is_first():
-            run.record(workdir, config, trainer.facts, before if self.step else None)
+            modified = plan.train_source.modified
+            facts = {"data_modified": modified[0]} if modified else {}
+            facts = {**trainer.facts, **facts}
+            run.record(workdir, config, facts, before if self.step else None)
         processes.check_shared(workdir / "config.json")
         path = workdir / "goodput.json" if processes.is_first() else None
         clock.resume(path, self._progress["seconds"])

@@ -38,7 +38,8 @@ def train(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]
     trainer = Trainer(config, plan, mesh, report=_broken_images_log(workdir))
     processes.check_same(run.identity(config, trainer.facts, plan.eval_source.fingerprint))
     processes.say(_introduction(config, plan, mesh, trainer))
-    for note in (*plan.notes, *_changes(before, config)):
+    changed = run.changed_data(workdir, plan.train_source) if processes.is_first() else ()
+    for note in (*plan.notes, *_changes(before, config), *changed):
         processes.say(f"note: {note}")
 
     log_due, eval_due, save_due = (

@@ -1,7 +1,10 @@
 """What may change when a run is resumed, and which folders a run does not begin in."""
 
 import json
+import os
 
+import cv2
+import numpy as np
 import pytest
 
 from flaxcls import run
@@ -37,6 +40,40 @@ def test_finished_run_is_made_longer_and_the_schedule_is_said(tmp_path, tiny_con
     (change,) = content["changes"]
     assert change["fields"]["duration"] == ["12 steps", "20 steps"]
     assert train(tiny_config(**longer), workdir)["step"] == 20
+
+
+@pytest.mark.slow
+def test_pictures_that_were_changed_since_the_run_began_are_said(tmp_path, tiny_config, capfd):
+    pictures, workdir = tmp_path / "pictures", tmp_path / "run"
+    for name in ("train/ant", "train/bee", "val/ant", "val/bee"):
+        (pictures / name).mkdir(parents=True)
+        for number in range(8):
+            pixels = np.full((8, 8, 3), number, np.uint8)
+            cv2.imwrite(str(pictures / name / f"{number}.bmp"), pixels)
+
+    def go_on(steps, **changes):
+        options = {"data__name": "folder", "data__path": str(pictures), "image_size": 8}
+        unset = {f"data__{name}": None for name in ("image_shape", "num_classes", "num_examples")}
+        config = tiny_config(duration=f"{steps} steps", **unset, **options, **changes)
+        assert train(config, workdir)["step"] == steps
+        said = capfd.readouterr().out
+        return [line for line in said.splitlines() if "were written after" in line]
+
+    assert go_on(2) == []
+    recorded = json.loads((workdir / "config.json").read_text())["data_modified"]
+    files = [*pictures.glob("train/*/*")]
+    assert recorded == max(path.stat().st_mtime_ns for path in files) / 1e9
+    assert go_on(4) == []
+    changed = pictures / "train/bee/3.bmp"
+    changed.write_bytes(changed.read_bytes()[:-4] + b"1234")
+    os.utime(pictures / "val/ant/0.bmp", (recorded + 99, recorded + 99))
+    os.utime(changed, (recorded + 3, recorded + 3))
+    (line,) = go_on(6)
+    assert line.startswith(
+        f"note: files to train on were written after the run began, such as {changed}: "
+    )
+    content = json.loads((workdir / "config.json").read_text())
+    assert content["data_modified"] == recorded and len(content["changes"]) == 2
 
 
 def test_run_is_not_made_shorter_than_it_is(tmp_path, tiny_config):

@@ -57,8 +57,8 @@ def other_classes(source: Source, class_names: Sequence[str]) -> str:
     differences = [f"it has {some_names(unknown)} besides"] if unknown else []
     differences += [f"it lacks {some_names(missing)}"] if missing else []
     return (
-        f"the {len(ours):,} classes of {source.name} are not the {len(theirs):,} that the network "
-        f"knows: {', '.join(differences) or 'their order is another'}"
+        f"the {len(ours):,} classes of {source.name} are not the {len(theirs):,} that the "
+        f"network knows: {', '.join(differences) or 'their order is another'}"
     )
 
 
@@ -127,10 +127,11 @@ def open_list(
 ) -> Source:
     """A list of pictures, `path`.csv or `path`.jsonl: path and label of each, and perhaps split.
 
-    CSV has its columns in this order, or names them in its first row. A picture's path is relative
-    to the list's folder, or absolute. Labels are names or, where all are integers, the numbers of
-    the classes, from 0. A split is train, val, valid, validation or test; without this column
-    `held_out` and `split_seed` divide the list as they do a folder.
+    CSV has its columns in this order, or names them in its first row, separated by commas,
+    semicolons or tabs; "filename", "image", "class", "category" and the like will do. A picture's
+    path is relative to the list's folder, or absolute. Labels are names or, where all are integers,
+    the numbers of the classes, from 0. A split is train, val, valid, validation or test; without
+    this column `held_out` and `split_seed` divide the list as they do a folder.
     """
     from flaxcls.data.listed import open_list as open_files
 
@@ -152,6 +153,18 @@ def open_idx(split: str, *, path: str = "") -> Source:
     return Idx(split, _given(path, "the folder of train-images-idx3-ubyte and the others"))
 
 
+def contents(name: str, path: str) -> tuple[list[str], list[str]]:
+    """The splits that a folder or a list of FILES has, and all classes of any; see `open_source`.
+
+    Unlike there, the splits need not have the same classes, nor the classes pictures.
+    """
+    if name == "folder":
+        from flaxcls.data.folder import contents as look
+    else:
+        from flaxcls.data.listed import contents as look
+    return look(_given(path, "the folder or the list of pictures"))
+
+
 def _given(path: str, what: str) -> str:
     if not path:
         raise ConfigError(f"config.data.path is missing: {what}")
@@ -163,6 +176,13 @@ def open_tfds(name: str, split: str, *, data_dir: str | Path | None = None) -> S
     from flaxcls.data.tfds import open_prepared
 
     return open_prepared(name, split, data_dir, others=SOURCES)
+
+
+def check_tfds_name(name: str, data_dir: str | Path | None = None) -> None:
+    """ConfigError unless TFDS knows a data set of this name, or it is prepared in the folder."""
+    from flaxcls.data.tfds import check_known
+
+    check_known(name, data_dir, others=SOURCES)
 
 
 SOURCES: dict[str, Callable[..., Source]] = {

@@ -3,37 +3,45 @@
     python -m flaxcls.data check --source=NAME-or-PATH [--config.data.eval_split=test ...]
     python -m flaxcls.data check --config=FILE [--json=FILE]
 
-reads and decodes every picture of config.data.train_split and config.data.eval_split once. --source
-is the name of a data set, a folder of pictures or a list of them (.csv, .jsonl). Exit code 45 means
-that there are errors:
+reads and decodes every picture once. --source is the name of a data set, a folder of pictures or a
+list of them (.csv, .jsonl). All splits that are there are looked at, beside the one to train on;
+only one to evaluate on where --config.data.eval_split is given, or a recipe whose data are neither
+a folder nor a list. Exit code 45 means that there are errors:
 
+  what training refuses, such as a class without pictures or one that a split lacks
   unreadable pictures: any to evaluate on, or more to train on than config.input.max_broken allows
   labels that are no class
   classes that are evaluated but have no picture to train on
   more than 0.1 % of the pictures to evaluate on are trained on as well, byte for byte
 
-Fewer of these, classes without pictures, and copies within a split are warnings. --json=FILE gets
-everything, with the name of every picture that is told about.
+Fewer of these, classes that nothing tests, copies within a split, and pictures of a folder that are
+ignored are warnings. --json=FILE gets everything, with the name of every file that is told about.
 """
 
+import collections
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from flaxcls import cli
+from flaxcls.data import FILES, contents
 from flaxcls.data.command import define_flags, read_config
 from flaxcls.data.decode import available_cores
+from flaxcls.data.files import asked_splits
 from flaxcls.data.scan import Problem, Scan, find_problems, scan
+from flaxcls.data.source import Source, all_ignored
 from flaxcls.data.statistics import mean_and_std
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.errors import ConfigError, DataError, FlaxclsError
 from flaxcls.output import Guarded, printable
 
 _CLASSES_SHOWN = 20
@@ -50,15 +58,17 @@ def main(argv: Sequence[str]) -> int:
     if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
         raise ConfigError(f"--json={FLAGS.json} is in a folder that does not exist")
     config = read_config(FLAGS, overrides)
-
-    from flaxcls import build  # JAX, which takes a second: not for --help
-
-    splits = (config.data.train_split, config.data.eval_split)
-    sources = [build.source(config, split) for split in splits]
+    named = any(override.startswith("data.eval_split=") for override in overrides)
+    named = named or bool(FLAGS.config and config.data.name not in FILES)
+    sources, problems = open_splits(config, named_only=named, is_recipe=bool(FLAGS.config))
     threads = FLAGS.threads or available_cores()
-    train, evaluation = (scan(source, threads, config.input.max_pixels) for source in sources)
-    problems = find_problems(train, evaluation, config.input.max_broken)
-    report = describe(train, evaluation, problems)
+    scans = [scan(source, threads, config.input.max_pixels) for source in sources]
+    problems += find_problems(scans[0], scans[1:], config.input.max_broken)
+    ignored = all_ignored(sources)
+    if ignored.pictures:
+        problems.append(Problem(False, ignored.sentence(), [*ignored.pictures]))
+    problems.sort(key=lambda problem: not problem.is_error)
+    report = describe(scans, problems)
     _print_report(report, problems)
     code = DataError.exit_code if any(problem.is_error for problem in problems) else 0
     if FLAGS.json:
@@ -70,15 +80,92 @@ def main(argv: Sequence[str]) -> int:
     return code
 
 
-def describe(train: Scan, evaluation: Scan, problems: Sequence[Problem]) -> dict[str, Any]:
-    """The report as JSON takes it."""
+def open_splits(
+    config: ConfigDict, *, named_only: bool, is_recipe: bool
+) -> tuple[list[Source], list[Problem]]:
+    """The split to train on and those to evaluate on, and why training would refuse them.
+
+    Args:
+      config: its data are meant.
+      named_only: to evaluate on, only config.data.eval_split; else all that are there.
+      is_recipe: whether config.data.eval_split was chosen at all.
+
+    Raises ConfigError or DataError if there is nothing to train on.
+    """
+    from flaxcls import build  # JAX, which takes a second: not for --help
+
+    data, names = config.data, None
+    if data.name in FILES:
+        build.check_source(config)
+        there, names = contents(data.name, data.path)
+    else:
+        there = build.source(config, data.train_split).splits
+    chosen = [data.eval_split] if named_only or is_recipe or not there else []
+    specs = [data.train_split, *chosen]
+    if not named_only:
+        taken = {name for spec in specs for name in asked_splits(spec, there)}
+        specs += [name for name in there if name not in taken]
+    if names is None:
+        return [build.source(config, spec) for spec in specs], _nothing_held_out(specs)
+    sources, problems = _open_files(config, specs, names, chosen)
+    return sources, problems + _nothing_held_out(specs)
+
+
+def _nothing_held_out(specs: Sequence[str]) -> list[Problem]:
+    if len(specs) > 1:
+        return []
+    sentence = (
+        f"there is nothing to evaluate on but '{specs[0]}': --config.data.train_split="
+        "'train[:90%]' --config.data.eval_split='train[90%:]' would divide it"
+    )
+    return [Problem(True, sentence, [])]
+
+
+def _open_files(
+    config: ConfigDict, specs: Sequence[str], class_names: Sequence[str], chosen: Collection[str]
+) -> tuple[list[Source], list[Problem]]:
+    """The splits of a folder or a list, whether or not they fit together, and why they don't.
+
+    `class_names` are those of all splits; `chosen` are the splits that have to be right.
+    """
+    from flaxcls import build
+
+    sources: list[Source] = []
+    refusals: dict[str, FlaxclsError] = {}
+    for spec in specs:
+        try:
+            sources.append(build.source(config, spec))
+        except (ConfigError, DataError) as error:
+            refusals[spec] = error
+    if not refusals:
+        return sources, []
+    sources, problems = [], []
+    for spec in specs:
+        is_error = True
+        try:
+            sources.append(build.source(config, spec, class_names=class_names))
+        except (ConfigError, DataError) as error:
+            if not sources:  # nothing to train on
+                raise refusals.get(spec, error) from error
+            # Nobody may evaluate on it: pictures without classes are often called "test".
+            is_error = spec in chosen or len(specs) == 2 or isinstance(error, DataError)
+        problem = Problem(is_error, str(refusals[spec]), []) if spec in refusals else None
+        if problem and problem not in problems:
+            problems.append(problem)
+    return sources, problems
+
+
+def describe(scans: Sequence[Scan], problems: Sequence[Problem]) -> dict[str, Any]:
+    """The report as JSON takes it, of the split to train on and the others."""
+    train = scans[0]
     mean, std = mean_and_std(train.histogram) if train.formats else (None, None)
     return {
         "name": train.source.name,
         "classes": train.source.class_names,
-        "splits": [_describe_split(scan) for scan in (train, evaluation)],
+        "splits": [_describe_split(scan) for scan in scans],
         "mean": mean,
         "std": std,
+        "ignored": all_ignored(scan.source for scan in scans)._asdict(),
         "problems": [problem._asdict() for problem in problems],
     }
 
@@ -114,6 +201,11 @@ def _print_report(report: dict[str, Any], problems: Sequence[Problem]) -> None:
             numbers = ", ".join(f"{value:.4f}" for value in report[name])
             comma = "," if len(report[name]) == 1 else ""
             console.print(f"--config.data.{name}='({numbers}{comma})'")
+    if others := report["ignored"]["others"]:
+        formats = collections.Counter(os.path.splitext(name)[1] or "no suffix" for name in others)
+        kinds = ", ".join(f"{name} {count:,}" for name, count in formats.most_common(5))
+        line = f"ignored: {len(others):,} files that are no pictures ({kinds})"
+        console.print(printable(line), markup=False, soft_wrap=True)
     for problem in problems:
         kind, style = ("ERROR", "bold red") if problem.is_error else ("WARNING", "yellow")
         console.print(

@@ -15,8 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flaxcls import cli
 from flaxcls.data import SOURCES
+from flaxcls.data.files import is_picture
 from flaxcls.errors import ConfigError
 from flaxcls.output import Guarded
+
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 def define_flags() -> flags.FlagValues:
@@ -33,12 +36,16 @@ def define_flags() -> flags.FlagValues:
 
 
 def read_config(values: flags.FlagValues, overrides: Sequence[str]) -> ConfigDict:
-    """The recipe or the default config with what --source says and then the overrides."""
+    """The recipe or the default config with what --source says and then the overrides.
+
+    What a recipe leaves to its data and to the devices stays open: only data are meant here, and
+    these may be what is wrong.
+    """
     names_data = any(override.startswith("data.name=") for override in overrides)
     if not (values.config or values.source or names_data):
         raise ConfigError("--source=NAME-or-PATH is missing (or --config=FILE)")
     data = [] if values.source is None else source_overrides(values.source)
-    return cli.load_config(values.config, [*data, *overrides])
+    return cli.load_recipe(values.config, [*data, *overrides]).config
 
 
 def source_overrides(source: str) -> list[str]:
@@ -49,6 +56,8 @@ def source_overrides(source: str) -> list[str]:
     if path.suffix.lower() in (".csv", ".jsonl"):
         return ["data.name=list", f"data.path={source}"]
     is_path = os.sep in source
+    if path.is_file() or (is_path and path.suffix.lower() in _ARCHIVES):
+        raise ConfigError(f"--source={source} {_what_file(path)}")
     if path.is_dir() and any(path.glob("*idx3-ubyte*")):
         return ["data.name=idx", f"data.path={source}"]
     if path.is_dir():
@@ -63,6 +72,22 @@ def source_overrides(source: str) -> list[str]:
     elif is_path and source[0] in "./~":
         raise ConfigError(f"there is no folder {source}")
     return [f"data.name={source}"]
+
+
+def _what_file(path: Path) -> str:
+    """Why a file that is not a list is no source, and what would do."""
+    if not path.exists():
+        return "does not exist"
+    suffix = path.suffix.lower()
+    if "idx3-ubyte" in path.name or "idx1-ubyte" in path.name:
+        return "is one of the files of a data set: give their folder"
+    if suffix in _ARCHIVES:
+        return "is an archive: unpack it, and give the folder that comes out of it"
+    if suffix == ".py":
+        return f"is a recipe: give it as --config={path}"
+    if is_picture(path.name):
+        return "is a picture: give the folder whose folders are the classes"
+    return "is a file, but no list of pictures, whose name ends in .csv or .jsonl"
 
 
 def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:

@@ -31,6 +31,7 @@ class Digits(Source):
             class_names=[str(digit) for digit in range(10)],
             image_shape=(8, 8, 1),
             fingerprint=fingerprint(name="digits", content=content),
+            splits=splits,
         )
 
     def __len__(self) -> int:

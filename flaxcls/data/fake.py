@@ -55,6 +55,7 @@ class Fake(Source):
             fingerprint=fingerprint(
                 name="fake", image_shape=image_shape, num_classes=num_classes, slices=slices
             ),
+            splits=sizes,
         )
 
     def __len__(self) -> int:

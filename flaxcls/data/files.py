@@ -14,6 +14,7 @@ import numpy as np
 
 from flaxcls.data.source import (
     Example,
+    Ignored,
     Source,
     fingerprint,
     resolve_split,
@@ -26,6 +27,10 @@ from flaxcls.output import printable
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case
 
+# Of pictures that are not read, to be told from other files.
+NOT_READ = ("avif", "heic", "heif", "jp2", "jxl", "svg", "ico", "psd", "ppm", "pgm", "exr", "hdr")
+NOT_READ += ("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2")  # of cameras
+
 VALIDATION = ("val", "valid", "validation")
 HELD_OUT = (*VALIDATION, "test")
 SPLITS = {name: name for name in ("train", *HELD_OUT)} | {"training": "train", "testing": "test"}
@@ -37,6 +42,7 @@ class Files(NamedTuple):
     paths: list[str]  # relative to the source's root, or absolute
     sizes: np.ndarray  # int64 [N], bytes; -1 where not known
     labels: np.ndarray  # int32 [N]
+    times: np.ndarray | None = None  # int64 [N], nanoseconds since 1970 when each was written
 
 
 class FileSource(Source):
@@ -57,9 +63,14 @@ class FileSource(Source):
         splits: Mapping[str, np.ndarray],
         channels: int,
         max_bytes: int,
+        there: Collection[str],
+        ignored: Ignored = Source.ignored,
     ):
         sizes = {key: [len(indices)] for key, indices in splits.items()}
-        order = take_slices(splits, resolve_split(known_split(split, splits), sizes))
+        known = known_split(split, splits)
+        if sizes.get("validation") == [0] and "validation" in known:
+            raise ConfigError(_nothing_held_out(name, split, class_names, files))
+        order = take_slices(splits, resolve_split(known, sizes))
         self._root, self._max_bytes = root, max_bytes
         self._paths = [files.paths[index] for index in order]
         self._labels = files.labels[order]
@@ -74,7 +85,12 @@ class FileSource(Source):
             fingerprint=fingerprint(
                 name=name, class_names=class_names, content=content.hexdigest()
             ),
+            splits=there,
         )
+        self.ignored = ignored
+        if files.times is not None:
+            last = int(np.argmax(files.times[order]))
+            self.modified = float(files.times[order[last]] / 1e9), self.where(last)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -90,6 +106,20 @@ class FileSource(Source):
 
     def where(self, index: int) -> str:
         return printable(os.path.join(self._root, self._paths[index]))
+
+
+def _nothing_held_out(name: str, split: str, class_names: Sequence[str], files: Files) -> str:
+    counts = np.bincount(files.labels, minlength=len(class_names))
+    some = ", ".join(
+        f"'{text}' has {count}" for text, count in [*zip(class_names, counts, strict=True)][:3]
+    )
+    more = f" and so on for {len(counts) - 3:,} more" if len(counts) > 3 else ""
+    others = "a column of splits" if name == "list" else "DIR/val/CLASS/* beside DIR/train/CLASS/*"
+    return (
+        f"split '{split}' is empty: a part of each class is held out, but none of the "
+        f"{len(counts):,} has two pictures ({some}{more}); add pictures, or say which ones are "
+        f"evaluated on by {others}"
+    )
 
 
 def known_split(split: str, there: Collection[str]) -> str:
@@ -206,7 +236,7 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", printable(text))
 
 
-def is_picture(name: str) -> bool:
+def is_picture(name: str, extensions: Sequence[str] = EXTENSIONS) -> bool:
     """Whether a file's name ends as an image's does."""
     _, dot, extension = name.rpartition(".")
-    return dot != "" and extension.lower() in EXTENSIONS
+    return dot != "" and extension.lower() in extensions

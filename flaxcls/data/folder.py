@@ -3,11 +3,13 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from flaxcls.data.files import (
     EXTENSIONS,
+    NOT_READ,
     SPLITS,
     Files,
     FileSource,
@@ -17,6 +19,7 @@ from flaxcls.data.files import (
     divide,
     is_picture,
 )
+from flaxcls.data.source import Ignored
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.output import printable
 
@@ -62,16 +65,17 @@ def open_folder(
     above = {_identity(folder) for folder in (root, *folders.values())}
     with ThreadPoolExecutor(16) as threads:  # waiting for disks, not computing
         found = list(threads.map(lambda job: _pictures(job[-1], root, above), jobs))
-    counts = [len(paths) for paths, _ in found]
+    counts = [len(pictures.paths) for pictures in found]
     for (_, _, folder), count in zip(jobs, counts, strict=True):
         if to_train and not count:
             raise ConfigError(
                 f"class folder {printable(folder)} has no images ({', '.join(EXTENSIONS)})"
             )
     files = Files(
-        paths=[path for paths, _ in found for path in paths],
-        sizes=np.concatenate([sizes for _, sizes in found]),
+        paths=[path for pictures in found for path in pictures.paths],
+        sizes=np.concatenate([pictures.sizes for pictures in found]),
         labels=np.repeat(np.array([label for _, label, _ in jobs], np.int32), counts),
+        times=np.concatenate([pictures.times for pictures in found]),
     )
     split_of = np.repeat([part for part, _, _ in jobs], counts) if split_folders else None
     return FileSource(
@@ -83,16 +87,36 @@ def open_folder(
         splits=divide(files, split_of, held_out=held_out, seed=split_seed),
         channels=channels,
         max_bytes=max_bytes,
+        there=split_folders or ("train", "validation"),
+        ignored=_ignored(root, [folders[part] for part in asked], found, "train" in asked),
     )
+
+
+def contents(path: str) -> tuple[list[str], list[str]]:
+    """The splits of a folder, and the names of all classes that any of them has, sorted.
+
+    Nothing need fit together, as it must for `open_folder`. ConfigError where there is no such
+    folder or it has no folders in it, DataError where one can't be listed.
+    """
+    root = os.path.expanduser(path)
+    folders = _split_folders(root, needs_train=True)
+    inside = [_look_into(folder).folders for folder in folders.values()]
+    names = {class_name(name) for names in inside or [_class_folders(root)] for name in names}
+    return list(folders) or ["train", "validation"], sorted(names)
 
 
 def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
     """The folder of every split, by the split's name; nothing where `root` has those of classes."""
     if not os.path.isdir(root):
-        found = "is a file" if os.path.exists(root) else "does not exist"
+        found = "is a file"
+        try:
+            os.stat(root)
+        except OSError as error:  # or it is in a folder that may not be looked into
+            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+            found = "does not exist" if missing else f"can't be reached: {error.strerror}"
         raise ConfigError(f"config.data.path must be a folder of pictures, but {root} {found}")
     names: dict[str, str] = {}
-    subfolders, _ = _look_into(root)
+    subfolders = _look_into(root).folders
     for folder in subfolders:
         split = SPLITS.get(folder.lower())
         if split in names:
@@ -101,7 +125,7 @@ def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
             names[split] = folder
     folders = {split: os.path.join(root, folder) for split, folder in names.items()}
     if len(folders) < len(subfolders):  # a class may be called "train": it has pictures in it
-        return folders if "train" in folders and _look_into(folders["train"])[0] else {}
+        return folders if "train" in folders and _look_into(folders["train"]).folders else {}
     if folders and "train" not in folders and needs_train:
         raise ConfigError(f"{root} has {', '.join(names.values())} but no train: {_LAYOUT}")
     return folders
@@ -109,30 +133,64 @@ def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
 
 def _class_folders(folder: str) -> dict[str, str]:
     """The class's name by the name of its folder."""
-    subfolders, images = _look_into(folder)
+    subfolders, images, _ = _look_into(folder)
     if not subfolders:
-        found = f"images ({images}) but no class folders" if images else "no class folders"
+        found = f"images ({len(images)}) but no class folders" if images else "no class folders"
         raise ConfigError(f"{folder} has {found}: {_LAYOUT}")
     return {name: class_name(name) for name in subfolders}
 
 
-def _look_into(folder: str) -> tuple[list[str], int]:
-    """The names of the folders in a folder, sorted, and the number of images."""
-    subfolders, images = [], 0
+class _Inside(NamedTuple):
+    """Names of what is in a folder: folders (sorted), images and other files."""
+
+    folders: list[str]
+    images: list[str]
+    others: list[str]
+
+
+def _look_into(folder: str) -> _Inside:
+    inside = _Inside([], [], [])
     for entry, is_folder in visible_entries(folder):
-        if is_folder:
-            subfolders.append(entry.name)
-        else:
-            images += is_picture(entry.name)
-    return sorted(subfolders), images
+        place = inside.images if is_picture(entry.name) else inside.others
+        (inside.folders if is_folder else place).append(entry.name)
+    inside.folders.sort()
+    return inside
 
 
-def _pictures(folder: str, root: str, above: set[tuple[int, int]]) -> tuple[list[str], np.ndarray]:
-    """The images in a class's folder and those below: paths relative to `root`, sizes in bytes.
+class _Pictures(NamedTuple):
+    """The images of a class by path, with bytes and nanoseconds; and other files."""
+
+    paths: list[str]
+    sizes: np.ndarray
+    times: np.ndarray
+    others: list[str]
+
+
+def _ignored(
+    root: str, folders: Sequence[str], classes: Sequence[_Pictures], with_root: bool
+) -> Ignored:
+    """The files in the folders of classes that are no images, and all beside these folders.
+
+    What lies beside the folders of splits is told of one split only.
+    """
+    names = [name for pictures in classes for name in pictures.others]
+    misplaced = []
+    for folder in sorted({*folders, root} if with_root else {*folders}):
+        inside, here = _look_into(folder), os.path.relpath(folder, root)
+        for kind, found in ((misplaced, inside.images), (names, inside.others)):
+            kind += [os.path.normpath(os.path.join(here, name)) for name in found]
+    pictures = [name for name in names if is_picture(name, NOT_READ)]
+    others = {*names} - {*pictures}
+    return Ignored(*(tuple(sorted(some)) for some in (pictures, misplaced, others)))
+
+
+def _pictures(folder: str, root: str, above: set[tuple[int, int]]) -> _Pictures:
+    """The images in a class's folder and those below, by paths relative to `root`.
 
     Links are followed, except to a folder that was seen already or is one of those `above`.
     """
     seen, pending, found = set(above), [os.path.relpath(folder, root)], []
+    others = []
     while pending:
         here = pending.pop()
         path = os.path.join(root, here)
@@ -144,10 +202,13 @@ def _pictures(folder: str, root: str, above: set[tuple[int, int]]) -> tuple[list
             if is_folder:
                 subfolders.append(f"{here}/{entry.name}")
             elif is_picture(entry.name):
-                found.append((f"{here}/{entry.name}", _size(entry)))
+                found.append((f"{here}/{entry.name}", *_size_and_time(entry)))
+            else:
+                others.append(f"{here}/{entry.name}")
         pending += sorted(subfolders, reverse=True)  # of two links to a folder always the same one
     found.sort()
-    return [path for path, _ in found], np.array([size for _, size in found], np.int64)
+    paths, sizes, times = zip(*found, strict=True) if found else ((), (), ())
+    return _Pictures([*paths], np.array(sizes, np.int64), np.array(times, np.int64), others)
 
 
 def visible_entries(folder: str) -> Iterator[tuple[os.DirEntry, bool]]:
@@ -168,13 +229,17 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _size(entry: os.DirEntry) -> int:
+def _size_and_time(entry: os.DirEntry) -> tuple[int, int]:
     try:
-        return entry.stat().st_size
+        status = entry.stat()
     except OSError:  # a link to nowhere: reading it will say so
-        return -1
+        return -1, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def _identity(folder: str) -> tuple[int, int]:
-    status = os.stat(folder)
+    try:
+        status = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
     return status.st_dev, status.st_ino

@@ -68,6 +68,7 @@ class Idx(Source):
             class_names=_FASHION if digests <= {*_FASHION_LABELS} else [*"0123456789"],
             image_shape=self._images.shape[1:],
             fingerprint=fingerprint(name="idx", content=content),
+            splits=_PREFIXES,
         )
 
     def __len__(self) -> int:

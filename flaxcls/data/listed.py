@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -24,16 +24,18 @@ from flaxcls.data.storage import open_regular
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.output import printable, say
 
-_COLUMNS = ("path", "label", "split")
-_NEEDED = _COLUMNS[:2]
-ALIASES = {  # what columns are called, in any case
+# What the columns of other people's lists are called, in any case; "file name" is file_name too.
+_COLUMNS = {
     "path": (
-        *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "img"),
-        *("image_path", "imagepath", "img_path", "image_file", "image_name", "filenames"),
+        *("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path"),
+        *("image_file", "image_name", "img", "img_path"),
     ),
-    "label": ("label", "labels", "class", "class_name", "classname", "category", "target"),
-    "split": ("split", "set", "subset", "partition"),
+    "label": ("label", "labels", "class", "class_name", "category", "target"),
+    "split": ("split",),
 }
+_REQUIRED = ("path", "label")
+_OR_NO_HEADER = "; a list without names of columns has path,label or path,label,split in each row"
+_DELIMITERS = ",;\t"
 _INTEGER = re.compile("-?(0|[1-9][0-9]{0,17})")
 
 
@@ -81,7 +83,10 @@ def open_list(
         {f"split '{part}' of {path}" if part else path: classes[part] for part in asked},
         class_names,
     )
-    class_names = _class_names({*found}, path, len(rows)) if to_train else found
+    class_names = found
+    if to_train:
+        class_names = _class_names({*found}, path, len(rows))
+        _say_missing(class_names, {*found}, path)
     index = {name: number for number, name in enumerate(class_names)}
     files = Files(
         paths=[row.path for row in rows],
@@ -98,7 +103,20 @@ def open_list(
         splits=divide(files, split_of, held_out=held_out, seed=split_seed),
         channels=channels,
         max_bytes=max_bytes,
+        there=there if has_splits else ("train", "validation"),
     )
+
+
+def contents(path: str) -> tuple[list[str], list[str]]:
+    """The splits of a list, and the names of all classes that any of them has, sorted.
+
+    The splits need not fit together, as they must for `open_list`, whose errors it raises.
+    """
+    path = os.path.expanduser(path)
+    rows = [row for _, row in _rows(path)]
+    there = sorted({row.split for row in rows} - {""})
+    labels = {row.label for row in rows}
+    return there or ["train", "validation"], _class_names(labels, path, len(rows)) if rows else []
 
 
 def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
@@ -110,7 +128,10 @@ def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
         if not 0 <= number < num_rows:
             line = next(line for line, row in _rows(path) if row.label == str(number))
             raise _bad(path, line, f"label {number} is not the number of a class, counted from 0")
-    class_names = [str(number) for number in range(numbers[-1] + 1)]
+    return [str(number) for number in range(numbers[-1] + 1)]
+
+
+def _say_missing(class_names: Sequence[str], labels: set[str], path: str) -> None:
     if missing := [name for name in class_names if name not in labels]:
         some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         say(
@@ -118,12 +139,16 @@ def _class_names(labels: set[str], path: str, num_rows: int) -> list[str]:
             f"rows: {some}",
             error=True,
         )
-    return class_names
 
 
 def _rows(path: str) -> Iterator[tuple[int, _Row]]:
     """Every row and the number of its line; the list's form is checked, not the files."""
     read = _READERS.get(os.path.splitext(path)[1].lower())
+    if os.path.isdir(path):
+        raise ConfigError(
+            f"config.data.path must be a .csv or .jsonl file for list, but {path} is a folder, "
+            "which config.data.name = 'folder' is for"
+        )
     if read is None:
         raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {printable(path)}")
     has_split = None
@@ -163,98 +188,91 @@ def _encodable(text: str) -> bool:
 
 
 def _csv_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
-    delimiter = _delimiter(file)
-    reader = csv.reader(file, strict=True, delimiter=delimiter)
-    titles: Sequence[str] = ()
-    columns: dict[str, str] = {}
+    delimiter, has_header, names = _form(path, file)
+    file.seek(0)
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
     try:
-        for cells in reader:
-            if not any(cells):
-                continue
-            if not titles:
-                headless = _begins_with_picture(cells)
-                titles = _COLUMNS[: len(cells)] if headless else [cell.strip() for cell in cells]
-                columns = _columns(path, reader.line_num, titles)
-                if not headless:
-                    continue
-            if len(cells) != len(titles):
-                raise _bad(
-                    path,
-                    reader.line_num,
-                    f"must be {delimiter.join(titles)}, got {delimiter.join(cells)}",
-                )
-            row = dict(zip(titles, cells, strict=True))
-            yield reader.line_num, {column: row[title] for column, title in columns.items()}
+        rows = (cells for cells in reader if any(cells))
+        columns = {name: name for name in names}
+        if has_header:
+            next(rows, None)  # there is none where all cells are empty
+            columns = _columns(path, reader.line_num, names)
+        for cells in rows:
+            if len(cells) != len(names):
+                expected, got = delimiter.join(names), delimiter.join(cells)
+                raise _bad(path, reader.line_num, f"must be {expected}, got {got}")
+            record = dict(zip(names, cells, strict=True))
+            yield reader.line_num, {column: record[name] for column, name in columns.items()}
     except csv.Error as error:
         raise _bad(path, reader.line_num, f"not CSV: {error}") from error
 
 
-def _delimiter(file: TextIO) -> str:
-    """What divides the columns of the first row so that they are understood."""
-    for delimiter in ",;\t":
+def _form(path: str, file: TextIO) -> tuple[str, bool, list[str]]:
+    """What separates the cells, whether the first row has their names, and these."""
+    for delimiter in _DELIMITERS:
         file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         try:
-            rows = csv.reader(file, strict=True, delimiter=delimiter)
-            first = next((cells for cells in rows if any(cells)), [])
-        except csv.Error:
-            first = []
-        names = {_plain(cell) for cell in first}
-        if _begins_with_picture(first) or all(names & {*ALIASES[key]} for key in _NEEDED):
-            break
-    else:
-        delimiter = ","
+            cells = next((cells for cells in reader if any(cells)), [])
+        except csv.Error as error:
+            if delimiter == _DELIMITERS[-1]:
+                raise _bad(path, reader.line_num, f"not CSV: {error}") from error
+            continue
+        if 2 <= len(cells) <= len(_COLUMNS) and is_picture(cells[0]):
+            return delimiter, False, [*_COLUMNS][: len(cells)]
+        if any(_plain(cell) in names for names in _COLUMNS.values() for cell in cells[1:]):
+            return delimiter, True, cells
     file.seek(0)
-    return delimiter
+    first = next((line.strip() for line in file if line.strip()), "")
+    delimiter = max(_DELIMITERS, key=first.count)
+    return delimiter, bool(first), first.split(delimiter)
 
 
-def _begins_with_picture(cells: Sequence[str]) -> bool:
-    """Whether a first row names no columns, but is the path of a picture, its label and so on."""
-    return 2 <= len(cells) <= len(_COLUMNS) and is_picture(cells[0])
-
-
-def _plain(title: str) -> str:
-    return title.strip().lower().replace(" ", "_").replace("-", "_")
-
-
-def _columns(
-    path: str, line: int, titles: Sequence[str], needed: Sequence[str] = _NEEDED
-) -> dict[str, str]:
-    """The title of the column of each of `_COLUMNS` that there is, whatever it is called."""
-    found = {}
-    for column in _COLUMNS:
-        names = [title for title in titles if _plain(title) == column]
-        names = names or [title for title in titles if _plain(title) in ALIASES[column]]
-        if len(names) > 1:
+def _columns(path: str, line: int, names: Collection[str]) -> dict[str, str]:
+    """Which of the names is the path's, the label's and, if there is one, the split's."""
+    called = ", ".join(map(repr, names))
+    columns = {}
+    for column, known in _COLUMNS.items():
+        exact, alike = ([n for n in names if _plain(n) in some] for some in ((column,), known))
+        found = exact or alike
+        if len(found) > 1:
             raise _bad(
                 path,
                 line,
-                f"{' and '.join(names)} could each be the {column}: call one of them {column}",
+                f"of the columns {called}, {' and '.join(map(repr, found))} may each be the "
+                f"{column}: call the one that is meant {column!r}, and no other",
             )
-        if names:
-            found[column] = names[0]
-        elif column in needed:
-            others = [name for name in ALIASES[column] if name != column]
+        if not found and column in _REQUIRED:
             raise _bad(
                 path,
                 line,
-                f"no column is the {column}: they are called {', '.join(titles)}, but one must be "
-                f"{column} (or {', '.join(others)})",
+                f"the columns are called {called}; none is the {column}, which would be called "
+                f"{', '.join(known)}{_OR_NO_HEADER}",
             )
-    return found
+        if found:
+            columns[column] = found[0]
+    return columns
+
+
+def _plain(name: str) -> str:
+    return re.sub("[ -]", "_", name.strip().lower())
 
 
 def _json_records(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
+    columns = None
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise _bad(path, number, f"not JSON: {error}") from error
+            why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise _bad(path, number, f"not JSON: {why}") from error
         if not isinstance(record, dict):
             raise _bad(path, number, "must be an object with path and label")
-        columns = _columns(path, number, [*record], needed=())
-        yield number, {column: record[title] for column, title in columns.items()}
+        if columns is None:
+            columns = {"split": "split", **_columns(path, number, record)}
+        yield number, {column: record.get(name) for column, name in columns.items()}
 
 
 def _bad(path: str, line: int, what: str) -> DataError:

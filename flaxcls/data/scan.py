@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +72,7 @@ def scan(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Scan:
         histogram = np.zeros_like(result.histogram)
         for index in chunk:
             try:
+                source.verify(index)
                 image, result.labels[index] = source[index]
                 pixels, file_format = image, "pixels"
                 if isinstance(image, bytes):
@@ -108,19 +109,22 @@ class Problem(NamedTuple):
     examples: list[str]
 
 
-def find_problems(train: Scan, evaluation: Scan, max_broken: float) -> list[Problem]:
-    """The errors, then the warnings."""
+def find_problems(train: Scan, evaluations: Sequence[Scan], max_broken: float) -> list[Problem]:
+    """What is wrong with each split and, of those to evaluate on, beside the one to train on."""
     problems = [
         *_unreadable(train, max_broken, "training replaces each by the next one"),
-        *_unreadable(evaluation, 0, ""),
         *_wrong_labels(train),
-        *_wrong_labels(evaluation),
-        *_missing_classes(train, evaluation),
-        *_shared(train, evaluation),
         *_copies(train),
-        *_copies(evaluation),
     ]
-    return sorted(problems, key=lambda problem: not problem.is_error)
+    for evaluation in evaluations:
+        problems += [
+            *_unreadable(evaluation, 0, ""),
+            *_wrong_labels(evaluation),
+            *_missing_classes(train, evaluation),
+            *_shared(train, evaluation),
+            *_copies(evaluation),
+        ]
+    return [*problems, *_empty_classes(train, evaluations)]
 
 
 def _of(number: int, scan: Scan) -> str:
@@ -147,7 +151,9 @@ def _wrong_labels(scan: Scan) -> Iterator[Problem]:
     count, readable = len(scan.source.class_names), scan.readable
     labels = scan.labels[readable]
     wrong = readable[(labels < 0) | (labels >= count)]
-    if len(wrong):
+    if len(wrong) and np.all(labels == -1):  # as TFDS has it, of ImageNet's test split for one
+        yield Problem(False, f"no labels: {_of(len(wrong), scan)}; nothing can be evaluated", [])
+    elif len(wrong):
         yield Problem(
             True,
             f"labels that are none of the {count:,} classes, 0 to {count - 1}: "
@@ -156,19 +162,27 @@ def _wrong_labels(scan: Scan) -> Iterator[Problem]:
         )
 
 
+def _empty_classes(train: Scan, evaluations: Sequence[Scan]) -> Iterator[Problem]:
+    counts = np.sum([scan.class_counts for scan in (train, *evaluations)], axis=0)
+    yield from _classes(train, counts == 0, False, "without any picture")
+
+
+def _classes(train: Scan, chosen: np.ndarray, is_error: bool, what: str) -> Iterator[Problem]:
+    names = [train.source.class_names[label] for label in np.flatnonzero(chosen)]
+    if names:
+        sentence = f"classes: {len(names):,} of the {len(chosen):,} {what}"
+        yield Problem(is_error, sentence, names)
+
+
 def _missing_classes(train: Scan, evaluation: Scan) -> Iterator[Problem]:
+    if evaluation.labels.size and np.all(evaluation.labels == -1):
+        return
     trained, evaluated = train.class_counts > 0, evaluation.class_counts > 0
     first, second = f"'{train.source.split}'", f"'{evaluation.source.split}'"
-    for is_error, missing, sentence in (
-        (True, evaluated & ~trained, f"in {second} but not in {first}; they count as mistakes"),
-        (False, trained & ~evaluated, f"in {first} but not in {second}; nothing tests them"),
-        (False, ~trained & ~evaluated, "without any picture"),
-    ):
-        names = [train.source.class_names[label] for label in np.flatnonzero(missing)]
-        if names:
-            yield Problem(
-                is_error, f"classes: {len(names):,} of the {len(missing):,} {sentence}", names
-            )
+    what = f"in {second} but not in {first}; they count as mistakes"
+    yield from _classes(train, evaluated & ~trained, True, what)
+    what = f"in {first} but not in {second}; nothing tests them"
+    yield from _classes(train, trained & ~evaluated, False, what)
 
 
 def _shared(train: Scan, evaluation: Scan) -> Iterator[Problem]:

@@ -5,8 +5,10 @@ that needs them.
 """
 
 import hashlib
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -22,6 +24,34 @@ class Example(NamedTuple):
     label: int
 
 
+class Ignored(NamedTuple):
+    """Files in a folder of pictures that are no examples, by their paths."""
+
+    not_read: tuple[str, ...] = ()  # pictures of a format that is not read
+    misplaced: tuple[str, ...] = ()  # pictures beside the folders of the classes
+    others: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        return self.not_read + self.misplaced
+
+    def sentence(self) -> str:
+        """What is said of the ignored pictures; empty where there are none."""
+        formats = sorted({os.path.splitext(name)[1].lower() for name in self.not_read})
+        parts = []
+        if formats:
+            parts.append(f"{len(self.not_read):,} whose format is not read ({', '.join(formats)})")
+        if self.misplaced:
+            parts.append(f"{len(self.misplaced):,} beside the folders of the classes")
+        return f"pictures that are ignored: {' and '.join(parts)}" if parts else ""
+
+
+def all_ignored(sources: Iterable["Source"]) -> Ignored:
+    """What any of the sources ignores."""
+    kinds = zip(*(source.ignored for source in sources), strict=True)
+    return Ignored(*(tuple(sorted({*itertools.chain(*kind)})) for kind in kinds))
+
+
 class Source:
     """One split (or slices of splits) of a data set, in a fixed order, safe to read in threads.
 
@@ -32,7 +62,14 @@ class Source:
       image_shape: (height, width, channels) of every image, None where it varies.
       fingerprint: 16 hex digits that say which data these are: equal on every host, different
         when examples, their order or their number differ.
+      splits: the names of the splits that the data set has.
+      ignored: the files that are no examples, of a folder.
+      modified: when the example written last was, in seconds since 1970, and where it is; None
+        where the examples are not files of their own.
     """
+
+    ignored = Ignored()
+    modified: tuple[float, str] | None = None
 
     def __init__(
         self,
@@ -42,18 +79,23 @@ class Source:
         class_names: Sequence[str],
         image_shape: tuple[int | None, int | None, int],
         fingerprint: str,
+        splits: Iterable[str] = (),
     ):
         self.name = name
         self.split = split
         self.class_names = tuple(class_names)
         self.image_shape = image_shape
         self.fingerprint = fingerprint
+        self.splits = tuple(splits)
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __getitem__(self, index: int) -> Example:
         raise NotImplementedError
+
+    def verify(self, index: int) -> None:
+        """Raises DataError if what is stored of an example fails a checksum, if it has one."""
 
     def labels(self) -> np.ndarray:
         """Every example's label, int32 [N]; reads the whole split where nothing better is known."""

@@ -106,10 +106,18 @@ class TfdsSource(Source):
                 slices=slices,
                 files=_names_and_sizes(parts),
             ),
+            splits=info.splits,
         )
 
     def __len__(self) -> int:
         return len(self._records)
+
+    def verify(self, index: int) -> None:
+        if isinstance(self._records, TfRecords):  # ARRAY_RECORD's reader does it itself
+            try:
+                self._records.verify(index)
+            except OSError as error:
+                raise DataError(f"{self.where(index)} cannot be read: {error}") from error
 
     def __getitem__(self, index: int) -> Example:
         # Seven times as fast as the features' own deserialize_example_np, which converts all.
@@ -264,6 +272,13 @@ def prepare(name: str, root: Path, others: Iterable[str] = ()) -> None:
         return
     sentence = child.stdout.strip() or f"preparing {name} ended with exit code {child.returncode}"
     raise (ConfigError if child.returncode == ConfigError.exit_code else DataError)(sentence)
+
+
+def check_known(name: str, data_dir: str | Path | None, others: Iterable[str] = ()) -> None:
+    """ConfigError for a name that nothing can be opened by; in the cloud nothing is looked at."""
+    root = _data_root(data_dir)
+    if not is_remote(root) and find_prepared(name, root) is None:
+        _check_known(name, root, others)
 
 
 def _check_known(name: str, root: Path, others: Iterable[str]) -> None:

@@ -21,6 +21,7 @@ from flaxcls.data.storage import is_remote, open_regular, open_to_scan, read_par
 from flaxcls.errors import DataError
 
 _LENGTH = struct.Struct("<Q")
+_CHECKSUM = struct.Struct("<I")
 _HEADER, _FOOTER = 12, 4  # bytes around a record's data
 _NPY_HEADER = 128  # bytes before the numbers of a .npy file with one dimension
 
@@ -53,12 +54,38 @@ class TfRecords:
         return len(self._begin)
 
     def __getitem__(self, index: int) -> bytes:
+        return self._record(index)[_HEADER:-_FOOTER]
+
+    def verify(self, index: int) -> None:
+        """Raises DataError unless the checksums of a record are those of its length and data.
+
+        Reading a record does not look at them.
+        """
+        record = self._record(index)
+        length, data = record[: _LENGTH.size], record[_HEADER:-_FOOTER]
+        stored = record[_LENGTH.size : _HEADER], record[-_FOOTER:]
+        if stored != (masked_crc(length), masked_crc(data)):
+            path, begin = self._paths[self._file[index]], int(self._begin[index])
+            raise DataError(
+                f"{path} is damaged: the checksum of the record at byte {begin} differs"
+            )
+
+    def _record(self, index: int) -> bytes:
+        """All of a record, its length and checksums included."""
         path = self._paths[self._file[index]]
         begin, size = int(self._begin[index]), int(self._end[index] - self._begin[index])
         record = read_part(path, size, begin)
         if len(record) < size or _LENGTH.unpack_from(record)[0] != size - _HEADER - _FOOTER:
             raise DataError(f"{path} has changed since it was opened: no record at byte {begin}")
-        return record[_HEADER:-_FOOTER]
+        return record
+
+
+def masked_crc(data: bytes) -> bytes:
+    """The checksum of TFRECORD: CRC-32C, rotated by 15 bits and added to a constant."""
+    from google_crc32c import value
+
+    crc = value(data)
+    return _CHECKSUM.pack(((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def _part_offsets(part: FilePart) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Tiny data sets, prepared as TFDS prepares them, without TensorFlow."""
 
-import struct
 from pathlib import Path
 
 import cv2
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorboardX.record_writer import RecordWriter
 from tensorflow_datasets.core import splits as tfds_splits
 from tensorflow_datasets.proto import tf_example_pb2
 
@@ -35,8 +35,10 @@ def encode_example(image: bytes, label: int, number: int = 0) -> bytes:
 
 
 def write_tfrecord(path: Path, records: list[bytes]) -> None:
-    """Length, checksum, data, checksum; the checksums are not looked at."""
-    path.write_bytes(b"".join(struct.pack("<Q", len(r)) + b"head" + r + b"foot" for r in records))
+    writer = RecordWriter(str(path))
+    for record in records:
+        writer.write(record)
+    writer.close()
 
 
 def write_array_record(path: Path, records: list[bytes]) -> None:

@@ -5,10 +5,11 @@ import json
 import cv2
 import numpy as np
 import pytest
+from tensorflow_datasets.proto import tf_example_pb2
 
-from flaxcls import cli
+from flaxcls import build, cli, sharding
 from flaxcls.data import __main__ as commands
-from flaxcls.data import check
+from flaxcls.data import check, open_source
 from flaxcls.data.command import source_overrides
 from flaxcls.data.scan import find_problems, scan
 from flaxcls.data.source import Example, Source
@@ -51,7 +52,8 @@ def pictures(count, first=0):
 
 def problems_of(train, evaluation, max_broken=0.001):
     scans = [scan(Listed(train), 2), scan(Listed(evaluation, "test"), 2)]
-    return find_problems(*scans, max_broken)
+    problems = find_problems(scans[0], scans[1:], max_broken)
+    return sorted(problems, key=lambda problem: not problem.is_error)
 
 
 @pytest.fixture
@@ -230,6 +232,155 @@ def test_report_names_problems_and_the_json_has_all_of_them(write_folder, run_ch
     assert f"{root}/val/bee/7.jpg is not a readable image (10 bytes)" in unreadable
 
 
+def test_every_split_that_is_there_is_checked(write_folder, run_check, tmp_path):
+    root = write_folder({"train": 4, "val": 2, "test": 3})
+    code, _, report = run_check(f"--source={root}")
+    assert code == 0 and [s["split"] for s in report["splits"]] == ["train", "test", "val"]
+    (root / "val/bee/broken.png").write_bytes(b"no picture")
+    (root / "test/ant/again.png").write_bytes((root / "train/ant/0.png").read_bytes())
+    for arguments, name in (([], "val"), (["--config=configs/folder.py"], "validation")):
+        code, output, report = run_check(f"--source={root}", *arguments)
+        assert code == 45 and f"unreadable: 1 of the 5 pictures of '{name}'" in output, output
+        assert "'train' as well, byte for byte: 1 of the 7 pictures of 'test'" in output
+    assert run_check(f"--source={root}", "--config.data.train_split=train+val")[0] == 45
+    code, output, report = run_check(f"--source={root}", "--config.data.eval_split=test[:2]")
+    assert "'val'" not in output and len(report["splits"]) == 2
+    for arguments, splits in (
+        (["--source=fake"], ["train", "validation", "test"]),
+        (["--source=digits"], ["train", "test"]),
+        (["--config=configs/digits_cnn.py"], ["train", "test"]),
+        ([f"--source={root}/train"], ["train", "validation"]),
+    ):
+        assert [s["split"] for s in run_check(*arguments)[2]["splits"]] == splits
+
+
+def test_check_goes_on_after_what_training_refuses(write_folder, run_check):
+    root = write_folder({"train": 4, "val": 2}, classes=("ant", "bee", "cow"))
+    for name in ("dot", "elk"):
+        (root / "train" / name).mkdir()
+    (root / "val/cow").rename(root / "val/crow")
+    (root / "val/ant/broken.png").write_bytes(b"")
+    code, output, report = run_check(f"--source={root}")
+    assert code == report["exit_code"] == 45
+    assert report["classes"] == ["ant", "bee", "cow", "crow", "dot", "elk"]
+    found = {problem["sentence"]: problem["examples"] for problem in report["problems"]}
+    for sentence, examples in (
+        ("/train/dot has no images", []),
+        ("class 'crow' is in", []),
+        ("classes: 1 of the 6 in 'val' but not in 'train'", ["crow"]),
+        ("classes: 1 of the 6 in 'train' but not in 'val'", ["cow"]),
+        ("classes: 2 of the 6 without any picture", ["dot", "elk"]),
+        ("unreadable: 1 of the 7 pictures of 'val'", [f"{root}/val/ant/broken.png is not"]),
+    ):
+        (names,) = (found[full] for full in found if sentence in full)
+        assert len(names) == len(examples), sentence
+        assert all(map(str.startswith, names, examples)) and sentence in output
+
+
+def test_single_class_and_missing_splits_are_errors_of_the_report(write_folder, run_check):
+    root = write_folder({"train": 3, "val": 2}, classes=("ant",))
+    code, output, report = run_check(f"--source={root}")
+    assert code == 45 and "has a single class, 'ant'" in output and len(report["problems"]) == 1
+    assert [split["pictures"] for split in report["splits"]] == [3, 2]
+    root = write_folder({"new/train": 3})
+    code, output, report = run_check(f"--source={root}/new")
+    assert code == 45 and "there is nothing to evaluate on but 'train'" in output
+    assert report["splits"][0]["pictures"] == 6
+
+
+def test_pictures_without_classes_are_no_error_where_nobody_evaluates_on_them(
+    write_folder, run_check
+):
+    root = write_folder({"train": 3, "val": 2})
+    (root / "test").mkdir()
+    (root / "test/1.png").write_bytes(encode(picture(77)))
+    code, output, _ = run_check(f"--source={root}")
+    assert code == 0 and "WARNING: " in output and "test has images (1) but no class" in output
+    (root / "val").rename(root / "elsewhere")
+    assert run_check(f"--source={root}")[0] == 45
+
+
+def test_ignored_files_are_counted_and_named(write_folder, run_check):
+    root = write_folder({"train": 3, "val": 2})
+    passed_over = ("train/ant/a.avif", "val/bee/b.HEIC", "train/c.png", "d.jpg")
+    others = ("train/ant/notes.txt", "labels.csv", "val/README")
+    for name in (*passed_over, *others, "train/ant/.hidden.avif"):
+        (root / name).write_bytes(b"x")
+    code, output, report = run_check(f"--source={root}")
+    assert code == 0 and "0 errors, 1 warning" in output
+    for line in (
+        "ignored: 2 whose format is not read (.avif, .heic) and 2 beside the folders of the",
+        "ignored: 3 files that are no pictures (",
+        *passed_over,
+    ):
+        assert line in output, output
+    ignored = report["ignored"]
+    assert ignored["not_read"] == ["train/ant/a.avif", "val/bee/b.HEIC"]
+    assert ignored["misplaced"] == ["d.jpg", "train/c.png"]
+    assert sorted(ignored["others"]) == sorted(others)
+
+
+def test_training_says_in_a_line_that_pictures_are_ignored(write_folder, tiny_config):
+    root = write_folder({"train": 8, "val": 2})
+    config = tiny_config(
+        data__name="folder",
+        data__path=str(root),
+        data__image_shape=None,
+        data__num_classes=None,
+        data__num_examples=None,
+        image_size=8,
+    )
+    (root / "labels.csv").touch()
+    assert build.plan(config, sharding.make_mesh()).notes == ()
+    for name in ("train/ant/a.avif", "val/bee/b.avif", "val/c.png"):
+        (root / name).touch()
+    assert build.plan(config, sharding.make_mesh()).notes == (
+        "pictures that are ignored: 2 whose format is not read (.avif) and 1 beside the folders of "
+        "the classes, such as train/ant/a.avif",
+    )
+
+
+def test_split_of_a_list_that_lacks_a_class_is_checked(write_folder, run_check):
+    root = write_folder({"train": 4, "val": 2})
+    rows = [f"train/ant/{n}.png,ant,train" for n in range(4)]
+    rows += [f"train/bee/{n}.png,bee,train" for n in range(4)]
+    rows += ["val/ant/0.png,ant,val", "val/bee/0.png,cow,test", "val/bee/1.png,bee,test"]
+    (root / "list.csv").write_text("\n".join(rows))
+    code, output, report = run_check(f"--source={root}/list.csv")
+    assert code == 45 and report["classes"] == ["ant", "bee", "cow"]
+    assert "class 'bee' is in split 'train' of" in output
+    assert "classes: 1 of the 3 in 'test' but not in 'train'" in output
+    assert [split["pictures"] for split in report["splits"]] == [8, 2, 1]
+
+
+def test_flipped_label_in_a_tfrecord_file_is_found_by_its_checksum(
+    write_dataset, run_check, tmp_path
+):
+    write_dataset(shards={"train": [40, 40], "test": [9]})
+    arguments = ("--source=tiny", f"--config.data.dir={tmp_path}", "--config.input.max_broken=0.5")
+    assert run_check(*arguments)[0] == 0
+    source = open_source("tiny", "train", data_dir=tmp_path)
+    path = tmp_path / "tiny/1.0.0/tiny-train.tfrecord-00001-of-00002"
+    image, label = source[50]
+    record = tf_example_pb2.Example.FromString(source._records[50])
+    assert record.features.feature["label"].int64_list.value.pop() == label
+    record.features.feature["label"].int64_list.value.append((label + 1) % 3)
+    whole, other = source._records[50], record.SerializeToString()
+    assert len(other) == len(whole) and path.read_bytes().count(whole) == 1
+    path.write_bytes(path.read_bytes().replace(whole, other))
+    code, output, report = run_check(*arguments)
+    assert "unreadable: 1 of the 80 pictures of 'train'" in output and code == 0
+    (name,) = report["problems"][0]["examples"]
+    assert name.startswith(f"{path} is damaged: the checksum of the record at byte ")
+    assert run_check(*arguments[:2])[0] == 45
+
+
+def test_split_without_labels_is_a_warning():
+    unlabelled = [(image, -1) for image, _ in pictures(10, 5000)]
+    (problem,) = problems_of(pictures(30), unlabelled)
+    assert not problem.is_error and problem.sentence.startswith("no labels: 10 of the 10 pictures")
+
+
 def test_brackets_in_names_are_shown_as_they_are(write_folder, run_check):
     root = write_folder({"train": 3, "val": 2}, classes=("ant [red]", "bee [b]"))
     _, output, _ = run_check(f"--source={root}", "--config.data.eval_split=val[:4]")
@@ -292,12 +443,38 @@ def test_source_is_a_name_a_folder_or_a_list(tmp_path, monkeypatch):
         "mnist": ["data.name=idx", "data.path=mnist"],
     }.items():
         assert source_overrides(source) == expected
+    for name, message in (
+        ("pictures.zip", "is an archive: unpack it, and give the folder that comes out of it"),
+        ("mnist/train-images-idx3-ubyte.gz", "is one of the files of a data set"),
+        ("recipe.py", "is a recipe: give it as --config=recipe.py"),
+        ("a.JPG", "is a picture: give the folder whose folders are the classes"),
+        ("mnist/t10k-labels-idx1-ubyte", "is one of the files of a data set: give their folder"),
+        ("notes.txt", "is a file, but no list of pictures, whose name ends in .csv or .jsonl"),
+    ):
+        (tmp_path / name).touch()
+        with pytest.raises(ConfigError, match=f"^--source={name} {message}"):
+            source_overrides(name)
+    with pytest.raises(ConfigError, match="^--source=L/k.zip does not exist$"):
+        source_overrides("L/k.zip")
     with pytest.raises(ConfigError, match="there is no folder ./picture"):
         source_overrides("./picture")
     with pytest.raises(ConfigError, match="is a data set of TFDS: give its name as --source"):
         source_overrides("tfds/cifar10")
     monkeypatch.chdir(tmp_path / "tfds")
     assert source_overrides("cifar10") == ["data.name=cifar10"]
+
+
+def test_unknown_data_set_is_named_before_the_options_it_would_not_take(tmp_path):
+    for name, hint in (("foo", ""), ("foldr", ", did you mean 'folder'"), ("cifar1", "")):
+        config = cli.load_config(None, [f"data.name={name}", "data.path=x", f"data.dir={tmp_path}"])
+        with pytest.raises(ConfigError, match=f"^unknown data set '{name}'{hint}"):
+            build.source(config, "train")
+    for name in ("cifar10", "tiny"):
+        (tmp_path / "tiny/1.0.0").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tiny/1.0.0/features.json").touch()
+        config = cli.load_config(None, [f"data.name={name}", "data.path=x", f"data.dir={tmp_path}"])
+        with pytest.raises(ConfigError, match=f"config.data.path is not used by {name}; it takes"):
+            build.source(config, "train")
 
 
 def test_overrides_win_over_the_recipe_and_the_source(recipe):

@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -297,7 +298,17 @@ LAYOUT = "the layout should be DIR/train/CLASS/.* or DIR/CLASS/"
         (FLAT, "validation", "unknown split 'validation'; there is train"),
         (FLAT, "dev", "unknown split 'dev'; there is train"),
         (["a/1.jpg", "b/2.jpg"], "train[50%:50%]", "split 'train.*' is empty"),
-        (["a/1.jpg", "b/2.jpg"], "validation", "split 'validation' is empty"),
+        (
+            ["a/1.jpg", "b/2.jpg"],
+            "validation",
+            "split 'validation' is empty: a part of each class is held out, but none of the 2 "
+            r"has two pictures \('a' has 1, 'b' has 1\); add pictures, or say .* DIR/val/CLASS/",
+        ),
+        (
+            numbered("a", 1) + numbered("b", 1) + numbered("c", 1) + numbered("d", 1),
+            "val",
+            "1 more",
+        ),
     ],
 )
 def test_other_layouts_are_refused_in_a_sentence(tmp_path, names, split, message):
@@ -326,6 +337,28 @@ def test_a_folder_that_cannot_be_listed_is_named(pets, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="train/dog cannot be listed: Permission denied"):
         open_folder(pets)
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.getuid() != 0, reason="root becomes nobody")
+def test_folders_that_may_not_be_looked_into_are_one_sentence():
+    with tempfile.TemporaryDirectory() as place:  # where nobody may go
+        os.chmod(place, 0o755)
+        root = write(Path(place) / "root", "train/cat/1.jpg", "train/dog/2.jpg", "val/dog/3.jpg")
+        for path, mode, message in (
+            ("train/cat", 0o000, "root/train/cat cannot be listed: Permission denied"),
+            ("train", 0o444, "root/train.* cannot be listed: Permission denied"),
+            ("train", 0o000, "root/train cannot be listed: Permission denied"),
+            (".", 0o444, "root.* cannot be listed: Permission denied"),
+            ("..", 0o000, "must be a folder of pictures, but .*root can't be reached: Permission"),
+        ):
+            (root / path).chmod(mode)
+            os.seteuid(65534)
+            try:
+                with pytest.raises((DataError, ConfigError), match=message):
+                    open_folder(root)
+            finally:
+                os.seteuid(0)
+                (root / path).chmod(0o755)
 
 
 def test_files_that_cannot_be_read_are_named(pets):

@@ -49,17 +49,13 @@ PAIRS = [("a.jpg", "cat"), ("b.jpg", "dog"), ("d.jpg", "dog"), ("sub folder/c.jp
         PLAIN.replace("\n", "\n\n"),
         b"\xef\xbb\xbfPath, Label\n" + PLAIN.encode(),
         PLAIN.replace("b.jpg", '"b.jpg"').replace(",cat", ", cat "),
-        *(
-            f"{path}{delimiter}{label}\n" + PLAIN.replace(",", delimiter)
-            for path, label, delimiter in (
-                ("filename", "class", ","),
-                ("Image Path", "Category", ";"),
-                ("FILE", "target", "\t"),
-            )
-        ),
+        "filename,class\n" + PLAIN,
+        "id,Image Path,width,Category,x\n" + "".join(f"7,{p},3,{c},\n" for p, c in PAIRS),
+        "file;label;class\n" + "".join(f"{p};{c};3\n" for p, c in PAIRS),
         PLAIN.replace(",", ";"),
         PLAIN.replace(",", "\t"),
-        "path,label,class,file\n" + "".join(f"{row},x,y\n" for row in PLAIN.splitlines()),
+        b"\xef\xbb\xbf\n\nFILE_NAME\ttargets?\tLabels\n"
+        + "".join(f"{p}\t0,5;x\t{c}\n" for p, c in PAIRS).encode(),
         "label,age,path\ncat,3,a.jpg\ndog,,b.jpg\ncat,1,sub folder/c.jpg\ndog,2,d.jpg",
     ],
 )
@@ -69,21 +65,28 @@ def test_csv_with_and_without_a_header(write, text):
     assert source.class_names == ("cat", "dog") and source.image_shape == (None, None, 3)
 
 
-def test_jsonl_with_other_names(write):
-    rows = [{"file_name": path, "Category": label} for path, label in PAIRS]
-    source = open_list(write("\n".join(map(json.dumps, rows)), "list.jsonl"))
-    assert contents(source) == PAIRS
-    rows[3]["file"] = "a.jpg"
-    with pytest.raises(DataError, match="line 4: file_name and file could each be the path"):
-        open_list(write("\n".join(map(json.dumps, rows)), "list.jsonl"))
-
-
 def test_jsonl_and_absolute_paths(write, tmp_path):
     rows = [{"path": path, "label": label, "note": None} for path, label in PAIRS]
     rows[0]["path"] = str(tmp_path / "a.jpg")
     source = open_list(write("\n".join(map(json.dumps, rows)) + "\n\n", "list.JSONL"))
     assert contents(source) == PAIRS
     assert {source.where(index) for index in range(4)} == {str(tmp_path / p) for p, _ in PAIRS}
+
+
+def test_names_of_columns_are_understood_in_jsonl_too(write):
+    rows = [{"file_name": path, "Class": label} for path, label in PAIRS]
+    assert contents(open_list(write("\n".join(map(json.dumps, rows)), "list.jsonl"))) == PAIRS
+    with pytest.raises(DataError, match="line 1: the columns are called 'a'; none is the path, "):
+        open_list(write('{"a": 1}', "list.jsonl"))
+    with pytest.raises(DataError, match="line 1: not JSON: it is nested too deeply"):
+        open_list(write("[" * 100_000, "list.jsonl"))
+
+
+def test_names_may_have_what_separates_other_lists(write):
+    source = open_list(write("a;b.jpg,cat\nc;d.jpg,dog\n"))
+    assert sorted(source.where(i).rpartition("/")[2] for i in range(2)) == ["a;b.jpg", "c;d.jpg"]
+    source = open_list(write('"a,b.jpg";"cat; black"\nd.jpg;dog\n'))
+    assert source.class_names == ("cat; black", "dog")
 
 
 @pytest.mark.parametrize(
@@ -168,14 +171,25 @@ def test_missing_files_are_named_when_they_are_read(write, tmp_path):
         ("a.jpg,cat\n,dog\n", "line 2: path must be text, got ''"),
         ("a.jpg,cat\nb.jpg, \n", "line 2: label must be text, got ' '"),
         (
-            "picture_no,kind\na.jpg,cat\n",
-            "line 1: no column is the path: they are called picture_no, kind, but one must be path "
-            r"\(or file, filename, ",
+            "photo,kind\na.jpg,cat\n",
+            "line 1: the columns are called 'photo', 'kind'; none is the path, which would be "
+            "called path, file, filename, .*; a list without names of columns has path,label or ",
         ),
-        ("file,kind\na.jpg,cat\n", "no column is the label: they are called file, kind, but one "),
-        ("image,file,label\na,a.jpg,0\n", "line 1: image and file could each be the path: call"),
-        ("a.jpg|cat\n", "line 1: no column is the path: they are called a.jpg|cat, but"),
-        ("file;class\na.jpg;cat\nb.jpg\n", "line 3: must be file;class, got b.jpg$"),
+        (
+            "Filename;kind\na.jpg;cat\n",
+            "the columns are called 'Filename', 'kind'; none is the label",
+        ),
+        ("a.xyz,cat\n", "line 1: the columns are called 'a.xyz', 'cat'; none is the path"),
+        ("a.jpg|cat\n", r"line 1: the columns are called 'a.jpg\|cat'; none is the path"),
+        (
+            "file,image,class\na.jpg,a.jpg,cat\n",
+            "line 1: of the columns 'file', 'image', 'class', 'file' and 'image' may each be the "
+            "path: call the one that is meant 'path', and no other",
+        ),
+        ("path,class,category\na.jpg,1,cat\n", "'class' and 'category' may each be the label"),
+        ("path,Label,label\na.jpg,1,cat\n", "'Label' and 'label' may each be the label"),
+        ("a.jpg;cat\nb.jpg\n", "line 2: must be path;label, got b.jpg$"),
+        ('"a.jpg;cat\n', "not CSV: unexpected end of data"),
         ("a.jpg,cat,dev\n", "line 1: split must be one of train, val, valid, .*, got 'dev'"),
         ("a.jpg,cat,train\nb.jpg,dog,\n", "line 2: either all rows have a split, or none"),
         ("path,split,label\na.jpg,,cat\nb.jpg,val,cat\n", "line 3: either all rows have a split"),
@@ -235,6 +249,13 @@ def test_lists_that_cannot_be_trained_on_are_refused(write, text, split, message
 def test_a_list_of_another_kind_or_a_missing_one_is_refused(write, tmp_path):
     with pytest.raises(ConfigError, match="must be a .csv or .jsonl file, got .*list.txt"):
         open_list(write(PLAIN, "list.txt"))
+    (tmp_path / "folder.csv").mkdir()
+    for folder in (tmp_path, tmp_path / "folder.csv"):
+        with pytest.raises(ConfigError, match=f"{folder} is a folder, which config.data.name = 'f"):
+            open_list(str(folder))
+    with pytest.raises(ConfigError, match=r"none of the 2 has two pictures .* a column of splits$"):
+        open_list(write("a.jpg,cat\nb.jpg,dog\n"), "test[:50%]")
+    assert len(open_list(write("a.jpg,cat\nb.jpg,dog\n"))) == 2
     with pytest.raises(ConfigError, match="nowhere.csv cannot be read: No such file"):
         open_list(str(tmp_path / "nowhere.csv"))
 

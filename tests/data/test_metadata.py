@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from flaxcls.data import metadata, open_source
@@ -277,6 +277,9 @@ def test_lists_with_any_bytes_changed_are_read_or_refused(tmp_path, name):
 
     @settings(few, max_examples=200)
     @given(changes(LISTS[name].encode()) | st.binary(max_size=60))
+    @example(b",")
+    @example(b"[" * 100_000)
+    @example(b'{"path": "a.jpg", "label": ' + b"9" * 5000 + b"}")
     def check(content):
         path.write_bytes(content)
         read_or_refuse(lambda: open_source("list", "train", path=str(path)))

@@ -1,12 +1,12 @@
 """The offset index of TFRECORD files: right, kept, and never trusted when stale or broken."""
 
 import os
-import struct
 import threading
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tensorboardX.record_writer import RecordWriter
 
 from flaxcls.data import tfrecord
 from flaxcls.errors import DataError
@@ -24,14 +24,36 @@ def path(tmp_path, monkeypatch):
 
 
 def write(path, records):
-    framed = (struct.pack("<Q", len(r)) + b"head" + r + b"foot" for r in records)
-    path.write_bytes(b"".join(framed))
+    path.unlink(missing_ok=True)
+    writer = RecordWriter(str(path))  # whose checksums are not ours
+    for record in records:
+        writer.write(record)
+    writer.close()
 
 
 def read(path, skip=0, take=4, count=4):
     part = SimpleNamespace(filename=str(path), skip=skip, take=take, examples_in_shard=count)
     records = tfrecord.TfRecords([part])
     return [records[i] for i in range(len(records))]
+
+
+def test_a_flipped_bit_anywhere_in_a_record_is_found_by_its_checksums(path):
+    part = SimpleNamespace(filename=str(path), skip=1, take=3, examples_in_shard=4)
+    records, content = tfrecord.TfRecords([part]), path.read_bytes()
+    for index in range(3):
+        records.verify(index)
+    begin = 16 + len(RECORDS[0]) + 16 + len(RECORDS[1])
+    size = len(RECORDS[2])
+    for offset in (8, 11, 12, 12 + size // 2, 12 + size, 15 + size):  # checksum, data, checksum
+        damaged = bytearray(content)
+        damaged[begin + offset] ^= 4
+        path.write_bytes(damaged)
+        with pytest.raises(
+            DataError, match=f"{path} is damaged: .* record at byte {begin} differs"
+        ):
+            records.verify(1)
+        records.verify(0)
+        records.verify(2)
 
 
 def beside(path):

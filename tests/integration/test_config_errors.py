@@ -106,6 +106,14 @@ CASES = {
     "unknown loss": (["--config.loss.name=focl"], "did you mean 'focal'?"),
     "unknown model": (["--config.model.name=resnet5"], "did you mean 'resnet50'?"),
     "unknown data": (["--config.data.name=cifar11"], "unknown data set 'cifar11'"),
+    "unknown data with options": (
+        ["--config.data.name=cifar11", "--config.data.path=x"],
+        "unknown data set 'cifar11'",
+    ),
+    "folder as a list": (
+        ["--config.data.name=list", "--config.data.path=configs"],
+        "but configs is a folder",
+    ),
     "duration without a unit": (["--config.duration=12"], "config.duration: a duration is"),
     "duration of nothing": (
         ["--config.duration=0 steps"],
