@@ -1,7 +1,7 @@
 """The data on the devices and the compiled functions of a run: what the training loop calls."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -62,7 +62,6 @@ class Trainer:
         self._data = sharding.replicate(mesh, self.input.arrays)
         mean, std = inputs.normalization(config, source, self.input)
         class_weights = build.class_weights(config, source, num_classes)
-        loss = build.loss(config, class_weights)
         self._evaluator = Evaluator(
             mesh,
             network,
@@ -94,21 +93,7 @@ class Trainer:
         self.places = sharding.shardings(mesh, self.shapes)
 
         # The functions.
-        train_step = make_train_step(
-            network,
-            loss,
-            plan.optimizer,
-            augment.build(config.augment or (), mean=mean, std=std),
-            num_classes=num_classes,
-            ema_decay=config.ema_decay,
-            gradient_accumulation=config.gradient_accumulation,
-            max_grad_norm=config.divergence.max_grad_norm,
-            platform=sharding.platform(mesh),
-        )
-
-        def update(state, data, batch):
-            return train_step(state, gather(data, batch))
-
+        update = make_update(config, plan, self.facts, sharding.platform(mesh))
         self._init = jax.jit(init, out_shardings=self.places)
         self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=self.places)
         self._train_steps: dict[Any, Callable] = {}  # compiled, by the size of the images
@@ -127,18 +112,21 @@ class Trainer:
     def compile(self, start: int = 0) -> float:
         """Compiles the training step for every image size from step `start` on; in seconds."""
         began = time.perf_counter()
+        sizes = self._image_sizes
+        for begin in (start, *(begin for begin in sizes.begins if begin > start)):
+            batch = self.batch(begin)
+            if _image_size(batch) not in self._train_steps:
+                self._train_steps[_image_size(batch)] = self.lower(batch).compile()
+        return time.perf_counter() - began
+
+    def lower(self, batch: dict[str, jax.Array]) -> jax.stages.Lowered:
+        """The training step for batches of these shapes, not yet compiled."""
         state = jax.tree.map(
             lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
             self.shapes,
             self.places,
         )
-        sizes = self._image_sizes
-        for begin in (start, *(begin for begin in sizes.begins if begin > start)):
-            batch = self.batch(begin)
-            if _image_size(batch) not in self._train_steps:
-                program = self._jitted_step.lower(state, self._data, batch)
-                self._train_steps[_image_size(batch)] = program.compile()
-        return time.perf_counter() - began
+        return self._jitted_step.lower(state, self._data, batch)
 
     def init(self) -> TrainState:
         """The state before the first step."""
@@ -209,6 +197,32 @@ class Trainer:
     def _end_batches(self) -> None:
         if self._batches is not None:
             self._batches.close()
+
+
+def make_update(
+    config: ConfigDict, plan: build.Plan, facts: Mapping[str, Any], platform: str
+) -> Callable[[TrainState, Any, dict[str, jax.Array]], TrainState]:
+    """Returns `update(state, data, batch) -> state`: a run's training step and its input.
+
+    `facts` are those of the Trainer and `platform` is what the step is for, as in
+    `make_train_step`; `data` are the arrays of the input on the devices, {} where it is streamed.
+    """
+    train_step = make_train_step(
+        plan.network,
+        build.loss(config, facts["class_weights"]),
+        plan.optimizer,
+        augment.build(config.augment or (), mean=facts["mean"], std=facts["std"]),
+        num_classes=len(facts["class_names"]),
+        ema_decay=config.ema_decay,
+        gradient_accumulation=config.gradient_accumulation,
+        max_grad_norm=config.divergence.max_grad_norm,
+        platform=platform,
+    )
+
+    def update(state, data, batch):
+        return train_step(state, gather(data, batch))
+
+    return update
 
 
 def _image_size(batch: dict[str, jax.Array]) -> int | None:
