@@ -23,7 +23,7 @@ from flaxcls.errors import ConfigError
 
 NAMES = {  # as a sentence says them
     "startup": "starting",
-    "compile": "compiling",
+    "compile": "compiling and initialising",
     "data_wait": "waiting for data",
     "step": "stepping",
     "evaluate": "evaluating",

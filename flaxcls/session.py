@@ -129,6 +129,8 @@ class Session:
             batch = next(self._batches)
         self._state = self._trainer.update(self._state, batch)
         self.step += 1
+        if self._watch.is_silent:  # what is only dispatched tells nothing of the speed
+            jax.block_until_ready(self._state)
         self._watch.stepped(self.step, self._epoch)
 
     def log(self) -> None:

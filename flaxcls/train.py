@@ -82,6 +82,7 @@ def _introduction(config: ConfigDict, plan: build.Plan, mesh: Mesh, trainer: Tra
     """What is going to be trained, on what, in some lines."""
     train, test = plan.train_source, plan.eval_source
     count = models.parameter_count(trainer.shapes.params)
+    epochs = plan.total_steps / plan.steps_per_epoch
     return (
         f"data: {train.name}, {len(train):,} images to train on ({train.split}), {len(test):,} to "
         f"evaluate on ({test.split}), {len(train.class_names)} classes\n"
@@ -90,7 +91,7 @@ def _introduction(config: ConfigDict, plan: build.Plan, mesh: Mesh, trainer: Tra
         f"devices: {sharding.describe(mesh)}\n"
         f"optimizer: {plan.treatment}\n"
         f"length: {plan.total_steps:,} steps of {config.batch_size} images, "
-        f"{plan.total_steps / plan.steps_per_epoch:.4g} epochs"
+        f"{round(epochs, 2) if epochs >= 1 else epochs:.4g} epochs"
     )
 
 

@@ -29,6 +29,9 @@ class Watch:
 
     Without a folder it does nothing, for processes that leave writing to another one.
 
+    Attributes:
+      is_silent: whether nothing has been said of the steps yet.
+
     Rows of `metrics.jsonl` hold nothing that depends on the clock, so that the file of a resumed
     run is byte for byte that of one that was never interrupted. Rows after `start_step`, from which
     the run goes on, are cut off.
@@ -89,26 +92,29 @@ class Watch:
 
     def begin(self, step: int) -> None:
         """Now the loop begins, or begins again, after a step."""
-        self._begin, self._began, self._is_silent = step, time.perf_counter(), True
-        self._first_step_ended: float | None = None
+        self._begin, self._began, self.is_silent = step, time.perf_counter(), True
+        self._first_step_ended = self._began
 
     def stepped(self, step: int, epoch: float) -> None:
         """Says how fast it is and how long it takes, once, some seconds after the first step.
 
         Rows may be far apart, and who waits wants to know. Nothing is said after the first row.
         """
-        if not self._is_silent:
+        if not self.is_silent:
             return
-        now = time.perf_counter()
-        if self._first_step_ended is None:
+        now, first = time.perf_counter(), self._begin + 1
+        if step == first:
             self._first_step_ended = now
-        enough = max(now - self._first_step_ended, self._first_step_ended - self._began)
-        if enough >= FIRST_LINE_SECONDS and step < self._total_steps:
-            self._is_silent = False
-            rate = self._batch_size * (step - self._begin) / (now - self._began)
+        # The first step waits for the first data; where steps take long it is all there is.
+        seconds, steps = now - self._first_step_ended, step - first
+        if not steps and now - self._began >= 2 * FIRST_LINE_SECONDS:
+            seconds, steps = now - self._began, 1
+        if steps and seconds >= FIRST_LINE_SECONDS and step < self._total_steps:
+            self.is_silent = False
+            remaining = (self._total_steps - step) * seconds / steps
             self.say(
-                f"step {step}/{self._total_steps}  epoch {epoch:.2f}  {rate:,.0f} images/s  "
-                f"{_about(self._remaining(step))} to go"
+                f"step {step}/{self._total_steps}  epoch {epoch:.2f}  "
+                f"{self._batch_size * steps / seconds:,.0f} images/s  {_about(remaining)} to go"
             )
 
     def _remaining(self, step: int) -> float:
@@ -124,7 +130,7 @@ class Watch:
         steps_per_second, data_wait = lap
         rate = self._batch_size * steps_per_second
         self._board.add(step, {"time/images_per_second": rate, "time/data_wait": data_wait})
-        self._is_silent = False
+        self.is_silent = False
         line = (
             f"step {step}/{self._total_steps}  epoch {epoch:.2f}  loss {row['loss']:.4f}  "
             f"accuracy {100 * row['accuracy']:.2f} %  lr {row['learning_rate']:.3g}  "

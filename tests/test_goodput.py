@@ -260,7 +260,8 @@ def test_other_processes_write_nothing(clock, tmp_path):
 def test_description_is_one_line_with_the_largest_first(clock, path):
     run = begin(clock, path, {"step": 931.0, "compile": 12.0, "save": 0.2, "lost": 51.8}, startup=5)
     assert run.describe() == (
-        "goodput 93.1 %: stepping 931 s, lost 52 s, compiling 12 s, starting 5 s; 1 restart"
+        "goodput 93.1 %: stepping 931 s, lost 52 s, compiling and initialising 12 s, starting 5 s; "
+        "1 restart"
     )
     assert Goodput().describe() == "goodput 0.0 %: less than a second"
 

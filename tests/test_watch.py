@@ -120,6 +120,7 @@ def test_speed_and_length_are_said_once_before_the_first_row(tmp_path, capsys, m
             told.stepped(step, step / 10)
         said = capsys.readouterr().out.splitlines()
         # 3 s after the first step, which ended after 0.25 s: at step 13.
+        assert not told.is_silent
         assert said == ["step 13/1000  epoch 1.30  256 images/s  about 4 minutes to go"]
 
         told.begin(29)  # after a rollback
@@ -128,6 +129,12 @@ def test_speed_and_length_are_said_once_before_the_first_row(tmp_path, capsys, m
         assert capsys.readouterr().out == (
             "step 30/1000  epoch 3.00  1 images/s  about 26.9 hours to go\n"
         )
+        told.begin(29)
+        now[0] += 5  # for the first data, perhaps
+        told.stepped(30, 3.0)
+        now[0] += 3
+        told.stepped(31, 3.1)
+        assert "21 images/s  about 48 minutes to go" in capsys.readouterr().out
     assert not (tmp_path / "metrics.jsonl").read_text()
 
 
