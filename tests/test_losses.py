@@ -115,7 +115,7 @@ def test_bfloat16_logits_are_computed_in_float32():
         ("softmax_cross_entropy", {"gamma": 2.0}, "gamma is not used by softmax_cross_entropy"),
         ("focal", {"gamma": -1.0}, "gamma must be float at least 0 for focal, got -1.0"),
         ("focal", {"label_smoothing": 1.0}, "label_smoothing must be float at least 0 and below 1"),
-        ("focal", {"class_weights": (1.0, -1.0)}, "`class_weights`"),
+        ("focal", {"class_weights": (1.0, -1.0)}, "config.loss.class_weights"),
         (
             "sigmoid_cross_entropy",
             {"target_threshold": 1.0},
