@@ -43,7 +43,10 @@ CASES = {
         "config.optimizer.weight_decay_factors must be",
     ),
     "batch of zero": (["--config.batch_size=0"], "config.batch_size must be at least 1, got 0"),
-    "negative seed": (["--config.seed=-1"], "config.seed must be at least 0 and below 2**64, got -1"),
+    "negative seed": (
+        ["--config.seed=-1"],
+        "config.seed must be at least 0 and below 2**64, got -1",
+    ),
     "negative learning rate": (
         ["--config.optimizer.learning_rate=-1"],
         "config.optimizer.learning_rate must be a number of at least 0, got -1",
