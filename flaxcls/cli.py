@@ -47,18 +47,24 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 class Recipe(NamedTuple):
-    """A recipe's config, and what fills in the rest of it and says so; "" if there is nothing."""
+    """A recipe's config, and what fills in the rest of it and says so; "" if there is nothing.
+
+    `given` are the fields that the command line sets, `is_adaptive` is whether the recipe looks at
+    data and devices, so that another time it may choose otherwise.
+    """
 
     config: ConfigDict
     adapt: Callable[[], str]
+    given: Sequence[str]
+    is_adaptive: bool
 
 
 def load_config(recipe: str | None, overrides: Sequence[str]) -> ConfigDict:
     """The config of a recipe, complete; see `load_recipe`."""
-    config, adapt = load_recipe(recipe, overrides)
-    if said := adapt():
+    loaded = load_recipe(recipe, overrides)
+    if said := loaded.adapt():
         output.say(said)
-    return config
+    return loaded.config
 
 
 def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
@@ -96,7 +102,7 @@ def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
                 lines.append(namespace["adapt"](config))
         return "\n".join(lines)
 
-    return Recipe(config, adapt)
+    return Recipe(config, adapt, given, "adapt" in namespace)
 
 
 def _find_recipe(text: str) -> Path:

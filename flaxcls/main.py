@@ -6,8 +6,10 @@ The same command with the same --workdir goes on where the run was. Fields and t
 flaxcls/config.py; recipes are in configs/.
 """
 
+import contextlib
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -74,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         raise problem
     compilation_cache.enable()
     with processes.explain_lost_peer():
-        config = _adapted(recipe)
+        config = _adapted(recipe, workdir)
         workdir = workdir or run.new_folder(FLAGS.config)
         summary = train.train(config, workdir, goodput.process_age())
     run_flag = shlex.quote(f"--run={workdir}")
@@ -90,12 +92,22 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _adapted(recipe: cli.Recipe) -> ConfigDict:
-    """The recipe's config with what it leaves to data and devices, as process 0 sees them."""
+def _adapted(recipe: cli.Recipe, workdir: Path | None) -> ConfigDict:
+    """The recipe's config with what it leaves to data and devices, as process 0 sees them.
+
+    A run that is resumed keeps what it chose at first: today the devices may be faster.
+    """
     from flaxcls import processes, run
 
     before = dict(run.fields(recipe.config))
-    said = recipe.adapt()
+    chosen = None
+    if recipe.is_adaptive and workdir is not None:
+        with contextlib.suppress(run.NoRun):
+            chosen = dict(run.fields(run.load_config(workdir)))
+    if chosen:
+        kept = {field: value for field, value in chosen.items() if field not in recipe.given}
+        recipe.config.update_from_flattened_dict(kept)
+    said = "" if chosen else recipe.adapt()
     after = dict(run.fields(recipe.config))
     changes = {field: value for field, value in after.items() if before[field] != value}
     said, changes = processes.from_first([said, changes])

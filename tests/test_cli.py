@@ -174,7 +174,7 @@ def get_config():
 def test_options_of_what_the_user_replaces_are_dropped_and_said(tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text(RECIPE_OF_THE_USER)
-    config, adapt = cli.load_recipe(
+    config, adapt, *_ = cli.load_recipe(
         str(path), ["optimizer.name=adamw", "schedule.name=cosine", "model.name=resnet18"]
     )
     said = adapt()
@@ -183,11 +183,13 @@ def test_options_of_what_the_user_replaces_are_dropped_and_said(tmp_path):
     assert "config.model.name = 'resnet18' takes no widths" in said
     assert config.optimizer.momentum is None and config.schedule.boundaries is None
 
-    config, adapt = cli.load_recipe(str(path), ["optimizer.name=adamw", "optimizer.momentum=0.5"])
+    config, adapt, *_ = cli.load_recipe(
+        str(path), ["optimizer.name=adamw", "optimizer.momentum=0.5"]
+    )
     assert adapt() == "" and config.optimizer.momentum == 0.5  # an error later on
-    config, adapt = cli.load_recipe(str(path), ["optimizer.name=lars"])
+    config, adapt, *_ = cli.load_recipe(str(path), ["optimizer.name=lars"])
     assert "momentum" not in adapt() and config.optimizer.momentum == 0.9
-    config, adapt = cli.load_recipe(str(path), ["batch_size=3"])
+    config, adapt, *_ = cli.load_recipe(str(path), ["batch_size=3"])
     assert adapt() == ""
     with pytest.raises(ConfigError, match="did you mean 'adamw'"):
         load(path, "optimizer.name=admw")

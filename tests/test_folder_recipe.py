@@ -4,7 +4,7 @@ import jax
 import pytest
 from PIL import Image
 
-from flaxcls import bench, build, cli, inputs, sharding
+from flaxcls import bench, build, cli, inputs, main, run, sharding
 from flaxcls.trainer import mesh_for
 
 
@@ -22,7 +22,7 @@ def adapted(tmp_path, monkeypatch):
         monkeypatch.setattr(
             bench, "step_rate", lambda *_, image_size, num_classes: rate * (32 / image_size) ** 2
         )
-        config, adapt = cli.load_recipe(
+        config, adapt, *_ = cli.load_recipe(
             "configs/folder.py", [f"data.path={tmp_path}", "mesh.cpu_devices=8", *overrides]
         )
         return config, adapt()
@@ -86,3 +86,21 @@ def test_step_is_timed_on_made_up_images(tiny_config):
     assert sharding.platform(mesh) == "cpu" and jax.device_count() == 8
     assert bench.step_rate(config, mesh, image_size=12, num_classes=3) > 1
     assert config.to_json_best_effort() == before
+
+
+def test_resumed_run_keeps_what_it_chose_though_the_cpu_is_another_one(
+    tmp_path, adapted, monkeypatch
+):
+    workdir = tmp_path / "run"
+    first, _ = adapted(3240, 64, 330)
+    run.record(workdir, first, {})
+    monkeypatch.setattr(bench, "step_rate", lambda *_, **__: 5000)
+    overrides = [f"data.path={tmp_path}", "mesh.cpu_devices=8"]
+    recipe = cli.load_recipe("configs/folder.py", overrides)
+    again = main._adapted(recipe, workdir)
+    assert run.changes(first, again) == {} and again.optimizer.name == "muon"
+    recipe = cli.load_recipe("configs/folder.py", [*overrides, "duration=99 epochs"])
+    longer = main._adapted(recipe, workdir)
+    assert run.changes(first, longer) == {"duration": (first.duration, "99 epochs")}
+    recipe = cli.load_recipe("configs/folder.py", overrides)
+    assert main._adapted(recipe, tmp_path / "new").image_size == 64  # a new run may choose
