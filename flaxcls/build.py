@@ -155,7 +155,7 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
             f"config.batch_size = {config.batch_size:,} is larger than the training split, which "
             f"has {num_examples:,} examples"
         )
-    total_steps, in_steps = _length(config, num_examples)
+    total_steps, in_steps = length(config, num_examples)
 
     def interval(field: str, may_be_time: bool = False) -> Duration:
         with _about(field):
@@ -177,6 +177,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
         )
     with _about("image_size"):
         image_sizes = inputs.image_sizes(config, lambda duration: round(in_steps(duration)))
+    reached = sum(begin < total_steps for begin in image_sizes.begins)
+    image_sizes = inputs.Sizes(*(column[:reached] for column in image_sizes))
     inputs.check(config, train_source, image_sizes)
     _check_normalization(config, train_source.image_shape[-1])
     shapes = [inputs.image_shape(train_source, size) for size in image_sizes.sizes]
@@ -210,8 +212,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
     )
 
 
-def _length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str], float]]:
-    """The steps of the run, and what turns any duration into steps."""
+def length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str], float]]:
+    """The steps of the run, and what turns any duration into steps, perhaps not whole ones."""
     sizes = {"batch_size": config.batch_size, "num_examples": num_examples}
     with _about("duration"):
         total_steps = schedules.in_steps(config.duration, **sizes)
@@ -342,7 +344,7 @@ def objective(config: ConfigDict, weights: Sequence[float] | None) -> Callable |
 
 def learning_rate(config: ConfigDict, num_examples: int) -> Callable[[Any], jax.Array]:
     """The learning rate as a function of the step, for a training split of that size."""
-    total_steps, in_steps = _length(config, num_examples)
+    total_steps, in_steps = length(config, num_examples)
     peak = config.optimizer.learning_rate
     if config.optimizer.learning_rate_batch:
         peak *= config.batch_size / config.optimizer.learning_rate_batch
