@@ -34,6 +34,8 @@ from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
 
 _MOST_STEPS = 2**31 - 1  # that a state can count
+_MOST_HOURS = 10_000  # without a step; threads can't wait for any time
+_MOST_CPU_DEVICES = 1024  # XLA makes a thread for each, and hangs before it has made a million
 
 
 def _given(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
@@ -82,8 +84,11 @@ def check(config: ConfigDict) -> None:
         require(field, get(config, field) is None or get(config, field) >= 1, "at least 1")
     require("divergence.max_rollbacks", config.divergence.max_rollbacks >= 0, "at least 0")
     with _about("hang_after"):
-        unit = parse_duration(config.hang_after).unit
-    require("hang_after", unit == "seconds", "a time, such as '10 minutes'")
+        hang_after = parse_duration(config.hang_after)
+    require("hang_after", hang_after.unit == "seconds", "a time, such as '10 minutes'")
+    require("hang_after", hang_after.value <= 3600 * _MOST_HOURS, f"at most {_MOST_HOURS} hours")
+    devices = config.mesh.cpu_devices or 1
+    require("mesh.cpu_devices", devices <= _MOST_CPU_DEVICES, f"at most {_MOST_CPU_DEVICES}")
     require("divergence.max_grad_norm", config.divergence.max_grad_norm > 0, "above 0")
     require("input.processes", (config.input.processes or 0) >= 0, "at least 0")
     require("input.max_broken", 0 <= config.input.max_broken <= 1, "at least 0 and at most 1")
