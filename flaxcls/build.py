@@ -34,6 +34,8 @@ from flaxcls.errors import ConfigError
 from flaxcls.schedules import Duration, parse_duration
 
 _MOST_STEPS = 2**31 - 1  # that a state can count
+_MOST_HOURS = 10_000  # without a step; threads can't wait for any time
+_MOST_CPU_DEVICES = 1024  # XLA makes a thread for each, and hangs before it has made a million
 
 
 def _given(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
@@ -82,8 +84,11 @@ def check(config: ConfigDict) -> None:
         require(field, get(config, field) is None or get(config, field) >= 1, "at least 1")
     require("divergence.max_rollbacks", config.divergence.max_rollbacks >= 0, "at least 0")
     with _about("hang_after"):
-        unit = parse_duration(config.hang_after).unit
-    require("hang_after", unit == "seconds", "a time, such as '10 minutes'")
+        hang_after = parse_duration(config.hang_after)
+    require("hang_after", hang_after.unit == "seconds", "a time, such as '10 minutes'")
+    require("hang_after", hang_after.value <= 3600 * _MOST_HOURS, f"at most {_MOST_HOURS} hours")
+    devices = config.mesh.cpu_devices or 1
+    require("mesh.cpu_devices", devices <= _MOST_CPU_DEVICES, f"at most {_MOST_CPU_DEVICES}")
     require("divergence.max_grad_norm", config.divergence.max_grad_norm > 0, "above 0")
     require("input.processes", (config.input.processes or 0) >= 0, "at least 0")
     require("input.max_broken", 0 <= config.input.max_broken <= 1, "at least 0 and at most 1")
@@ -155,7 +160,7 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
             f"config.batch_size = {config.batch_size:,} is larger than the training split, which "
             f"has {num_examples:,} examples"
         )
-    total_steps, in_steps = _length(config, num_examples)
+    total_steps, in_steps = length(config, num_examples)
 
     def interval(field: str, may_be_time: bool = False) -> Duration:
         with _about(field):
@@ -177,6 +182,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
         )
     with _about("image_size"):
         image_sizes = inputs.image_sizes(config, lambda duration: round(in_steps(duration)))
+    reached = sum(begin < total_steps for begin in image_sizes.begins)
+    image_sizes = inputs.Sizes(*(column[:reached] for column in image_sizes))
     inputs.check(config, train_source, image_sizes)
     _check_normalization(config, train_source.image_shape[-1])
     shapes = [inputs.image_shape(train_source, size) for size in image_sizes.sizes]
@@ -210,8 +217,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> Plan:
     )
 
 
-def _length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str], float]]:
-    """The steps of the run, and what turns any duration into steps."""
+def length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str], float]]:
+    """The steps of the run, and what turns any duration into steps, perhaps not whole ones."""
     sizes = {"batch_size": config.batch_size, "num_examples": num_examples}
     with _about("duration"):
         total_steps = schedules.in_steps(config.duration, **sizes)
@@ -342,7 +349,7 @@ def objective(config: ConfigDict, weights: Sequence[float] | None) -> Callable |
 
 def learning_rate(config: ConfigDict, num_examples: int) -> Callable[[Any], jax.Array]:
     """The learning rate as a function of the step, for a training split of that size."""
-    total_steps, in_steps = _length(config, num_examples)
+    total_steps, in_steps = length(config, num_examples)
     peak = config.optimizer.learning_rate
     if config.optimizer.learning_rate_batch:
         peak *= config.batch_size / config.optimizer.learning_rate_batch

@@ -147,6 +147,8 @@ def _in_recipe(path: Path | None) -> Iterator[None]:
         yield
     except FlaxclsError:
         raise
+    except SystemExit as error:
+        raise ConfigError(f"{path} ends the program, by SystemExit({error.code!r})") from error
     except SyntaxError as error:
         raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     except Exception as error:

@@ -50,7 +50,7 @@ flags.DEFINE_integer(
 def main(argv: Sequence[str]) -> int:
     overrides, argv = cli.split_overrides(argv)
     cli.parse(FLAGS, argv, __doc__)
-    if FLAGS.config is None:
+    if not FLAGS.config:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
 
     problem = None

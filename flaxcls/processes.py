@@ -60,7 +60,8 @@ def join(
             "--coordinator_address, --num_processes and --process_id must be given together"
         )
     if told != (None, None, None):
-        if ":" not in coordinator_address:
+        host, _, port = coordinator_address.rpartition(":")
+        if not (host and port.isdecimal() and 0 < int(port) < 2**16):
             raise ConfigError(
                 f"--coordinator_address must be HOST:PORT, got {coordinator_address!r}"
             )

@@ -200,6 +200,23 @@ def changes(before: ConfigDict, now: ConfigDict) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def normalization(workdir: Path, fingerprint: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation that the run in `workdir` has begun with; None if none with these
+    data has.
+
+    A streamed split's are estimated, a resident one's are not: a run that changes between them
+    keeps its own.
+    """
+    try:
+        content = read_json(workdir / "config.json")
+    except ConfigError:
+        return None
+    if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
+        return None
+    mean, std = content.get("mean"), content.get("std")
+    return (mean, std) if all(options.fits(v, tuple[float, ...]) for v in (mean, std)) else None
+
+
 def _check_free(workdir: Path) -> None:
     """ConfigError if a folder without a run has something that is not a run's."""
     if workdir.is_dir():
@@ -250,7 +267,8 @@ def record(
 ) -> None:
     """Writes config.json: the config, and what else one wants to know of a run years later.
 
-    Of a resumed run, whose config was `before`, only if that has changed; "changes" keeps how.
+    Of a resumed run, whose config was `before`, only if that has changed; "changes" keeps how. What
+    summary.json told of the end of a shorter run does not hold any more.
     """
     earlier = []
     if before is not None:
@@ -271,6 +289,7 @@ def record(
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "summary.json").unlink(missing_ok=True)
         write_json(workdir / "config.json", content)
     except OSError as error:
         raise ConfigError(f"{workdir} can't be written: {error.strerror or error}") from error

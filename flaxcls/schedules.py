@@ -161,6 +161,8 @@ def one_cycle(
 def exponential(run: Run, /, *, decay: UpToOne = 0.97, every: str = "1 epochs") -> Factor:
     """Times `decay` for each duration `every` since the warm-up, smoothly."""
     steps = run.to_steps(every)
+    if parse_duration(every).unit == "%":  # a small part of a short run may be less than a step
+        steps = max(1, steps)
     if steps < 1:
         raise ConfigError(f"`every` of exponential must be at least one step, got {every!r}")
     return lambda step: np.float32(decay) ** ((step - run.start) / steps)

@@ -98,13 +98,16 @@ class Session:
     def _say_new_length(self, before: ConfigDict) -> None:
         """What becomes of the learning rate when a run is made longer or shorter."""
         total, config = self._plan.total_steps, self._config
-        if self.step > total:
+        num_examples = len(self._plan.train_source)
+        planned, _ = build.length(before, num_examples)
+        if self.step > total or self.step == total != planned:  # which was not to be the last one
             raise ConfigError(
-                f"the run in {self._workdir} has made {self.step:,} steps already, more than "
-                f"config.duration = {config.duration!r} asks for, {total:,}"
+                f"the run in {self._workdir} has made {self.step:,} steps already, "
+                f"{'more than' if self.step > total else 'as many as'} config.duration = "
+                f"{config.duration!r} asks for, {total:,}: it can be made longer, not shorter"
             )
-        if self.step:
-            old = build.learning_rate(before, len(self._plan.train_source))
+        if self.step and total != planned:
+            old = build.learning_rate(before, num_examples)
             processes.say(
                 f"note: after step {self.step:,} the learning rate would have been "
                 f"{float(old(self.step)):.3g} and is {self._trainer.rate(self.step):.3g}: "

@@ -35,7 +35,8 @@ def train(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]
         return finished
     with processes.first_before_others():  # it may have to prepare the data for all
         plan = build.plan(config, mesh)
-    trainer = Trainer(config, plan, mesh, report=_broken_images_log(workdir))
+    mean_and_std = run.normalization(workdir, plan.train_source.fingerprint)
+    trainer = Trainer(config, plan, mesh, _broken_images_log(workdir), mean_and_std)
     processes.check_same(run.identity(config, trainer.facts, plan.eval_source.fingerprint))
     processes.say(_introduction(config, plan, mesh, trainer))
     changed = run.changed_data(workdir, plan.train_source) if processes.is_first() else ()

@@ -42,6 +42,11 @@ class Trainer:
     Attributes:
       facts: what a checkpoint must tell besides its arrays; JSON.
       shapes, places: of the state, its shapes and shardings.
+
+    Args:
+      report: is told about broken images.
+      normalization: mean and standard deviation, as a resumed run has them; None: by the config or
+        the data.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Trainer:
         plan: build.Plan,
         mesh: Mesh,
         report: Callable[[str], None] = print,
+        normalization: tuple[list[float], list[float]] | None = None,
     ):
         source, network = plan.train_source, plan.network
         num_classes = len(source.class_names)
@@ -60,7 +66,7 @@ class Trainer:
         rows = partial(sharding.local_rows, mesh)
         self.input = inputs.training(config, source, plan.image_sizes, report, rows)
         self._data = sharding.replicate(mesh, self.input.arrays)
-        mean, std = inputs.normalization(config, source, self.input)
+        mean, std = normalization or inputs.normalization(config, source, self.input)
         class_weights = build.class_weights(config, source, num_classes)
         self._evaluator = Evaluator(
             mesh,

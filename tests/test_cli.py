@@ -100,6 +100,7 @@ def test_wrong_override_is_told_in_one_sentence(recipe, override, message):
             "line 4: ZeroDivisionError: division by zero",
         ),
         ("import nothing_of_that_name\n", "line 1: ModuleNotFoundError: No module named"),
+        ("import sys\nsys.exit(0)\n", "wrong.py ends the program, by SystemExit(0)"),
         ("x = 1\n", "must define get_config()"),
         ("def get_config():\n    return 3\n", "must define get_config()"),
         (

@@ -228,16 +228,31 @@ RECIPES = sorted(path for path in Path("configs").glob("*.py") if path.stem != "
 def test_smoke_test_of_one_step_is_a_plan_with_every_recipe(recipe):
     config = cli.load_config(str(recipe), ["duration=1 steps"])
     if config.data.name not in ("digits",):
-        size = 64 if config.image_size else 32
+        size = 224 if config.image_size else 32
         grey = config.data.name == "idx"
         for field in ("path", "dir"):
             config.data[field] = None
         config.data.name, config.data.eval_split = "fake", "test"
         config.data.image_shape, config.data.num_classes = (size, size, 1 if grey else 3), 10
-        config.data.num_examples = 4096
-    config.image_size = config.image_size and 64
+        config.data.num_examples = 100_000
     build.check(config)
     assert build.plan(config, sharding.make_mesh()).total_steps == 1
+
+
+def test_way_to_the_peak_and_sizes_beyond_the_run_are_cut_off(tiny_config):
+    config = tiny_config(
+        model__name="cifar_resnet20", model__widths=None,
+        schedule__name="one_cycle", schedule__peak="3 epochs", schedule__cooldown="4 steps",
+        image_size=(("0 epochs", 8), ("10 steps", 12), ("12 steps", 16), ("9 epochs", 24)),
+    )  # fmt: skip
+    plan = build.plan(config, sharding.make_mesh())
+    assert plan.notes[0] == ("config.schedule.peak = '3 epochs' is shortened to the run's 12 steps")
+    assert plan.image_sizes == inputs.Sizes((0, 10), (8, 12))
+    config.duration = "1 steps"
+    assert build.plan(config, sharding.make_mesh()).image_sizes == inputs.Sizes((0,), (8,))
+    config.schedule.name, config.schedule.peak = "exponential", None
+    config.schedule.every = "5%"
+    assert build.plan(config, sharding.make_mesh()).rate(0) == pytest.approx(0.1)
 
 
 class NoTrain(nn.Module):

@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import cv2
 import numpy as np
 import pytest
 
-from flaxcls import run
+from flaxcls import run, trainer
 from flaxcls.errors import ConfigError
 from flaxcls.train import train
 
@@ -81,6 +82,45 @@ def test_run_is_not_made_shorter_than_it_is(tmp_path, tiny_config):
     with pytest.raises(ConfigError, match="has made 12 steps already, more than config.duration"):
         train(tiny_config(duration="6 steps"), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["config"]["duration"] == "12 steps"
+
+
+def test_run_under_way_does_not_end_where_it_is(tmp_path, tiny_config):
+    config = {"eval__every": "100%"}
+    train(tiny_config(**config), tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints/12")
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(ConfigError, match="has made 8 steps already, as many as config.duration"):
+        train(tiny_config(**config, duration="8 steps"), tmp_path)  # it was not evaluated there
+    assert train(tiny_config(**config, duration="10 steps"), tmp_path)["eval"]["count"] == 24
+
+
+def test_longer_run_that_ends_early_is_not_taken_for_finished(tmp_path, tiny_config, monkeypatch):
+    train(tiny_config(), tmp_path)
+
+    def crash(*arguments):
+        raise RuntimeError("a crash")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer.Trainer, "update", crash)
+        with pytest.raises(RuntimeError, match="a crash"):
+            train(tiny_config(duration="16 steps"), tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    assert train(tiny_config(duration="16 steps"), tmp_path)["step"] == 16
+
+
+def test_streamed_or_resident_a_run_keeps_its_normalization(tmp_path, tiny_config):
+    config = {"data__num_examples": 2000, "eval__every": "100%"}
+    train(tiny_config(**config), tmp_path / "run")
+    (tmp_path / "run/summary.json").unlink()
+
+    def mean(workdir):
+        return json.loads((workdir / "config.json").read_text())["mean"]
+
+    before = mean(tmp_path / "run")
+    train(tiny_config(**config, duration="14 steps", input__mode="stream"), tmp_path / "run")
+    assert mean(tmp_path / "run") == before
+    train(tiny_config(**config, input__mode="stream"), tmp_path / "other")
+    assert mean(tmp_path / "other") != before  # by 1,000 of the 2,000 images
 
 
 @pytest.mark.parametrize(

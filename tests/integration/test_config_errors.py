@@ -141,6 +141,19 @@ CASES = {
         ["--config.optimizer.learning_rate_factors=(('nothing', 2.0),)"],
         "`learning_rate_factors`",
     ),
+    "beyond what threads can wait": (
+        ["--config.hang_after=1e300 hours"],
+        "config.hang_after must be at most 10000 hours, got '1e300 hours'",
+    ),
+    "a million devices": (
+        ["--config.mesh.cpu_devices=1000000"],
+        "config.mesh.cpu_devices must be at most 1024, got 1000000",
+    ),
+    "port that is no number": (
+        ["--coordinator_address=localhost:abc", "--num_processes=1", "--process_id=0"],
+        "--coordinator_address must be HOST:PORT, got 'localhost:abc'",
+    ),
+    "empty name of a recipe": (["--config="], "--config=FILE is missing, such as"),
     "unknown flag": (["--wrkdir=x"], "'wrkdir'"),
     "no flag": (["extra"], "'extra' is not a flag; flags are written --name=value"),
 }
