@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,9 +40,16 @@ def _quiet_orbax() -> None:
     It has a long traceback for each of its threads and each write that it has begun or not.
     """
     logging.getLogger("absl").addFilter(lambda said: f"{os.sep}orbax{os.sep}" not in said.pathname)
-    logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))
     unawaited = r"coroutine '.*serialize.*' was never awaited"
     warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether what asyncio logs is about a write of Orbax's, by its words or its traceback."""
+    trace = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
+    within = any(f"{os.sep}orbax{os.sep}" in frame.filename for frame in trace)
+    return within or "orbax" in record.getMessage()
 
 
 class OtherCode(ConfigError):

@@ -103,8 +103,11 @@ def _sizes(folder: Path) -> dict[str, int]:
     sizes = {}
     for parent, folders, files in os.walk(folder, onerror=fail):
         for path in (Path(parent, name) for name in folders + files):
-            status = path.lstat()
             name = path.relative_to(folder).as_posix()
+            try:
+                status = path.lstat()
+            except OSError as error:  # it was there a moment ago
+                raise Damaged(f"{name} can't be read: {error.strerror}") from error
             if stat.S_ISREG(status.st_mode):
                 sizes[name] = status.st_size
             elif stat.S_ISLNK(status.st_mode):

@@ -118,7 +118,7 @@ def describe(annotation: Any) -> str:
 def _convert(value: Any, annotation: Any) -> Any:
     """The value as the annotated type; ValueError if it doesn't fit."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if annotation in (inspect.Parameter.empty, Any):
+    if annotation in (inspect.Parameter.empty, Any, object):
         return value
     if origin is Annotated:
         value = _convert(value, arguments[0])

@@ -102,3 +102,8 @@ def test_an_option_that_is_not_taken_is_told_with_the_closest_one():
         check("config.part", "thing", {"widht": 1}, accepted(function))
     with pytest.raises(ConfigError, match="width is not used by thing; it takes no options"):
         check("config.part", "thing", {"width": 1}, {})
+
+
+def test_what_may_be_anything_may_be_a_bool():
+    for value in (True, 1, "a", (1,), None):
+        assert options.fits(value, object)
