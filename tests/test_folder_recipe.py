@@ -89,9 +89,9 @@ def test_step_is_timed_on_made_up_images(tiny_config):
 
 
 def test_resumed_run_keeps_what_it_chose_though_the_cpu_is_another_one(
-    tmp_path, adapted, monkeypatch
+    tmp_path, tmp_path_factory, adapted, monkeypatch
 ):
-    workdir = tmp_path / "run"
+    workdir = tmp_path_factory.mktemp("run")
     first, _ = adapted(3240, 64, 330)
     run.record(workdir, first, {})
     monkeypatch.setattr(bench, "step_rate", lambda *_, **__: 5000)
@@ -103,4 +103,4 @@ def test_resumed_run_keeps_what_it_chose_though_the_cpu_is_another_one(
     longer = main._adapted(recipe, workdir)
     assert run.changes(first, longer) == {"duration": (first.duration, "99 epochs")}
     recipe = cli.load_recipe("configs/folder.py", overrides)
-    assert main._adapted(recipe, tmp_path / "new").image_size == 64  # a new run may choose
+    assert main._adapted(recipe, workdir / "new").image_size == 64  # a new run may choose

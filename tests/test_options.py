@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 import pytest
 
 from flaxcls.errors import ConfigError
-from flaxcls.options import BelowOne, Count, Positive, Range, UpToOne, accepted, check, describe
+from flaxcls.options import (
+    BelowOne,
+    Count,
+    Positive,
+    Range,
+    UpToOne,
+    accepted,
+    check,
+    describe,
+    fits,
+)
 
 Pair = Annotated[tuple[float, float], Range(0, 1)]
 Widths = Annotated[tuple[int, ...], Range(1)]
@@ -106,4 +116,4 @@ def test_an_option_that_is_not_taken_is_told_with_the_closest_one():
 
 def test_what_may_be_anything_may_be_a_bool():
     for value in (True, 1, "a", (1,), None):
-        assert options.fits(value, object)
+        assert fits(value, object)
