@@ -3,6 +3,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections import namedtuple
 
 import jax
@@ -215,8 +216,10 @@ def test_a_run_that_saves_and_deletes_all_the_time_can_be_read(tmp_path, start_p
     shardings = sharding.shardings(MESH, shapes)
     reader = CheckpointReader(tmp_path)
     read = []
-    for turn in range(30):
-        which = "best" if turn % 3 == 2 else "last"
+    end = time.monotonic() + 120
+    while len(read) < 30 or len({*read}) <= 5:  # however slowly it goes on meanwhile
+        assert saving.poll() is None and time.monotonic() < end
+        which = "best" if len(read) % 3 == 2 else "last"
         step, (facts, state) = reader.read(
             which, lambda step: (reader.facts(step), reader.state(step, shapes, shardings))
         )
@@ -231,7 +234,7 @@ def test_a_run_that_saves_and_deletes_all_the_time_can_be_read(tmp_path, start_p
         except ConfigError as error:
             assert str(error).startswith(f"there is no checkpoint '{oldest}'")
             deleted += 1
-    assert saving.poll() is None and len({*read}) > 5  # it went on meanwhile
+    assert saving.poll() is None
     saving.kill()
     saving.wait()
     for file in tmp_path.glob("*/state/_METADATA"):
