@@ -239,7 +239,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._alone = count() == 1
-        numbers = [n for n in SIGNAL_EXIT_CODES if signal.getsignal(n) != signal.SIG_IGN]
+        # What is ignored stays so, as a hang-up is by nohup; but Ctrl-C, which shells make all that
+        # they start in the background ignore, may be sent on purpose.
+        ignored = {n for n in SIGNAL_EXIT_CODES if signal.getsignal(n) == signal.SIG_IGN}
+        numbers = [n for n in SIGNAL_EXIT_CODES if n not in ignored - {signal.SIGINT}]
         if not self._alone:  # JAX's own handler, which tells the others, is not Python's
             numbers.remove(signal.SIGTERM)
         self._before = {number: signal.signal(number, self._note) for number in numbers}

@@ -74,6 +74,7 @@ def test_alone_everything_is_one_s_own(capsys):
 
 
 def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was ignored
     with processes.StopRequest() as asked:
         assert asked() is None
         os.kill(os.getpid(), signal.SIGTERM)
@@ -88,14 +89,17 @@ def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_hangup_that_nohup_ignores_stays_ignored():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGHUP, None), (signal.SIGINT, signal.SIGINT)]
+)
+def test_hangup_that_nohup_ignores_stays_ignored_but_ctrl_c_does_not(number, expected):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
         with processes.StopRequest() as asked:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert asked() is None
+            os.kill(os.getpid(), number)
+            assert asked() == expected
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
 
 
 def test_step_to_stop_at_stays_known_when_a_rollback_comes_between(monkeypatch):
