@@ -242,9 +242,10 @@ class StopRequest:
         # What is ignored stays so, as a hang-up is by nohup; but Ctrl-C, which shells make all that
         # they start in the background ignore, may be sent on purpose.
         ignored = {n for n in SIGNAL_EXIT_CODES if signal.getsignal(n) == signal.SIG_IGN}
-        numbers = [n for n in SIGNAL_EXIT_CODES if n not in ignored - {signal.SIGINT}]
-        if not self._alone:  # JAX's own handler, which tells the others, is not Python's
-            numbers.remove(signal.SIGTERM)
+        ignored.discard(signal.SIGINT)
+        # JAX's own handler of SIGTERM, which tells the others, is not Python's.
+        kept = ignored if self._alone else {*ignored, signal.SIGTERM}
+        numbers = [n for n in SIGNAL_EXIT_CODES if n not in kept]
         self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
