@@ -87,22 +87,21 @@ def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
         _override(config, override)
 
     given = [override.partition("=")[0] for override in overrides]
+    is_adaptive = "adapt" in namespace
 
     def adapt() -> str:
-        lines = []
-        if any(field.endswith(".name") for field in given):
-            from flaxcls import named  # JAX, which takes a second
+        if not is_adaptive and not any(field.endswith(".name") for field in given):
+            return ""
+        from flaxcls import named  # JAX, which takes a second
 
-            lines += named.drop_unused(config, given)
-        if "adapt" in namespace:
-            from flaxcls import named
-
+        lines = [*named.drop_unused(config, given)]
+        if is_adaptive:
             named.check_names(config)  # before something is said about them
             with _in_recipe(path):
                 lines.append(namespace["adapt"](config))
         return "\n".join(lines)
 
-    return Recipe(config, adapt, given, "adapt" in namespace)
+    return Recipe(config, adapt, given, is_adaptive)
 
 
 def _find_recipe(text: str) -> Path:
