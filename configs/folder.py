@@ -48,8 +48,10 @@ def get_config():
 
 def adapt(config):
     """Fills in what was not given, by what the pictures are like and how fast the devices are."""
-    from flaxcls import build, inputs, processes, sharding
-    from flaxcls.trainer import mesh_for
+    from flaxcls import build
+    from flaxcls.build import inputs
+    from flaxcls.runtime import processes, sharding
+    from flaxcls.training.program import mesh_for
 
     build.source(config, config.data.eval_split)  # if it is wrong, before steps are timed
     images, classes, short_side = inputs.survey(build.source(config, config.data.train_split))

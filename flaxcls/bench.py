@@ -28,7 +28,7 @@ from absl import flags
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError, OutputError, did_you_mean
-from flaxcls.output import printable, say, write_result
+from flaxcls.runtime.output import printable, say, write_result
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     config = cli.load_config(FLAGS.config, overrides)
 
     from flaxcls import build
-    from flaxcls.trainer import mesh_for
+    from flaxcls.training.program import mesh_for
 
     build.check(config)
     mesh = mesh_for(config)
@@ -65,15 +65,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write_json(path: Path, what: str, config: Any, figures: Figures) -> None:
-    from flaxcls import run
+    from flaxcls.runs import run_folder
 
     content = {
         "benchmark": what,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "flags": {name: FLAGS[name].value for name in ("config", "steps", "rounds", "busy")},
         "figures": figures,
-        "config": run.plain(config),
-        **run.surroundings(),
+        "config": run_folder.plain(config),
+        **run_folder.surroundings(),
     }
     try:
         path.write_text(json.dumps(content, indent=2) + "\n")
@@ -87,8 +87,9 @@ def bench_step(config: Any, mesh: Any) -> Figures:
     """The training step with its input."""
     import jax
 
-    from flaxcls import build, sharding
-    from flaxcls.trainer import Trainer
+    from flaxcls import build
+    from flaxcls.runtime import sharding
+    from flaxcls.training.program import Trainer
 
     start = time.perf_counter()
     trainer = Trainer(config, build.plan(config, mesh), mesh, partial(say, error=True))
@@ -122,7 +123,7 @@ def step_rate(config: Any, mesh: Any, *, image_size: int, num_classes: int) -> f
     import jax
 
     from flaxcls import build
-    from flaxcls.trainer import Trainer
+    from flaxcls.training.program import Trainer
 
     config = config.copy_and_resolve_references()
     channels = config.data.channels or 3
@@ -149,7 +150,8 @@ def step_rate(config: Any, mesh: Any, *, image_size: int, num_classes: int) -> f
 
 def bench_input(config: Any, mesh: Any) -> Figures:
     """The streaming input, whatever config.input.mode says."""
-    from flaxcls import build, inputs
+    from flaxcls import build
+    from flaxcls.build import inputs
     from flaxcls.data.decode import available_cores
     from flaxcls.data.order import evenly_spaced
 
@@ -175,7 +177,7 @@ def _parts_of_input(
 ) -> Figures:
     import jax
 
-    from flaxcls import sharding
+    from flaxcls.runtime import sharding
 
     seconds = _stages(stream, indices, size)
     batch = stream.batch(0)
@@ -200,8 +202,8 @@ def _parts_of_input(
 def _input_as_a_whole(stream: Any, mesh: Any, batch_size: int) -> Figures:
     import jax
 
-    from flaxcls import sharding
     from flaxcls.data.decode import available_cores
+    from flaxcls.runtime import sharding
 
     waits, peaks = [], []  # of every round
     with contextlib.closing(sharding.prefetch(mesh, stream.batches(0, 10**9))) as batches:
@@ -308,7 +310,9 @@ def bench_augment(config: Any, mesh: Any) -> Figures:
     import jax
     import numpy as np
 
-    from flaxcls import augment, build, inputs, sharding
+    from flaxcls import augment, build
+    from flaxcls.build import inputs
+    from flaxcls.runtime import sharding
 
     plan = build.plan(config, mesh)
     shape = inputs.image_shape(plan.train_source, plan.image_sizes(0))

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls import options, output
-from flaxcls.config import default
+from flaxcls.config import default, options
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, did_you_mean
+from flaxcls.runtime import output
 
 
 def parse(
@@ -92,7 +92,7 @@ def load_recipe(recipe: str | None, overrides: Sequence[str]) -> Recipe:
     def adapt() -> str:
         if not is_adaptive and not any(field.endswith(".name") for field in given):
             return ""
-        from flaxcls import named  # JAX, which takes a second
+        from flaxcls.build import named  # JAX, which takes a second
 
         lines = [*named.drop_unused(config, given)]
         if is_adaptive:
@@ -229,12 +229,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     except Exception as error:
         output.say(traceback.format_exc(), error=True)
         code = 1
-        if (processes := sys.modules.get("flaxcls.processes")) and processes.count() > 1:
+        if (processes := sys.modules.get("flaxcls.runtime.processes")) and processes.count() > 1:
             what = f"{type(error).__name__}: {_one_line(error)}"
             sentence = f"flaxcls: process {processes.index()} has failed: {what}"
     finally:
         output.flush()
-    if processes := sys.modules.get("flaxcls.processes"):
+    if processes := sys.modules.get("flaxcls.runtime.processes"):
         processes.leave(code, sentence)  # does not return if it is one of several
     if sentence:
         output.say(sentence, error=True)

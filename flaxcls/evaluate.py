@@ -11,7 +11,7 @@ from absl import flags
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError
-from flaxcls.output import printable, write_result
+from flaxcls.runtime.output import printable, write_result
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
@@ -25,9 +25,9 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.run is None:
         raise ConfigError("--run=DIR is missing; it is the folder that training made")
 
-    from flaxcls import compilation_cache
-    from flaxcls.evaluator import evaluate_run
-    from flaxcls.watch import describe
+    from flaxcls.inference.evaluator import evaluate_run
+    from flaxcls.runs.metric_log import describe
+    from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
     step, split, results = evaluate_run(

@@ -3,7 +3,7 @@
     python -m flaxcls.main --config=configs/NAME.py [--workdir=DIR] [--config.batch_size=256 ...]
 
 The same command with the same --workdir goes on where the run was. Fields and their defaults are in
-flaxcls/config.py; recipes are in configs/.
+flaxcls/config/tree.py; recipes are in configs/.
 """
 
 import contextlib
@@ -14,9 +14,10 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls import cli, cluster
+from flaxcls import cli
 from flaxcls.errors import ConfigError
-from flaxcls.output import printable
+from flaxcls.runtime import cluster
+from flaxcls.runtime.output import printable
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=FLAGS)
@@ -63,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
         problem = error  # of this process alone, perhaps: the others have to learn of it
 
     # JAX takes seconds: not for --help
-    from flaxcls import compilation_cache, goodput, processes, run, train, watch
+    from flaxcls.runs import goodput, metric_log, run_folder
+    from flaxcls.runtime import compilation_cache, processes
+    from flaxcls.training import train
 
     processes.join(
         FLAGS.coordinator_address,
@@ -77,12 +80,12 @@ def main(argv: Sequence[str]) -> int:
     compilation_cache.enable()
     with processes.explain_lost_peer():
         config = _adapted(recipe, workdir)
-        workdir = workdir or run.new_folder(FLAGS.config)
+        workdir = workdir or run_folder.new_folder(FLAGS.config)
         summary = train.train(config, workdir, goodput.process_age())
     run_flag = shlex.quote(f"--run={workdir}")
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
-        f"{watch.describe_end(summary)}\n{goodput.describe(summary['goodput'])}\n"
+        f"{metric_log.describe_end(summary)}\n{goodput.describe(summary['goodput'])}\n"
         f"The run is in {printable(workdir)}. To go on:\n"
         f"  evaluate:  python -m flaxcls.evaluate {run_flag}\n"
         f"  predict:   python -m flaxcls.predict {run_flag} FILES\n"
@@ -97,18 +100,19 @@ def _adapted(recipe: cli.Recipe, workdir: Path | None) -> ConfigDict:
 
     A run that is resumed keeps what it chose at first: today the devices may be faster.
     """
-    from flaxcls import processes, run
+    from flaxcls.runs import run_folder
+    from flaxcls.runtime import processes
 
-    before = dict(run.fields(recipe.config))
+    before = dict(run_folder.fields(recipe.config))
     chosen = None
     if recipe.is_adaptive and workdir is not None:
-        with contextlib.suppress(run.NoRun):
-            chosen = dict(run.fields(run.load_config(workdir)))
+        with contextlib.suppress(run_folder.NoRun):
+            chosen = dict(run_folder.fields(run_folder.load_config(workdir)))
     if chosen:
         kept = {field: value for field, value in chosen.items() if field not in recipe.given}
         recipe.config.update_from_flattened_dict(kept)
     said = "" if chosen else recipe.adapt()
-    after = dict(run.fields(recipe.config))
+    after = dict(run_folder.fields(recipe.config))
     changes = {field: value for field, value in after.items() if before[field] != value}
     said, changes = processes.from_first([said, changes])
     recipe.config.update_from_flattened_dict(changes)

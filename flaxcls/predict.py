@@ -36,7 +36,7 @@ from absl import flags
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError, DataError
-from flaxcls.output import Guarded, printable, say
+from flaxcls.runtime.output import Guarded, printable, say
 
 Ranked = list[tuple[str, float]]  # classes and their probabilities, the best one first
 Write = Callable[[str, Ranked], Any]  # the result of a file
@@ -129,8 +129,8 @@ def main(argv: Sequence[str]) -> int:
     if not first:
         raise ConfigError(f"there are no pictures in {', '.join(arguments)}")
 
-    from flaxcls import compilation_cache  # JAX, which takes seconds: not for --help
-    from flaxcls.predictor import Predictor
+    from flaxcls.inference.predictor import Predictor
+    from flaxcls.runtime import compilation_cache  # JAX, which takes seconds: not for --help
 
     compilation_cache.enable()
     predictor = Predictor(

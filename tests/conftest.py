@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp  # noqa: E402
 import pytest  # noqa: E402
 
 from flaxcls import config as configs  # noqa: E402
-from flaxcls import sharding  # noqa: E402
 from flaxcls.errors import SIGNAL_EXIT_CODES  # noqa: E402
+from flaxcls.runtime import sharding  # noqa: E402
 
 sharding.set_up_devices(8, 8)
 jax.devices()

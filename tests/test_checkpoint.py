@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import checkpoint, manifest, sharding
-from flaxcls.checkpoint import Checkpoints
-from flaxcls.checkpoint_reader import CheckpointReader
 from flaxcls.errors import CheckpointError, ConfigError
-from flaxcls.manifest import Damaged
-from flaxcls.recovery import restore_newest
+from flaxcls.runs import checkpoint, manifest
+from flaxcls.runs.checkpoint import Checkpoints
+from flaxcls.runs.checkpoint_reader import CheckpointReader
+from flaxcls.runs.manifest import Damaged
+from flaxcls.runs.recovery import restore_newest
+from flaxcls.runtime import sharding
 
 MESH = sharding.make_mesh(2)
 
@@ -195,8 +196,8 @@ SAVING = """
 import itertools, sys
 from pathlib import Path
 import jax.numpy as jnp
-from flaxcls.checkpoint import Checkpoints
-from flaxcls.checkpoint_reader import CheckpointReader
+from flaxcls.runs.checkpoint import Checkpoints
+from flaxcls.runs.checkpoint_reader import CheckpointReader
 
 with Checkpoints(Path(sys.argv[1]), keep=1) as checkpoints:
     for step in itertools.count(1):
@@ -555,8 +556,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flaxcls.checkpoint import Checkpoints
-from flaxcls.checkpoint_reader import CheckpointReader
+from flaxcls.runs.checkpoint import Checkpoints
+from flaxcls.runs.checkpoint_reader import CheckpointReader
 from flaxcls.errors import CheckpointError
 
 folder = Path(sys.argv[1])
@@ -605,9 +606,12 @@ jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 
 import jax.numpy as jnp
 import numpy as np
-from flaxcls import checkpoint, manifest, processes, sharding
+from flaxcls.runs import checkpoint
+from flaxcls.runs import manifest
+from flaxcls.runtime import processes
+from flaxcls.runtime import sharding
 from flaxcls.errors import CheckpointError, ConfigError
-from flaxcls.recovery import restore_newest
+from flaxcls.runs.recovery import restore_newest
 
 run, first, said = Path(sys.argv[1]), processes.is_first(), []
 mesh = sharding.make_mesh(4)

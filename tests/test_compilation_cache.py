@@ -11,13 +11,13 @@ from pathlib import Path
 import jax
 import pytest
 
-from flaxcls import compilation_cache
+from flaxcls.runtime import compilation_cache
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import json, sys, warnings
 import jax, jax.numpy as jnp
-from flaxcls import compilation_cache
+from flaxcls.runtime import compilation_cache
 
 compilation_cache.enable()
 compilation_cache.enable()
@@ -78,7 +78,7 @@ def test_second_process_reads_what_the_first_compiled(compile_in_process, tmp_pa
 
 def test_training_from_the_cache_is_bitwise_the_same(environment, recipe, tmp_path):
     program = (
-        "from flaxcls import cli, compilation_cache, main\n"
+        "from flaxcls import cli, main\nfrom flaxcls.runtime import compilation_cache\n"
         "def run(argv):\n"
         "    compilation_cache.enable()\n"
         "    code = main.main(argv)\n"
@@ -151,7 +151,7 @@ def test_full_disk_is_survived_and_leaves_nothing_broken(compile_in_process):
 SEVERAL = """
 import json
 import jax, jax.numpy as jnp
-from flaxcls import compilation_cache
+from flaxcls.runtime import compilation_cache
 
 compilation_cache.enable()
 for n in range(4):

@@ -9,24 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import (
-    augment,
-    build,
-    cli,
-    inputs,
-    losses,
-    models,
-    optim,
-    options,
-    run,
-    schedules,
-    sharding,
-)
+from flaxcls import augment, build, cli, models
 from flaxcls import config as configs
+from flaxcls.build import inputs
+from flaxcls.config import options
+from flaxcls.core import losses, optim, schedules
+from flaxcls.core.step import make_init, make_train_step
 from flaxcls.data import SOURCES
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError
-from flaxcls.step import make_init, make_train_step
+from flaxcls.runs import run_folder
+from flaxcls.runtime import sharding
 
 ROOT = Path(__file__).parent.parent
 
@@ -92,7 +85,7 @@ def test_default_is_locked_and_typed():
 
 def test_config_survives_json(tiny_config):
     config = tiny_config(augment=({"name": "pad_crop", "padding": 1},))
-    plain = run.plain(config)
+    plain = run_folder.plain(config)
     assert plain["model"]["widths"] == [16] and plain["augment"][0]["name"] == "pad_crop"
 
 
@@ -156,12 +149,12 @@ def test_recipe_builds_and_fits_together(path, pictures):
 
 def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
     config = tiny_config()
-    saved = run.plain(config)
+    saved = run_folder.plain(config)
     del saved["image_size"], saved["crop"], saved["input"]["max_broken"]
-    run.write_json(tmp_path / "config.json", {"config": saved})
-    assert run.plain(run.load_config(tmp_path)) == run.plain(config)
-    before, finished = run.claim(tmp_path, config)
-    assert run.changes(before, config) == {} and finished is None
+    run_folder.write_json(tmp_path / "config.json", {"config": saved})
+    assert run_folder.plain(run_folder.load_config(tmp_path)) == run_folder.plain(config)
+    before, finished = run_folder.claim(tmp_path, config)
+    assert run_folder.changes(before, config) == {} and finished is None
 
 
 def test_small_part_of_a_short_run_is_at_least_a_step(tiny_config):

@@ -9,13 +9,15 @@ import pytest
 from jax.sharding import AxisType
 from PIL import Image
 
-from flaxcls import build, evaluator, losses, models
+from flaxcls import build, models
+from flaxcls.core import losses
 from flaxcls.data import open_source
 from flaxcls.data.loader import Loader, materialize
 from flaxcls.data.resident import Resident
 from flaxcls.data.stream import Stream, Workers
 from flaxcls.errors import ConfigError
-from flaxcls.train import train
+from flaxcls.inference import evaluator
+from flaxcls.training.train import train
 
 MEAN, STD = (0.3,), (0.35,)
 

@@ -4,8 +4,11 @@ import jax
 import pytest
 from PIL import Image
 
-from flaxcls import bench, build, cli, inputs, main, run, sharding
-from flaxcls.trainer import mesh_for
+from flaxcls import bench, build, cli, main
+from flaxcls.build import inputs
+from flaxcls.runs import run_folder
+from flaxcls.runtime import sharding
+from flaxcls.training.program import mesh_for
 
 
 @pytest.fixture
@@ -93,14 +96,14 @@ def test_resumed_run_keeps_what_it_chose_though_the_cpu_is_another_one(
 ):
     workdir = tmp_path_factory.mktemp("run")
     first, _ = adapted(3240, 64, 330)
-    run.record(workdir, first, {})
+    run_folder.record(workdir, first, {})
     monkeypatch.setattr(bench, "step_rate", lambda *_, **__: 5000)
     overrides = [f"data.path={tmp_path}", "mesh.cpu_devices=8"]
     recipe = cli.load_recipe("configs/folder.py", overrides)
     again = main._adapted(recipe, workdir)
-    assert run.changes(first, again) == {} and again.optimizer.name == "muon"
+    assert run_folder.changes(first, again) == {} and again.optimizer.name == "muon"
     recipe = cli.load_recipe("configs/folder.py", [*overrides, "duration=99 epochs"])
     longer = main._adapted(recipe, workdir)
-    assert run.changes(first, longer) == {"duration": (first.duration, "99 epochs")}
+    assert run_folder.changes(first, longer) == {"duration": (first.duration, "99 epochs")}
     recipe = cli.load_recipe("configs/folder.py", overrides)
     assert main._adapted(recipe, workdir / "new").image_size == 64  # a new run may choose

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from flaxcls import goodput
-from flaxcls.goodput import NAMES, Goodput, process_age
+from flaxcls.runs import goodput
+from flaxcls.runs.goodput import NAMES, Goodput, process_age
 
 ROOT = Path(__file__).parent.parent
 DAY = 86400.0
@@ -267,7 +267,7 @@ def test_description_is_one_line_with_the_largest_first(clock, path):
 
 
 def test_process_age_is_the_time_since_it_was_started():
-    program = "import time; time.sleep(0.5); from flaxcls.goodput import process_age; "
+    program = "import time; time.sleep(0.5); from flaxcls.runs.goodput import process_age; "
     began = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", program + "print(process_age())"],
@@ -284,7 +284,7 @@ def test_process_age_without_a_proc_file_system_is_its_processor_time(monkeypatc
 
 def test_file_is_whole_whenever_the_process_is_killed(path):
     program = (
-        "import sys; from pathlib import Path; from flaxcls.goodput import Goodput\n"
+        "import sys; from pathlib import Path; from flaxcls.runs.goodput import Goodput\n"
         "run = Goodput(); run.resume(Path(sys.argv[1]), {})\n"
         "while True: run.write(); sys.stdout.write('.'); sys.stdout.flush()"
     )

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from flaxcls import config as configs
-from flaxcls import inputs, models, options, schedules
+from flaxcls import models
+from flaxcls.build import inputs
+from flaxcls.config import options
+from flaxcls.core import schedules
 from flaxcls.data.loader import Loader
 from flaxcls.data.resident import Resident
 from flaxcls.data.source import Example, Source

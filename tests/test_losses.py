@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import losses
+from flaxcls.core import losses
 from flaxcls.errors import ConfigError, DataError
 
 RNG = np.random.default_rng(0)

@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from flaxcls import manifest
 from flaxcls.errors import CheckpointError
-from flaxcls.manifest import Damaged
+from flaxcls.runs import manifest
+from flaxcls.runs.manifest import Damaged
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import metrics
+from flaxcls.core import metrics
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(40, 12)).astype(np.float32)

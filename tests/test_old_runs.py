@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flaxcls import run
-from flaxcls.evaluator import evaluate_run
-from flaxcls.train import train
+from flaxcls.inference.evaluator import evaluate_run
+from flaxcls.runs import run_folder
+from flaxcls.training.train import train
 
 OLD = Path(__file__).parent / "fixtures/old_run"
 
@@ -41,7 +41,7 @@ def test_old_run_goes_on_and_ends_as_it_did(old, saved_arrays, capfd):
     summary = json.loads((old / "summary.json").read_text())
     shutil.rmtree(old / "checkpoints/12")
     (old / "summary.json").unlink()
-    again = train(run.load_config(old), old)
+    again = train(run_folder.load_config(old), old)
     assert not (old / "quarantine").exists()
     assert again["eval"]["accuracy"] == pytest.approx(summary["eval"]["accuracy"], abs=0.05)
     assert again["eval"]["loss"] == pytest.approx(summary["eval"]["loss"], rel=1e-2)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from flaxcls import optim
+from flaxcls.core import optim
 from flaxcls.errors import ConfigError
 
 RNG = np.random.default_rng(0)

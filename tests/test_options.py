@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from flaxcls.errors import ConfigError
-from flaxcls.options import (
+from flaxcls.config.options import (
     BelowOne,
     Count,
     Positive,
@@ -19,6 +18,7 @@ from flaxcls.options import (
     describe,
     fits,
 )
+from flaxcls.errors import ConfigError
 
 Pair = Annotated[tuple[float, float], Range(0, 1)]
 Widths = Annotated[tuple[int, ...], Range(1)]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flaxcls.output import printable
+from flaxcls.runtime.output import printable
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +28,7 @@ def test_name_is_one_line_without_control_characters(name, expected):
     assert printable(name) == expected
 
 
-SAY = "from flaxcls.output import say\nfor n in range(10000): say(f'line {n}')\n"
+SAY = "from flaxcls.runtime.output import say\nfor n in range(10000): say(f'line {n}')\n"
 
 
 def run(code, tail, **environment):
@@ -50,7 +50,9 @@ def test_saying_something_to_nobody_is_no_error(tail):
 
 def test_letter_that_the_encoding_lacks_is_escaped():
     result = run(
-        "from flaxcls.output import say\nsay('Kätzchen \U0001f431')", "", PYTHONIOENCODING="ascii"
+        "from flaxcls.runtime.output import say\nsay('Kätzchen \U0001f431')",
+        "",
+        PYTHONIOENCODING="ascii",
     )
     assert result.stdout == "K\\xe4tzchen \\U0001f431\n"
 
@@ -67,7 +69,7 @@ def test_result_that_is_lost_is_an_error(tail, sentence):
     code = (
         "import sys\n"
         "from flaxcls.errors import FlaxclsError\n"
-        "from flaxcls.output import write_result\n"
+        "from flaxcls.runtime.output import write_result\n"
         "try:\n"
         "    for n in range(10000): write_result(f'line {n}')\n"
         "except FlaxclsError as error:\n"
@@ -82,7 +84,7 @@ def test_result_that_is_lost_is_an_error(tail, sentence):
 def test_lines_are_written_again_when_a_full_disk_has_room(tmp_path):
     code = (
         "import os, sys\n"
-        "from flaxcls.output import say\n"
+        "from flaxcls.runtime.output import say\n"
         "with open(sys.argv[1], 'wb', buffering=0) as ballast:\n"
         "    try:\n"
         "        while ballast.write(bytes(4096)): pass\n"

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from flaxcls import config as configs
-from flaxcls import evaluator, losses, models, output, predict, predictor
+from flaxcls import models, predict
+from flaxcls.core import losses
 from flaxcls.errors import ConfigError, DataError, OutputError
-from flaxcls.predictor import PROBABILITIES, Predictor, make_forward
-from flaxcls.train import train
+from flaxcls.inference import evaluator, predictor
+from flaxcls.inference.predictor import PROBABILITIES, Predictor, make_forward
+from flaxcls.runtime import output
+from flaxcls.training.train import train
 
 CLASSES = ("crimson", "green", "sky blue")
 

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import pytest
 
-from flaxcls import run, trainer
 from flaxcls.errors import ConfigError
-from flaxcls.train import train
+from flaxcls.runs import run_folder
+from flaxcls.training import program
+from flaxcls.training.train import train
 
 
 def rows(workdir):
@@ -101,7 +102,7 @@ def test_longer_run_that_ends_early_is_not_taken_for_finished(tmp_path, tiny_con
         raise RuntimeError("a crash")
 
     with monkeypatch.context() as patched:
-        patched.setattr(trainer.Trainer, "update", crash)
+        patched.setattr(program.Trainer, "update", crash)
         with pytest.raises(RuntimeError, match="a crash"):
             train(tiny_config(duration="16 steps"), tmp_path)
     assert not (tmp_path / "summary.json").exists()
@@ -134,27 +135,27 @@ def test_streamed_or_resident_a_run_keeps_its_normalization(tmp_path, tiny_confi
     ],
 )
 def test_what_changes_no_number_computed_before_may_change(tmp_path, tiny_config, changes):
-    run.write_json(tmp_path / "config.json", {"config": run.plain(tiny_config())})
-    before, finished = run.claim(tmp_path, tiny_config(**changes))
-    assert len(run.changes(before, tiny_config(**changes))) == 1 and finished is None
+    run_folder.write_json(tmp_path / "config.json", {"config": run_folder.plain(tiny_config())})
+    before, finished = run_folder.claim(tmp_path, tiny_config(**changes))
+    assert len(run_folder.changes(before, tiny_config(**changes))) == 1 and finished is None
 
 
 @pytest.mark.parametrize("field", ["seed", "batch_size", "ema_decay", "repeats"])
 def test_what_would_change_numbers_computed_before_may_not(tmp_path, tiny_config, field):
-    run.write_json(tmp_path / "config.json", {"config": run.plain(tiny_config())})
+    run_folder.write_json(tmp_path / "config.json", {"config": run_folder.plain(tiny_config())})
     with pytest.raises(ConfigError, match=f"config.{field} = .*; give another --workdir"):
-        run.claim(tmp_path, tiny_config(**{field: 0.5 if field == "ema_decay" else 3}))
+        run_folder.claim(tmp_path, tiny_config(**{field: 0.5 if field == "ema_decay" else 3}))
 
 
 def test_folder_with_something_else_in_it_is_refused(tmp_path, tiny_config):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ConfigError, match="is not empty and holds no run, but thesis.tex: give a"):
-        run.claim(tmp_path, tiny_config())
+        run_folder.claim(tmp_path, tiny_config())
 
 
 def test_what_a_run_left_that_died_early_is_no_obstacle(tmp_path, tiny_config):
     for name in ("broken_images.log", "broken_images.1.log", "goodput.json", "config.tmp"):
         (tmp_path / name).touch()
     (tmp_path / "checkpoints").mkdir()
-    assert run.claim(tmp_path, tiny_config()) == (None, None)
-    assert run.claim(tmp_path / "new", tiny_config()) == (None, None)
+    assert run_folder.claim(tmp_path, tiny_config()) == (None, None)
+    assert run_folder.claim(tmp_path / "new", tiny_config()) == (None, None)

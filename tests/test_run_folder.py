@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from flaxcls import config as configs
-from flaxcls import goodput, manifest, run
 from flaxcls.errors import ConfigError, FlaxclsError
-from flaxcls.evaluator import evaluate_run
-from flaxcls.train import train
-from flaxcls.watch import Watch, describe
+from flaxcls.inference.evaluator import evaluate_run
+from flaxcls.runs import goodput, manifest, run_folder
+from flaxcls.runs.metric_log import Watch, describe
+from flaxcls.training.train import train
 
 NESTED = "[" * 100_000 + "]" * 100_000
 
@@ -44,14 +44,14 @@ CONFIGS = ["[1]", "{}", '{"config": {"model": "dense"}}', '{"config": {"batch_si
 
 @pytest.mark.parametrize("text", CONFIGS, ids=range(len(CONFIGS)))
 def test_config_is_restored_from_the_newest_checkpoint_that_is_whole(folder, text, capsys):
-    path, before = folder / "config.json", run.load_config(folder)
+    path, before = folder / "config.json", run_folder.load_config(folder)
     path.unlink() if text is None else path.write_text(text)
     damaged = next((folder / "checkpoints/8").glob("facts/metadata"))
     damaged.write_bytes(damaged.read_bytes()[:-9])
-    assert run.load_config(folder) == before
+    assert run_folder.load_config(folder) == before
     (sentence,) = capsys.readouterr().err.splitlines()
     assert sentence.endswith("it is restored from step 4") and str(folder) in sentence
-    assert run.load_config(folder) == before and not capsys.readouterr().err
+    assert run_folder.load_config(folder) == before and not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", CONFIGS, ids=range(len(CONFIGS)))
@@ -59,7 +59,7 @@ def test_damaged_config_without_a_checkpoint_is_told_in_a_sentence(tmp_path, tex
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=str(tmp_path)) as error:
-        run.load_config(tmp_path)
+        run_folder.load_config(tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
@@ -126,7 +126,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=8,
 )
-PLAIN = run.plain(configs.default())
+PLAIN = run_folder.plain(configs.default())
 SUMMARY = {"finished": True, "step": 3, "seconds": 1.0, "goodput": "", "best": {},
            "eval": {"accuracy": 0.5, "loss": 1.0, "count": 2}}  # fmt: skip
 CONTENTS = {
@@ -172,11 +172,11 @@ def test_any_content_is_read_or_told_in_a_sentence(name, tmp_path):
         (tmp_path / name).write_bytes(content)
         try:
             if name == "config.json":
-                config = run.load_config(tmp_path)
+                config = run_folder.load_config(tmp_path)
                 for section, values in PLAIN.items():
                     assert isinstance(config[section], ConfigDict) == isinstance(values, dict)
             elif name == "summary.json":
-                summary = run.read_summary(tmp_path)
+                summary = run_folder.read_summary(tmp_path)
                 if summary:  # as main tells it
                     assert describe(summary["eval"]) and f"{summary['step']:,}"
                     assert f"{summary['seconds']:.0f}" and summary["goodput"] is not None

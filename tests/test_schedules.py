@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from flaxcls import schedules
+from flaxcls.core import schedules
 from flaxcls.errors import ConfigError
 
 TOTAL = 100

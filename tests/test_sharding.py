@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from flaxcls import build, sharding
+from flaxcls import build
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.runtime import sharding
 
 
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])

@@ -4,17 +4,20 @@ import jax
 import numpy as np
 import pytest
 
-from flaxcls import augment, build, inputs, sharding, show
+from flaxcls import augment, build
+from flaxcls.build import inputs
+from flaxcls.core.step import augmentation_key, make_init, make_train_step, seed_key
+from flaxcls.data.commands import preview
 from flaxcls.data.resident import gather
 from flaxcls.errors import ConfigError
-from flaxcls.step import augmentation_key, make_init, make_train_step, seed_key
+from flaxcls.runtime import sharding
 
 
 @pytest.fixture(autouse=True)
 def forget_flags():
     yield
-    for name in show.FLAGS:
-        show.FLAGS[name].unparse()
+    for name in preview.FLAGS:
+        preview.FLAGS[name].unparse()
 
 
 def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
@@ -50,7 +53,7 @@ def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
 @pytest.mark.parametrize("step", [0, 9])  # the second one in another epoch
 def test_rows_are_the_images_of_the_batch(tiny_config, mode, step):
     config = tiny_config(input__mode=mode, augment=({"name": "flip", "mode": "alternating"},))
-    evaluation, training, augmented = show.look(config, step=step, count=5)
+    evaluation, training, augmented = preview.look(config, step=step, count=5)
 
     plan = build.plan(config, sharding.make_mesh())
     pipeline = inputs.training(config, plan.train_source, plan.image_sizes)
@@ -70,7 +73,7 @@ def test_rows_are_the_images_of_the_batch(tiny_config, mode, step):
 def test_parts_of_an_accumulated_batch_are_augmented_as_in_training(tiny_config):
     spec = ({"name": "mixup", "alpha": 1.0},)
     config = tiny_config(gradient_accumulation=2, augment=spec, data__mean=(0.5,), data__std=(0.2,))
-    *_, shown = show.look(config, step=3, count=16)
+    *_, shown = preview.look(config, step=3, count=16)
 
     plan = build.plan(config, sharding.make_mesh())
     pipeline = inputs.training(config, plan.train_source, plan.image_sizes)
@@ -95,7 +98,7 @@ def test_crops_of_training_differ_from_those_of_evaluation(tiny_config):
         model__stem="cifar",
     )
     config.eval.image_size = 12
-    evaluation, training, augmented = show.look(config, step=0, count=3)
+    evaluation, training, augmented = preview.look(config, step=0, count=3)
     assert evaluation.images.shape == (3, 12, 12, 3)
     assert training.images.shape == (3, 16, 16, 3)
     np.testing.assert_array_equal(augmented.images, training.images)  # nothing is augmented
@@ -103,7 +106,7 @@ def test_crops_of_training_differ_from_those_of_evaluation(tiny_config):
 
 def test_mixed_labels_are_told_with_their_shares(tiny_config):
     config = tiny_config(augment=({"name": "mixup", "alpha": 1.0},))
-    _, training, augmented = show.look(config, step=0, count=16)
+    _, training, augmented = preview.look(config, step=0, count=16)
     partners = training.images[np.arange(16) ^ 4].astype(float)
     share = max(share for words in augmented.captions for _, share in words[:1] if len(words) > 1)
     blends = [
@@ -118,7 +121,7 @@ def test_mixed_labels_are_told_with_their_shares(tiny_config):
 
 def test_only_the_two_largest_shares_are_told():
     labels = np.array([[0.1, 0.6, 0.3], [0, 1, 0], [0.5, 0.001, 0.499]])
-    assert show._largest(labels, ("a", "b", "c")) == [
+    assert preview._largest(labels, ("a", "b", "c")) == [
         [("b", 0.6), ("c", 0.3)],
         [("b", 1.0)],
         [("a", 0.5), ("c", 0.499)],
@@ -130,19 +133,19 @@ def test_captions_are_shortened_to_the_width_with_their_shares():
 
     font = ImageFont.load_default(14)
     words = [("a long name of a class", 0.7), ("cat", 0.3)]
-    assert show._caption(words, font, 1000) == "a long name of a class 0.70 / cat 0.30"
-    short = show._caption(words, font, 160)
+    assert preview._caption(words, font, 1000) == "a long name of a class 0.70 / cat 0.30"
+    short = preview._caption(words, font, 160)
     assert font.getlength(short) <= 160
     assert short.startswith("a long") and short.endswith(".. 0.70 / cat 0.30")
-    assert show._caption([("cat", 1.0)], font, 160) == "cat"
+    assert preview._caption([("cat", 1.0)], font, 160) == "cat"
 
 
 def test_small_images_are_drawn_with_square_pixels():
     image = np.array([[[10], [250]], [[200], [0]]], np.uint8)
-    row = show.Row("title", image[None], [[("name", 1.0)]])
-    picture = np.asarray(show.draw([row]))
-    side = show._TILE // 2
-    tile = picture[show._MARGIN :, show._TITLE :][: 2 * side, : 2 * side]
+    row = preview.Row("title", image[None], [[("name", 1.0)]])
+    picture = np.asarray(preview.draw([row]))
+    side = preview._TILE // 2
+    tile = picture[preview._MARGIN :, preview._TITLE :][: 2 * side, : 2 * side]
     expected = np.kron(image[..., 0], np.ones((side, side), np.uint8))
     np.testing.assert_array_equal(tile, np.stack([expected] * 3, axis=-1))
 
@@ -152,7 +155,7 @@ def test_file_is_written_for_any_count(recipe, tmp_path, run_main, capsys):
 
     for count in (1, 10, 99):
         out = tmp_path / f"{count}.png"
-        show.main(["show", f"--config={recipe}", f"--out={out}", f"--count={count}", "--step=2"])
+        preview.main(["show", f"--config={recipe}", f"--out={out}", f"--count={count}", "--step=2"])
         shown = min(count, 16)
         assert f"{shown} of the 16 examples of batch 2" in capsys.readouterr().out
         with Image.open(out) as picture:
@@ -174,4 +177,4 @@ def test_file_is_written_for_any_count(recipe, tmp_path, run_main, capsys):
 )
 def test_wrong_usage_is_told_in_one_sentence(recipe, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        show.main(["show", *(text.format(recipe=recipe) for text in arguments)])
+        preview.main(["show", *(text.format(recipe=recipe) for text in arguments)])

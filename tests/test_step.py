@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import AxisType
 
 from flaxcls import augment, build, models
+from flaxcls.core.step import augmentation_key, make_init, make_train_step, seed_key, take_metrics
 from flaxcls.models.dense import DenseNetwork
-from flaxcls.step import augmentation_key, make_init, make_train_step, seed_key, take_metrics
-from flaxcls.train import train
-from flaxcls.trainer import Trainer
+from flaxcls.training.program import Trainer
+from flaxcls.training.train import train
 
 
 def mesh_of(data, fsdp):

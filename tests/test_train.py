@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import augment, build, sharding
-from flaxcls import train as training
-from flaxcls.checkpoint import Checkpoints
+from flaxcls import augment, build
+from flaxcls.core.schedules import Duration
 from flaxcls.errors import ConfigError, DataError, DivergedError, Interrupted
-from flaxcls.schedules import Duration
-from flaxcls.train import Due, train
-from flaxcls.trainer import Trainer
+from flaxcls.runs.checkpoint import Checkpoints
+from flaxcls.runtime import sharding
+from flaxcls.training import train as training
+from flaxcls.training.program import Trainer
+from flaxcls.training.train import Due, train
 
 
 def rows_of(workdir):

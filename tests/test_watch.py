@@ -5,8 +5,8 @@ import pty
 import pytest
 from tensorboardX.proto import event_pb2
 
-from flaxcls import watch as watch_module
-from flaxcls.watch import Watch, describe
+from flaxcls.runs import metric_log as watch_module
+from flaxcls.runs.metric_log import Watch, describe
 
 ROW = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 0.1}
 

@@ -6,11 +6,11 @@ import time
 import pytest
 
 from flaxcls.errors import HUNG_EXIT_CODE
-from flaxcls.watchdog import Watchdog
+from flaxcls.runtime.watchdog import Watchdog
 
 PROGRAM = """
 import sys, threading, time
-from flaxcls.watchdog import Watchdog
+from flaxcls.runtime.watchdog import Watchdog
 
 def go_on(seconds):
     end = time.monotonic() + seconds
@@ -83,7 +83,7 @@ def test_hang_before_the_first_step_is_one(start_watched):
 def test_hang_is_ended_though_nobody_reads_what_it_prints(start_watched):
     # The main thread hangs in a full pipe, with the lock of sys.stderr in its hands.
     process = start_watched(
-        "import flaxcls.watchdog\nflaxcls.watchdog.PRINTING_SECONDS = 1\n"
+        "import flaxcls.runtime.watchdog\nflaxcls.runtime.watchdog.PRINTING_SECONDS = 1\n"
         "sys.stderr.write('x' * 10_000_000)",
         seconds=0.5,
     )

@@ -21,9 +21,9 @@ from flaxcls.augment.geometry import Affine, Flip, PadCrop, Rotation
 from flaxcls.augment.mixing import CutMix, Mix, MixUp
 from flaxcls.augment.noise import Cutout, GaussianBlur, RandomErasing, SaltAndPepper
 from flaxcls.augment.policy import AugMix, AutoAugment, RandAugment, ThreeAugment, TrivialAugment
+from flaxcls.config.options import accepted, look_up
+from flaxcls.config.options import check as check_options
 from flaxcls.errors import ConfigError
-from flaxcls.options import accepted, look_up
-from flaxcls.options import check as check_options
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Batch", "build", "check", "normalize"]
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from flaxcls.augment import ops
 from flaxcls.augment.base import Augmentation, Batch, OnBytes, like, per_example
+from flaxcls.config.options import Range, UpToOne
 from flaxcls.errors import ConfigError
-from flaxcls.options import Range, UpToOne
 
 
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from flaxcls.augment.base import Augmentation, Batch, check_pair, per_example
 from flaxcls.augment.ops import Interpolation, about_centre, rotation, warp
+from flaxcls.config.options import Range, UpToOne
 from flaxcls.errors import ConfigError
-from flaxcls.options import Range, UpToOne
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.augment.base import Augmentation, Batch, box_mask
-from flaxcls.options import Range, UpToOne
+from flaxcls.config.options import Range, UpToOne
 
 Alpha = Annotated[float, Range(0.01, 100)]
 

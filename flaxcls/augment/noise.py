@@ -18,7 +18,7 @@ from flaxcls.augment.base import (
     per_example,
     unfused,
 )
-from flaxcls.options import Range, UpToOne
+from flaxcls.config.options import Range, UpToOne
 
 
 @dataclasses.dataclass(frozen=True)

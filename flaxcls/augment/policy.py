@@ -14,7 +14,7 @@ from flaxcls.augment import ops, policy_data
 from flaxcls.augment.base import OnBytes, per_example
 from flaxcls.augment.noise import blur
 from flaxcls.augment.ops import Interpolation
-from flaxcls.options import Count, NonNegative, Range, UpToOne
+from flaxcls.config.options import Count, NonNegative, Range, UpToOne
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from flaxcls.config.options import Range
 from flaxcls.data.source import Source, some_names
 from flaxcls.data.storage import MAX_BYTES
 from flaxcls.errors import ConfigError
-from flaxcls.options import Range
 
 
 def open_source(

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError, did_you_mean
-from flaxcls.output import say
+from flaxcls.runtime.output import say
 
 # Modules with main(argv), imported when they are asked for.
 COMMANDS = {
-    "check": "flaxcls.data.check",
-    "prepare": "flaxcls.data.prepare",
-    "show": "flaxcls.show",
+    "check": "flaxcls.data.commands.check",
+    "prepare": "flaxcls.data.commands.prepare",
+    "show": "flaxcls.data.commands.preview",
 }
 
 

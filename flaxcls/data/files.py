@@ -23,7 +23,7 @@ from flaxcls.data.source import (
 )
 from flaxcls.data.storage import read_picture
 from flaxcls.errors import ConfigError
-from flaxcls.output import printable
+from flaxcls.runtime.output import printable
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case
 

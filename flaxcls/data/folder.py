@@ -21,7 +21,7 @@ from flaxcls.data.files import (
 )
 from flaxcls.data.source import Ignored
 from flaxcls.errors import ConfigError, DataError
-from flaxcls.output import printable
+from flaxcls.runtime.output import printable
 
 _LAYOUT = "the layout should be DIR/train/CLASS/* with DIR/val/CLASS/*, or DIR/CLASS/*"
 _IGNORED = ("__MACOSX", "@eaDir")  # what macOS's zip files and Synology's disks put beside pictures

@@ -22,7 +22,7 @@ from flaxcls.data.files import (
 )
 from flaxcls.data.storage import open_regular
 from flaxcls.errors import ConfigError, DataError
-from flaxcls.output import printable, say
+from flaxcls.runtime.output import printable, say
 
 # What the columns of other people's lists are called, in any case; "file name" is file_name too.
 _COLUMNS = {

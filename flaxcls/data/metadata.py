@@ -14,7 +14,7 @@ from etils import epath
 
 from flaxcls.data.storage import is_remote, open_regular
 from flaxcls.errors import DataError
-from flaxcls.output import printable
+from flaxcls.runtime.output import printable
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 _MAX_BYTES = 2**26  # of such a file; the largest of TFDS's own have some MB

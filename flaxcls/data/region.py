@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numpy as np
 
-from flaxcls.output import Guarded
+from flaxcls.runtime.output import Guarded
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.command import in_order, progress
+from flaxcls.data.commands.shared import in_order, progress
 from flaxcls.data.decode import MAX_PIXELS, Picture
 from flaxcls.data.source import Source
 from flaxcls.data.statistics import channel_histogram

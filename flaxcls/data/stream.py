@@ -25,7 +25,7 @@ from flaxcls.data.workers import (
     room,
 )
 from flaxcls.errors import WorkersError
-from flaxcls.output import say
+from flaxcls.runtime.output import say
 
 RESTARTS = 3  # of the workers of a stream: what kills them more often is no accident
 

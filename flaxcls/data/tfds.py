@@ -27,7 +27,7 @@ from flaxcls.data.source import Example, Source, fingerprint, resolve_split
 from flaxcls.data.storage import is_remote, size_and_version
 from flaxcls.data.tfrecord import FilePart, TfRecords, check_count
 from flaxcls.errors import ConfigError, DataError, FlaxclsError, did_you_mean
-from flaxcls.output import printable, say
+from flaxcls.runtime.output import printable, say
 
 
 def open_prepared(

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from flaxcls.config.options import Range
 from flaxcls.errors import ConfigError
-from flaxcls.options import Range
 
 _RIBBON = 16  # times as long as wide, or more
 _PILLOW = {

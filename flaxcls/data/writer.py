@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxcls.data.command import in_order, progress
+from flaxcls.data.commands.shared import in_order, progress
 from flaxcls.errors import ConfigError, DataError
 
 VERSION = "1.0.0"

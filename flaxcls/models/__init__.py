@@ -8,13 +8,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxcls.config.options import accepted, check, look_up
 from flaxcls.errors import ConfigError
 from flaxcls.models.convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
 from flaxcls.models.dense import DenseNetwork
 from flaxcls.models.layers import title
 from flaxcls.models.quick import Quick
 from flaxcls.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
-from flaxcls.options import accepted, check, look_up
 
 _partial = functools.partial
 MODELS: dict[str, Callable[..., nn.Module]] = {

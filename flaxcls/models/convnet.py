@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxcls.config.options import BelowOne
 from flaxcls.models.layers import (
     POOLS,
     Conv,
@@ -16,7 +17,6 @@ from flaxcls.models.layers import (
     torch_bias_init,
     torch_kernel_init,
 )
-from flaxcls.options import BelowOne
 
 _keras_init = {"kernel_init": nn.initializers.glorot_uniform()}
 

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxcls.config.options import BelowOne
 from flaxcls.models.layers import ACTIVATIONS, Activation, Widths, flatten
-from flaxcls.options import BelowOne
 
 
 class DenseNetwork(nn.Module, kw_only=True):

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxcls.config.options import BelowOne
 from flaxcls.models.layers import (
     Conv,
     FixedConv,
@@ -18,7 +19,6 @@ from flaxcls.models.layers import (
     torch_bias_init,
     torch_kernel_init,
 )
-from flaxcls.options import BelowOne
 
 
 class Quick(nn.Module, kw_only=True):

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flaxcls.config.options import BelowOne, Count
 from flaxcls.errors import ConfigError
 from flaxcls.models.layers import (
     Conv,
@@ -16,7 +17,6 @@ from flaxcls.models.layers import (
     title,
     torch_kernel_init,
 )
-from flaxcls.options import BelowOne, Count
 
 Factory = Callable[..., nn.Module]
 

@@ -18,12 +18,14 @@ from unittest import mock
 
 import optax
 
-from flaxcls import build, cli, manifest, step
-from flaxcls.checkpoint import Checkpoints
-from flaxcls.goodput import Goodput
-from flaxcls.processes import StopRequest
-from flaxcls.trainer import Trainer, mesh_for
-from flaxcls.watchdog import Watchdog
+from flaxcls import build, cli
+from flaxcls.core import step
+from flaxcls.runs import manifest
+from flaxcls.runs.checkpoint import Checkpoints
+from flaxcls.runs.goodput import Goodput
+from flaxcls.runtime.processes import StopRequest
+from flaxcls.runtime.watchdog import Watchdog
+from flaxcls.training.program import Trainer, mesh_for
 
 
 def without_guards():

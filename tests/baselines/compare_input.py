@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 
 def flaxcls_batches(data_dir, name="imagenet2012", *overrides):
     """The batches of the recipe imagenet_resnet50, as its training loop gets them."""
-    from flaxcls import cli, inputs
+    from flaxcls import cli
+    from flaxcls.build import inputs
     from flaxcls.data import open_source
 
     recipe = HERE.parent.parent / "configs/imagenet_resnet50.py"

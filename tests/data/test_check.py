@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 from tensorflow_datasets.proto import tf_example_pb2
 
-from flaxcls import build, cli, sharding
+from flaxcls import build, cli
 from flaxcls.data import __main__ as commands
-from flaxcls.data import check, open_source
-from flaxcls.data.command import source_overrides
+from flaxcls.data import open_source
+from flaxcls.data.commands import check
+from flaxcls.data.commands.shared import source_overrides
 from flaxcls.data.scan import find_problems, scan
 from flaxcls.data.source import Example, Source
 from flaxcls.data.statistics import channel_histogram, channel_statistics, mean_and_std
 from flaxcls.errors import ConfigError
+from flaxcls.runtime import sharding
 
 
 class Listed(Source):

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from flaxcls import options
+from flaxcls.config import options
 from flaxcls.data import SOURCES, files, folder, open_source
 from flaxcls.data.decode import decode
 from flaxcls.errors import ConfigError, DataError

@@ -14,7 +14,8 @@ from PIL import Image
 
 from flaxcls import cli
 from flaxcls.data import __main__ as commands
-from flaxcls.data import open_source, prepare, writer
+from flaxcls.data import open_source, writer
+from flaxcls.data.commands import prepare
 from flaxcls.data.decode import decode, read_header
 from flaxcls.data.source import Example, Source
 from flaxcls.errors import ConfigError, DataError
@@ -311,7 +312,8 @@ from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
 import tensorflow_datasets, test_prepare
 import array_record.python.array_record_data_source
-from flaxcls.data import prepare, tfds, writer
+from flaxcls.data import tfds, writer
+from flaxcls.data.commands import prepare
 
 out, examples = Path(sys.argv[1]), test_prepare.photos(60)
 prepare.SHARD_BYTES = 25_000

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls import build, sharding
+from flaxcls import build
 from flaxcls.data import loader, open_source
 from flaxcls.data.order import Order, evaluation_batches
 from flaxcls.data.resident import Resident, gather
 from flaxcls.data.statistics import channel_statistics
-from flaxcls.trainer import Trainer
+from flaxcls.runtime import sharding
+from flaxcls.training.program import Trainer
 
 
 def images_and_labels(count):

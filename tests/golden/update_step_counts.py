@@ -134,8 +134,9 @@ def step_counts(config):
     """{"cpu": counts, "gpu": counts} of a config's training step."""
     import jax
 
-    from flaxcls import build, sharding
-    from flaxcls.trainer import Trainer, make_update
+    from flaxcls import build
+    from flaxcls.runtime import sharding
+    from flaxcls.training.program import Trainer, make_update
 
     build.check(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
@@ -163,7 +164,7 @@ def main(file=FILE, *names):
     sys.path.insert(0, str(ROOT))
     import jax
 
-    from flaxcls import sharding
+    from flaxcls.runtime import sharding
 
     sharding.set_up_devices(DEVICES, DEVICES)
     counts = {

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from flaxcls import main, trainer
+from flaxcls import main
+from flaxcls.training import program
 
 CASES = {
     "unknown key": (["--config.bath_size=3"], "did you mean 'batch_size'?"),
@@ -172,7 +173,7 @@ def fails(monkeypatch, capfd, tmp_path):
     def run(*arguments):
         for name in main.FLAGS:
             main.FLAGS[name].unparse()
-        monkeypatch.setattr(trainer.Trainer, "__init__", too_late)
+        monkeypatch.setattr(program.Trainer, "__init__", too_late)
         monkeypatch.setattr(
             sys, "argv", ["main", f"--workdir={tmp_path / 'run'}", *map(str, arguments)]
         )

@@ -257,7 +257,8 @@ def test_recipe_that_adapts_to_its_pictures_trains_in_two_processes(tmp_path, pi
 
 
 CRASH = """
-from flaxcls import processes, session
+from flaxcls.runtime import processes
+from flaxcls.training import session
 log = session.Session.log
 
 

@@ -1,0 +1,81 @@
+"""What a user may not have meant, though it can be done: sentences for the beginning of a run."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from flaxcls.build import inputs
+from flaxcls.core import schedules
+from flaxcls.data.source import Source, all_ignored, resolve_split
+from flaxcls.runtime.output import printable
+
+_LARGE = 96  # pixels a side; pictures are seldom so small that this would be much larger
+_ENLARGED = 4  # times; more is taken for a mistake
+
+
+def shortened(
+    schedule: Mapping[str, Any], total_steps: int, in_steps: Callable[[str], float]
+) -> Iterator[str]:
+    """That warm-up, cooldown or the way to one_cycle's peak take more steps than there are."""
+    if schedule["peak"] and round(in_steps(schedule["peak"])) > total_steps:
+        yield (
+            f"config.schedule.peak = {schedule['peak']!r} is shortened to the run's {total_steps} "
+            "steps"
+        )
+    given = {field: schedule[field] for field in ("warmup", "cooldown")}
+    steps = {field: round(in_steps(text)) if text else 0 for field, text in given.items()}
+    if sum(steps.values()) <= total_steps:
+        return
+    fitted = schedules.fitted(*steps.values(), total_steps)
+    for (field, text), fits in zip(given.items(), fitted, strict=True):
+        if text:
+            yield (
+                f"config.schedule.{field} = {text!r} is shortened to {fits} of the run's "
+                f"{total_steps} steps"
+            )
+
+
+def evaluated_twice(
+    train: Source, evaluation: Source, open_split: Callable[[str], Source]
+) -> Iterator[str]:
+    """That some images are both trained and evaluated on; `open_split` opens others of the data."""
+    specs = (train.split, evaluation.split)
+    names = [{part.partition("[")[0].strip() for part in spec.split("+")} for spec in specs]
+    sizes = {name: [len(open_split(name))] for name in sorted(names[0] & names[1])}
+    slices = []
+    for spec in specs:  # of the splits that are in both
+        parts = [part for part in spec.split("+") if part.partition("[")[0].strip() in sizes]
+        slices.append([piece for part in parts for piece in resolve_split(part.strip(), sizes)])
+    both = sum(
+        max(0, min(one.stop, other.stop) - max(one.start, other.start))
+        for one in slices[0]
+        for other in slices[1]
+        if one.split == other.split
+    )
+    if train.fingerprint == evaluation.fingerprint:
+        both = len(evaluation)
+    if both:
+        yield (
+            f"{both:,} of the {len(evaluation):,} images to evaluate on are trained on as well "
+            f"(config.data.train_split = {specs[0]!r}, eval_split = {specs[1]!r}): the results "
+            "will be too good"
+        )
+
+
+def enlarged(sizes: inputs.Sizes, train: Source) -> Iterator[str]:
+    """That pictures are made much larger than they are."""
+    largest = max((size for size in sizes.sizes if size), default=0)
+    short_side = min(train.image_shape[:2]) if None not in train.image_shape else None
+    if largest > _LARGE and short_side is None:
+        short_side = inputs.survey(train, count=20).short_side
+    if short_side and largest > _ENLARGED * short_side:
+        yield (
+            f"config.image_size = {largest} enlarges pictures of {short_side} pixels "
+            f"{largest / short_side:.0f} times: that costs time and adds nothing to see"
+        )
+
+
+def ignored(train: Source, evaluation: Source) -> Iterator[str]:
+    """That there are pictures which are neither trained nor evaluated on."""
+    ignored = all_ignored([train, evaluation])
+    if ignored.pictures:
+        yield f"{ignored.sentence()}, such as {printable(ignored.pictures[0])}"

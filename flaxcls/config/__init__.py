@@ -1,0 +1,3 @@
+"""The config: its default tree, typed options, recipes and durations."""
+
+from flaxcls.config.tree import default as default

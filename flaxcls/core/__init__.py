@@ -1,0 +1,1 @@
+"""The mathematics of training: pure functions, no I/O, no devices."""

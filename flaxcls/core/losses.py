@@ -1,0 +1,163 @@
+"""The loss of each example, what it weighs, and the weights of classes.
+
+A loss in LOSSES is `loss(logits, targets, /, *, ...) -> losses`, with logits and (soft) targets
+float32 [B, K] and losses float32 [B]. What comes after the star are its options.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flaxcls.config.options import BelowOne, NonNegative, accepted, check, look_up
+from flaxcls.errors import ConfigError, DataError
+
+LossFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+def softmax_cross_entropy(logits: jax.Array, targets: jax.Array, /) -> jax.Array:
+    """-sum_k t_k log softmax(logits)_k."""
+    return -jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)
+
+
+def sigmoid_cross_entropy(
+    logits: jax.Array, targets: jax.Array, /, *, target_threshold: BelowOne | None = None
+) -> jax.Array:
+    """Binary cross-entropy of every class on its own, averaged over the classes as timm does.
+
+    With `target_threshold`, a target above it counts as 1 and any other as 0: what mixup and cutmix
+    mix is then present or absent as a whole (Wightman et al. 2021, arXiv:2110.00476, use 0.2).
+    """
+    if target_threshold is not None:
+        targets = (targets > target_threshold).astype(logits.dtype)
+    return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, targets), axis=-1)
+
+
+def squared_error(logits: jax.Array, targets: jax.Array, /) -> jax.Array:
+    """Mean over the classes of (logits - targets)^2, as in Keras and PyTorch."""
+    return jnp.mean(jnp.square(logits - targets), axis=-1)
+
+
+def focal(logits: jax.Array, targets: jax.Array, /, *, gamma: NonNegative = 2.0) -> jax.Array:
+    """-sum_k t_k (1 - p_k)^gamma log p_k with p = softmax(logits) (Lin et al. 2017).
+
+    Easy examples count less; `gamma` 0 is the cross-entropy.
+    """
+    log_p = jax.nn.log_softmax(logits)
+    # Kept above 0, where the derivative of x^gamma is infinite for a gamma below 1.
+    distance = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(logits.dtype).tiny)
+    return -jnp.sum(targets * distance**gamma * log_p, axis=-1)
+
+
+LOSSES: dict[str, Callable[..., jax.Array]] = {
+    "softmax_cross_entropy": softmax_cross_entropy,
+    "sigmoid_cross_entropy": sigmoid_cross_entropy,
+    "squared_error": squared_error,
+    "focal": focal,
+}
+
+
+def build(
+    name: str,
+    *,
+    label_smoothing: BelowOne = 0.0,
+    class_weights: Sequence[float] | None = None,
+    **options,
+) -> LossFunction:
+    """Returns `loss(logits, targets) -> (losses, weights)`.
+
+    `logits` of any float type and `targets` float32 are [B, K]; `losses` and `weights` are float32
+    [B]. The loss of a batch is sum(losses * weights) / sum(weights). With hard labels this is what
+    PyTorch makes of its losses' `weight` (it does not divide by the weights of soft labels).
+
+    Args:
+      name: one of LOSSES.
+      label_smoothing: share e of a target that goes to all classes alike, t (1 - e) + e / K
+        (Szegedy et al. 2016); the weights are those of the targets before smoothing.
+      class_weights: a number for each class; an example weighs sum_k t_k class_weights_k. None: 1.
+      **options: those of the named loss.
+
+    Raises ConfigError for what is unknown, not taken by the loss, or out of range.
+    """
+    function = look_up("config.loss.name", name, LOSSES)
+    check("config.loss", name, {"label_smoothing": label_smoothing}, accepted(build))
+    options = check("config.loss", name, options, accepted(function))
+    if class_weights is not None:
+        class_weights = np.asarray(class_weights, np.float32)
+        if not (np.isfinite(class_weights).all() and (class_weights >= 0).all()):
+            raise ConfigError(
+                f"config.loss.class_weights must not be negative, got {class_weights.tolist()}"
+            )
+
+    def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
+        num_classes = targets.shape[-1]
+        if class_weights is None:
+            weights = jnp.ones(targets.shape[:-1], jnp.float32)
+        elif class_weights.shape != (num_classes,):
+            raise ConfigError(
+                f"`class_weights` must have a number for each of the {num_classes} classes, "
+                f"got {class_weights.size}"
+            )
+        else:
+            weights = jnp.sum(targets * class_weights, axis=-1)
+        if label_smoothing:
+            targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
+        return function(logits, targets, **options), weights
+
+    return loss
+
+
+# The negative log-likelihood of the distribution over the classes that a loss makes of logits; the
+# squared error has none, and stands for itself.
+_LIKELIHOODS = {
+    "softmax_cross_entropy": softmax_cross_entropy,
+    "focal": softmax_cross_entropy,
+    "sigmoid_cross_entropy": sigmoid_cross_entropy,
+    "squared_error": squared_error,
+}
+
+
+def likelihood(name: str) -> LossFunction:
+    """The plain loss that a network trained by the loss of that name is evaluated by.
+
+    Its negative log-likelihood, without label smoothing and weights, which is the same for networks
+    that were trained with different ones.
+    """
+    return build(_LIKELIHOODS[name].__name__)
+
+
+def is_likelihood(
+    name: str,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Sequence[float] | None = None,
+    target_threshold: float | None = None,
+    **options,
+) -> bool:
+    """Whether the loss that `build` makes of these is `likelihood(name)`, for hard targets."""
+    del target_threshold, options  # 0 and 1 are on their sides of any threshold
+    return name != "focal" and not label_smoothing and class_weights is None
+
+
+def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """N / (K count_k) for each class, so that all classes weigh the same, as scikit-learn's.
+
+    Args:
+      labels: int [N], each from 0 to num_classes - 1.
+      num_classes: K.
+
+    Returns float64 [K]. Raises DataError if a label is out of range or a class has no example.
+    """
+    labels = np.asarray(labels)
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise DataError(
+            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}"
+        )
+    counts = np.bincount(labels, minlength=num_classes)
+    if not counts.all():
+        missing = int(np.argmin(counts))
+        raise DataError(f"balanced class weights need examples of every class; {missing} has none")
+    return labels.size / (num_classes * counts)

@@ -1,0 +1,236 @@
+"""The optimizer as one visible list of optax transformations, and what it does to each parameter.
+
+    clip -> weight decay (l2) -> rule, with weight decay (decoupled) -> learning rate -> scale(-1)
+
+Weight decay w is one of two things, by `weight_decay_mode`:
+  "l2"         the gradient of w/2 |p|^2 is added to the gradient before the rule. PyTorch's SGD,
+               RMSprop and Adam do this, and so do sgd, rmsprop, adam and lars here by default.
+  "decoupled"  learning_rate * w * p is taken off the parameter besides the rule's step (AdamW,
+               Loshchilov & Hutter 2019; multiplied by the learning rate, as in PyTorch and optax).
+               The default of adamw, lamb, lion and muon.
+
+A parameter is known by its path, such as "block1/conv1/kernel". The numbers that differ between
+parameters are looked up by path, so that they also hold inside `optax.masked`, and the optimizer's
+state has only trees of the parameters' structure, whose paths end in the parameter's path (which is
+how sharding rules find them), and scalars. The state is float32 whatever the parameters are.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flaxcls.config.options import NonNegative, Positive, accepted, check, look_up
+from flaxcls.core.update_rules import (
+    RULES,
+    Plan,
+    Transforms,
+    Treatment,
+    by_path,
+    compiled,
+    only,
+    path_name,
+)
+from flaxcls.errors import ConfigError
+
+L2_BY_DEFAULT = ("sgd", "rmsprop", "adam", "lars")
+
+
+def build(
+    name: str,
+    *,
+    schedule: Callable[[jax.Array], jax.Array],
+    params: Any,
+    weight_decay: NonNegative = 0.0,
+    weight_decay_mode: Literal["l2", "decoupled"] | None = None,
+    no_weight_decay: str = r"(^|/)(bias|scale)$",
+    weight_decay_factors: Sequence[tuple[str, NonNegative]] = (),
+    learning_rate_factors: Sequence[tuple[str, NonNegative]] = (),
+    frozen: str | None = None,
+    gradient_clip_norm: Positive | None = None,
+    gradient_clip_value: Positive | None = None,
+    **options,
+) -> tuple[optax.GradientTransformation, str]:
+    """Returns the optimizer, and a description of what it does to which parameters.
+
+    Regular expressions are searched for in paths such as "block1/conv1/kernel". In the lists of
+    (regular expression, factor) the first that is found counts, and one that is found in no path is
+    an error, as is a `frozen` that is.
+
+    Args:
+      name: one of RULES.
+      schedule: step -> learning rate; the step is counted in the optimizer's state.
+      params: the parameters or their shapes.
+      weight_decay: strength, at least 0.
+      weight_decay_mode: see the module; None: the rule's own.
+      no_weight_decay: parameters exempt from weight decay, and from the layerwise lengths of LAMB
+        and LARS.
+      weight_decay_factors: multiples of the weight decay for some parameters.
+      learning_rate_factors: multiples of the learning rate for some parameters.
+      frozen: parameters that are not trained: no update, no state, no part in the gradient's norm.
+      gradient_clip_norm: largest norm of the gradient of all parameters together.
+      gradient_clip_value: largest absolute value of each element of the gradient.
+      **options: those of the named rule.
+
+    Raises ConfigError for what is unknown or out of range.
+    """
+    rule = look_up("config.optimizer.name", name, RULES)
+    own = {
+        "weight_decay": weight_decay,
+        "weight_decay_mode": weight_decay_mode,
+        "no_weight_decay": no_weight_decay,
+        "weight_decay_factors": weight_decay_factors,
+        "learning_rate_factors": learning_rate_factors,
+        "gradient_clip_norm": gradient_clip_norm,
+        "gradient_clip_value": gradient_clip_value,
+    }
+    check("config.optimizer", name, own, accepted(build))
+    options = check("config.optimizer", name, options, accepted(rule))
+    mode = weight_decay_mode or ("l2" if name in L2_BY_DEFAULT else "decoupled")
+
+    shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+    paths = list(shapes)
+    decay_factor = _factor_of("weight_decay_factors", weight_decay_factors, paths)
+    rate_factor = _factor_of("learning_rate_factors", learning_rate_factors, paths)
+    is_frozen = _found_in("frozen", frozen, paths) if frozen else set()
+    if len(is_frozen) == len(paths):
+        raise ConfigError(f"`frozen` leaves no parameter to train, got {frozen!r}")
+    exempt = compiled("no_weight_decay", no_weight_decay)
+    treatments = {}
+    for path, shape in shapes.items():
+        is_exempt = bool(exempt.search(path))
+        treatments[path] = Treatment(
+            shape=tuple(shape),
+            rule="frozen" if path in is_frozen else name,
+            weight_decay=0.0 if is_exempt else weight_decay * decay_factor(path),
+            learning_rate_factor=rate_factor(path),
+            is_exempt=is_exempt,
+        )
+
+    decay = _add_decay(treatments) if weight_decay else optax.identity()
+    l2, decoupled = (decay, optax.identity()) if mode == "l2" else (optax.identity(), decay)
+    plan = Plan(treatments, decoupled, [])
+    trained = optax.chain(
+        *_clip(gradient_clip_norm, gradient_clip_value), l2, *rule(plan, **options)
+    )
+    if is_frozen:
+        trained = only(plan, trained, lambda t: t.rule != "frozen")
+        trained = optax.chain(
+            only(plan, optax.set_to_zero(), lambda t: t.rule == "frozen"), trained
+        )
+    optimizer = optax.chain(
+        trained,
+        _scale_by_factors(treatments),
+        optax.scale_by_schedule(schedule),
+        optax.scale(-1.0),
+        *plan.last,
+    )
+    return _in_float32(optimizer), describe(treatments, mode)
+
+
+def updates_made(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer of `build` has made, int32 []; its schedule is at that step."""
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    (state,) = filter(is_schedule, jax.tree.leaves(opt_state, is_leaf=is_schedule))
+    return state.count
+
+
+def describe(treatments: dict[str, Treatment], mode: str) -> str:
+    """One line for each group of parameters that are treated alike, the largest group first."""
+    groups: dict[tuple, list[str]] = {}
+    for path, treatment in treatments.items():
+        rule, decay, factor = treatment.rule, treatment.weight_decay, treatment.learning_rate_factor
+        groups.setdefault((rule,) if rule == "frozen" else (rule, decay, factor), []).append(path)
+
+    def size(group: list[str]) -> int:
+        return sum(math.prod(treatments[path].shape) for path in group)
+
+    lines = []
+    for (rule, *numbers), group in sorted(groups.items(), key=lambda item: -size(item[1])):
+        text = rule
+        if numbers:
+            decay, factor = numbers
+            text += f", weight decay {decay:g} ({mode})" if decay else ", no weight decay"
+            text += f", learning rate x {factor:g}" if factor != 1 else ""
+        names = group if len(group) <= 3 else sorted({f"*/{p.split('/')[-1]}" for p in group})
+        arrays = "1 array" if len(group) == 1 else f"{len(group)} arrays"
+        lines.append(f"{text}: {arrays}, {size(group):,} numbers: {', '.join(names)}")
+    return "\n".join(lines)
+
+
+def ema_update(ema: Any, tree: Any, step: jax.Array, decay: float) -> Any:
+    """The exponential moving average after one more step, float32.
+
+    The decay is min(decay, (1 + step) / (10 + step)), as that of TensorFlow's
+    ExponentialMovingAverage with `num_updates`: the average is of use from the beginning.
+
+    Args:
+      ema: the average so far; at first a copy of the tree.
+      tree: what is averaged, after the update number `step`.
+      step: int32 [], counted from 0.
+      decay: 0 to 1.
+    """
+    # 1 - decay, not decay, as float32 knows 1e-5 far better than 0.99999.
+    share = jnp.maximum(np.float32(1 - decay), 9 / (10 + jnp.asarray(step, jnp.float32)))
+    return jax.tree.map(
+        lambda old, new: old + share * (new.astype(jnp.float32) - old), _to_float32(ema), tree
+    )
+
+
+def _clip(norm: float | None, value: float | None) -> Transforms:
+    transforms = []
+    if norm is not None:
+        transforms.append(optax.clip_by_global_norm(norm))
+    if value is not None:
+        transforms.append(optax.clip(value))
+    return transforms
+
+
+def _add_decay(treatments: dict[str, Treatment]) -> optax.GradientTransformation:
+    return by_path(lambda path, update, param: update + treatments[path].weight_decay * param)
+
+
+def _scale_by_factors(treatments: dict[str, Treatment]) -> optax.GradientTransformation:
+    return by_path(lambda path, update, _: update * treatments[path].learning_rate_factor)
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps state and arithmetic in float32, whatever the dtypes of parameters and gradients."""
+
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        return inner.update(_to_float32(updates), state, _to_float32(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(_to_float32(params)), update)
+
+
+def _to_float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def _found_in(option: str, pattern: str, paths: list[str]) -> set[str]:
+    found = {path for path in paths if compiled(option, pattern).search(path)}
+    if not found:
+        raise ConfigError(
+            f"`{option}` {pattern!r} is found in no parameter's path, such as '{paths[0]}'"
+        )
+    return found
+
+
+def _factor_of(
+    option: str, factors: Sequence[tuple[str, float]], paths: list[str]
+) -> Callable[[str], float]:
+    for pattern, _ in factors:
+        _found_in(option, pattern, paths)
+
+    def factor_of(path: str) -> float:
+        return next((factor for pattern, factor in factors if re.search(pattern, path)), 1.0)
+
+    return factor_of

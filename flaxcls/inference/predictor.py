@@ -1,0 +1,230 @@
+"""A trained network as a function from pictures to probabilities; needs the run's folder only."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+
+from flaxcls import augment
+from flaxcls.build import inputs
+from flaxcls.data.commands.shared import in_order
+from flaxcls.data.decode import Picture, available_cores
+from flaxcls.data.source import Source
+from flaxcls.data.storage import read_picture
+from flaxcls.errors import ConfigError, DataError
+from flaxcls.inference.evaluator import Trained, restore
+from flaxcls.runtime import sharding
+from flaxcls.runtime.output import printable
+
+# What a network's outputs say of the classes, by the loss it was trained with. Those trained to the
+# squared error are probabilities already, but for errors that take them out of [0, 1] or their sum
+# away from 1: the nearest distribution is never farther from the truth than they are.
+PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "softmax_cross_entropy": jax.nn.softmax,
+    "focal": jax.nn.softmax,
+    "sigmoid_cross_entropy": jax.nn.sigmoid,  # each class on its own: they need not add up to 1
+    "squared_error": jax.vmap(optax.projections.projection_simplex),
+}
+
+
+_WEIGHTS = {
+    "eval": "parameters",
+    "ema": "averaged parameters",
+}  # as results of evaluations name them
+
+
+class Predictions(NamedTuple):
+    """What a network says of N pictures, float32.
+
+    Rank classes by their logits: probabilities that are rounded to 0 or 1 are equal.
+    """
+
+    logits: np.ndarray  # [N, K]
+    probabilities: np.ndarray  # [N, K]
+    features: np.ndarray  # [N, D]: what the last layer, the head, is given
+
+
+class Predictor:
+    """A saved run's network, with all that pictures go through before it.
+
+        predictor = Predictor("runs/cats")
+        images = np.stack([predictor.read("a.jpg"), predictor.read("b.jpg")])
+        best = predictor(images).logits.argmax(axis=1)
+        print([predictor.class_names[label] for label in best])
+
+    Args:
+      run: the run's folder.
+      checkpoint: "last", "best" or a step.
+      ema: whether to take the average of the parameters or the parameters themselves. None: which
+        of the two was better when the checkpoint was evaluated, by the run's best_metric.
+      batch_size: images at a time; rounded up to a multiple of the devices.
+
+    Attributes:
+      class_names: of the K classes.
+      image_shape: (height, width, channels) of the images that the network is given.
+      step: how many updates it was trained for.
+
+    Raises ConfigError when there is no such run, checkpoint or average.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        *,
+        checkpoint: str = "last",
+        ema: bool | None = None,
+        batch_size: int = 64,
+    ):
+        trained = restore(Path(run), checkpoint, batch_size)
+        facts, config = trained.facts, trained.config
+        self.class_names: list[str] = facts["class_names"]
+        self.image_shape: tuple[int, int, int] = tuple(facts["image_shape"])
+        self.step = trained.step
+        self._config = config
+        self._transform = inputs.eval_transform(config, _training_pictures(trained))
+        self._mesh = trained.mesh
+        self._batch_size = sharding.round_up(self._mesh, batch_size)
+        self._weights = _choose_weights(trained, run, ema)
+        self._variables = trained.ema if self._weights == "ema" else trained.variables
+        self._forward = jax.jit(
+            make_forward(trained.network, config.loss.name, facts["mean"], facts["std"]),
+            out_shardings=sharding.everywhere(self._mesh),
+        )
+        self._results = facts["progress"]["results"]
+
+    def read(self, path: str | Path) -> np.ndarray:
+        """A file's picture as evaluation would show it to the network, uint8 [H, W, C].
+
+        Can be called in threads. Raises DataError for a file that can't be read; it names it.
+        """
+        where = printable(path)
+        content = read_picture(path, where, self._config.input.max_bytes)
+        height, width, channels = self.image_shape
+        picture = Picture(content, channels, where=where, max_pixels=self._config.input.max_pixels)
+        if self._transform:
+            return self._transform(picture, height, ())
+        return _stretch(picture.pixels(), height, width)
+
+    def __call__(self, images: np.ndarray) -> Predictions:
+        """Classifies any number of images, uint8 [N, *image_shape], as `read` makes them."""
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            raise ValueError(
+                f"images must be uint8 of shape (N, {', '.join(map(str, self.image_shape))}), "
+                f"got {images.dtype} of {images.shape}"
+            )
+        starts = range(0, max(len(images), 1), self._batch_size)
+        parts = [self._predict(images[start : start + self._batch_size]) for start in starts]
+        return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def _predict(self, images: np.ndarray) -> Predictions:
+        """Of at most a batch, which is filled up so that one program serves all."""
+        batch = np.zeros((self._batch_size, *self.image_shape), np.uint8)
+        batch[: len(images)] = images
+        placed = sharding.split_batch(self._mesh, {"image": batch})
+        predictions = jax.device_get(self._forward(self._variables, placed["image"]))
+        return jax.tree.map(lambda array: array[: len(images)], predictions)
+
+    def files(
+        self, files: Iterable[str], report: Callable[[DataError], None]
+    ) -> Iterator[tuple[Sequence[str], Predictions]]:
+        """Classifies files in their order, any number of them: yields names and predictions.
+
+        They are read in threads while the devices compute, some batches ahead of what is yielded.
+        Those that can't be read are left out, and `report` is called with what was wrong.
+        """
+
+        def read(file: str) -> tuple[str, np.ndarray | DataError]:
+            try:
+                return file, self.read(file)
+            except DataError as error:
+                return file, error
+
+        def pictures() -> Iterator[tuple[str, np.ndarray]]:
+            for file, image in in_order(read, files, available_cores()):
+                if isinstance(image, DataError):
+                    report(image)
+                else:
+                    yield file, image
+
+        def classify(batch: list[tuple[str, np.ndarray]]) -> tuple[Sequence[str], Predictions]:
+            names, images = zip(*batch, strict=True)
+            return names, self(np.stack(images))
+
+        readable = pictures()
+        batches = iter(lambda: list(itertools.islice(readable, self._batch_size)), [])
+        yield from in_order(classify, batches, threads=1)
+
+    def describe(self) -> str:
+        """In words: which weights these are, how good they were, and what is done to pictures."""
+        text = f"step {self.step}, {_WEIGHTS[self._weights]}"
+        if result := self._results.get(self._weights):
+            text += f", accuracy {result['accuracy']:.2%} when they were last evaluated"
+        if not self._transform:
+            height, width, _ = self.image_shape
+            text += f"; pictures that are not {width} x {height} pixels are stretched to it"
+        return text
+
+
+def make_forward(
+    network: nn.Module, loss_name: str, mean: Any, std: Any
+) -> Callable[[Any, jax.Array], Predictions]:
+    """Returns `forward(variables, images uint8 [B, H, W, C]) -> Predictions`, to be jitted."""
+
+    def forward(variables: Any, images: jax.Array) -> Predictions:
+        features = []
+
+        def note(call, arguments, keywords, context):
+            if context.module.name == "head":  # the last layer of every network
+                features.append(arguments[0])
+            return call(*arguments, **keywords)
+
+        with nn.intercept_methods(note):
+            logits = network.apply(variables, augment.normalize(images, mean, std), train=False)
+        logits = logits.astype(jnp.float32)
+        return Predictions(
+            logits, PROBABILITIES[loss_name](logits), features[0].astype(jnp.float32)
+        )
+
+    return forward
+
+
+def _choose_weights(trained: Trained, run: str | Path, ema: bool | None) -> str:
+    """Which of the weights, "eval" or "ema", as in the results of evaluations."""
+    if ema and not trained.ema:
+        raise ConfigError(f"{run} kept no average of its parameters: config.ema_decay was not set")
+    if ema is not None:
+        return "ema" if ema else "eval"
+    metric = trained.config.checkpoint.best_metric
+    results = trained.facts["progress"]["results"]
+    sign = -1 if metric == "loss" else 1
+    return max(results, key=lambda name: sign * results[name][metric], default="eval")
+
+
+def _training_pictures(trained: Trained) -> Source:
+    """What `inputs.eval_transform` asks of the data that the run was trained on."""
+    facts = trained.facts
+    return Source(
+        name=trained.config.data.name,
+        split="",
+        class_names=facts["class_names"],
+        image_shape=tuple(facts.get("source_shape", facts["image_shape"])),
+        fingerprint="",
+    )
+
+
+def _stretch(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, C] of another size, for data whose pictures have one and need no transform."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    grey = pixels.shape[2] == 1
+    file = Image.fromarray(pixels[..., 0] if grey else pixels)
+    resized = np.asarray(file.resize((width, height), Image.Resampling.BILINEAR))
+    return resized[..., None] if grey else resized

@@ -1,0 +1,1 @@
+"""A run's folder: layout, checkpoints, metrics, and where its seconds went."""

@@ -1,0 +1,218 @@
+"""Checkpoints of a run, saved in the background; what knows Orbax is here and in the reader.
+
+A checkpoint holds the whole training state and, as JSON, all else that using or resuming it needs:
+the resolved config, class names, normalisation, best metrics so far. What is promised:
+
+- A step is there whole or not at all. Orbax writes it into a temporary folder; when all files are
+  there a manifest of their digests is added, all is flushed to the disk, and the folder is renamed.
+- Nothing is restored that is not what was saved (see `checkpoint_reader`).
+- An older step is deleted only when the newer one is complete.
+- What could not be saved is told in one sentence, and saving can be tried again.
+"""
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from flaxcls.errors import CheckpointError
+from flaxcls.runs import manifest
+from flaxcls.runs.checkpoint_reader import (
+    SECONDS_TO_SAVE,
+    WRITTEN_LAST,
+    CheckpointReader,
+    cause_of,
+)
+from flaxcls.runtime import processes
+
+UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # ends the name of the folder that is being written
+
+
+class _NewestAndBest(checkpoint_managers.PreservationPolicy):
+    """Keeps the newest steps and the best one."""
+
+    def __init__(self, newest: int):
+        self.newest = newest
+        self.best_step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        count = len(checkpoints)
+        return [
+            index >= count - self.newest or info.step == self.best_step
+            for index, info in enumerate(checkpoints)
+        ]
+
+
+class Checkpoints(CheckpointReader):
+    """The checkpoints in one folder, which all processes share; all of them make the same calls.
+
+    Args:
+      directory: where they lie, one folder a step; made when the first one is saved.
+      keep: how many of the newest are kept; the best one is kept besides.
+    """
+
+    def __init__(self, directory: Path, keep: int = 1):
+        super().__init__(directory)
+        self._policy = _NewestAndBest(keep)
+        self._saving: int | None = None  # the step whose saving began last
+        self._failure: CheckpointError | None = None  # of that step, until it is told
+        self._bytes = 0  # of the step that was written last
+        self._manager = self._open()
+
+    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
+        """Starts saving `state` (arrays) and `facts` (JSON) and returns.
+
+        The step that `facts["progress"]["best"]` names is kept from then on.
+
+        Raises CheckpointError, and saves nothing, if the folder can't be written, the disk is too
+        full, or the previous save failed in the background, which neither `wait` nor `failure` has
+        told yet.
+        """
+        failure = self._told_failure()
+        if not failure and processes.is_first():
+            failure = self._obstacle(step, state)
+        for told in processes.gather(str(failure or "")):
+            if told:
+                raise CheckpointError(told) from failure
+        self._policy.best_step = facts["progress"]["best"].get("step")
+        arguments = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(facts)
+        )
+        self._saving, sys.unraisablehook = step, _ignore_late_writes
+        try:
+            # Without `force` Orbax does nothing, and says nothing, at a step before the newest one.
+            self._manager.save(step, args=arguments, force=True)
+        except Exception as error:
+            self._reopen()
+            if isinstance(error, OSError):
+                raise _not_saved(step, cause_of(error)) from error
+            raise
+
+    def failure(self) -> CheckpointError | None:
+        """What went wrong with the last save, if that is known by now; never waits.
+
+        A failure is told once: here, or raised by `wait` or the next `save`. The processes need
+        not learn of it at the same time.
+        """
+        if self._manager.is_saving_in_progress():
+            return None
+        return self._told_failure()
+
+    def wait(self) -> None:
+        """Returns when everything is saved; raises CheckpointError if it could not be."""
+        if failure := self._told_failure():
+            raise failure
+
+    def close(self) -> None:
+        """`wait`, and ends what saves in the background."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def settle(self) -> None:
+        """Waits for the save under way, whose failure is told later; all is to be verified anew."""
+        self._finish()
+        self._has_manifest.clear()
+
+    def reload(self) -> None:
+        """Looks anew at what is on the disk, after others have changed it."""
+        self._reopen()
+
+    # Saving.
+
+    def _open(self) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self._directory,
+            item_names=("state", "facts"),
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                preservation_policy=self._policy,
+                async_options=ocp.AsyncOptions(
+                    timeout_secs=SECONDS_TO_SAVE,
+                    post_finalization_callback=self._write_manifest,
+                    create_directories_asynchronously=False,
+                ),
+            ),
+        )
+
+    def _reopen(self) -> None:
+        """Begins again with what is on the disk, after a failure or a change by others."""
+        with contextlib.suppress(Exception):  # told already
+            self._manager.close()
+        self._remove_unfinished()
+        self._has_manifest.clear()
+        self._manager = self._open()
+
+    def _finish(self) -> None:
+        """Waits for the save that is under way, and notes its failure."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failure = _not_saved(self._saving, cause_of(error))
+            self._failure.__cause__ = error
+            self._reopen()
+
+    def _told_failure(self) -> CheckpointError | None:
+        self._finish()
+        failure, self._failure = self._failure, None
+        return failure
+
+    def _write_manifest(self) -> None:
+        """Orbax calls this in the first process, when all have written, before the renaming."""
+        self._bytes = manifest.write(self._unfinished(self._saving), WRITTEN_LAST)
+
+    def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
+        """Why `state` can't be saved now."""
+        self._remove_unfinished()
+        arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        needed = max(int(1.02 * arrays) + 2**20, self._bytes)
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._directory):
+                free = shutil.disk_usage(self._directory).free
+        except OSError as error:
+            return _not_saved(step, f"{self._directory} can't be written: {cause_of(error)}")
+        if free < needed:
+            room = f"{_size(needed)} needed, {_size(free)} free in {self._directory}"
+            return _not_saved(step, room)
+        return None
+
+    def _remove_unfinished(self) -> None:
+        """Frees the space of what a failure or the end of a process left half written."""
+        if processes.is_first():
+            for folder in self._directory.glob(f"*{UNFINISHED}"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _unfinished(self, step: int) -> Path:
+        return self._directory / f"{step}{UNFINISHED}"
+
+
+def _ignore_late_writes(unraisable: Any) -> None:
+    """Prints an exception that nobody can handle, but not what follows from a save that failed.
+
+    TensorStore then tells the other writes, begun already, to an event loop that Orbax has closed.
+    """
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _not_saved(step: int, why: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint of step {step} not saved: {why}")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,258 @@
+"""Checkpoints of a run as those read them who do not train it, which may be going on meanwhile.
+
+Nothing is restored that is not what was saved: digests, the arrays' names, shapes and dtypes are
+checked first. Steps saved before there were manifests are restored without that check.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import re
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
+from flaxcls.runs import manifest
+from flaxcls.runs.manifest import Damaged
+
+# Orbax writes these after the manifest, with the time of the commit; restoring needs neither.
+WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
+SECONDS_TO_SAVE = 600  # then a save in the background has failed, also where a process is missing
+SECONDS_TO_DELETE = 2  # a step that can't be read may be one that is just being deleted
+TRIES = 50  # to read a step of a run that deletes it meanwhile
+T = TypeVar("T")
+
+
+@functools.cache
+def _quiet_orbax() -> None:
+    """What Orbax logs of a failure is told in a sentence here; from the first call on.
+
+    It has a long traceback for each of its threads and each write that it has begun or not.
+    """
+    logging.getLogger("absl").addFilter(lambda said: f"{os.sep}orbax{os.sep}" not in said.pathname)
+    logging.getLogger("asyncio").addFilter(lambda record: not _is_of_orbax(record))
+    unawaited = r"coroutine '.*serialize.*' was never awaited"
+    warnings.filterwarnings("ignore", unawaited, RuntimeWarning)
+
+
+def _is_of_orbax(record: logging.LogRecord) -> bool:
+    """Whether what asyncio logs is about a write of Orbax's, by its words or its traceback."""
+    trace = traceback.extract_tb(record.exc_info[2]) if record.exc_info else ()
+    within = any(f"{os.sep}orbax{os.sep}" in frame.filename for frame in trace)
+    return within or "orbax" in record.getMessage()
+
+
+class OtherCode(ConfigError):
+    """The arrays of a checkpoint are not those that are asked for."""
+
+
+class CheckpointReader:
+    """The checkpoints in a folder, one folder a step; changes nothing there.
+
+    Args:
+      directory: where they lie.
+    """
+
+    def __init__(self, directory: Path):
+        _quiet_orbax()
+        self._directory = directory.resolve()
+        self._has_manifest: dict[int, bool] = {}  # of the steps that are verified
+
+    def steps(self) -> list[int]:
+        """The steps that are saved, oldest first."""
+        try:
+            names = os.listdir(self._directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise CheckpointError(f"{self._directory} can't be read: {cause_of(error)}") from error
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+
+    def find(self, which: str) -> int:
+        """The step that "last", "best" or a number means; ConfigError if there is none."""
+        steps = self.steps()
+        if not steps:
+            raise ConfigError(f"there is no checkpoint in {self._directory}")
+        if which == "last":
+            return steps[-1]
+        if which == "best":
+            best = self.facts(steps[-1])["progress"]["best"]
+            if not best:
+                raise ConfigError("the run has no best checkpoint yet: it was not evaluated")
+            which = str(best["step"])
+        known = [str(step) for step in steps]
+        if which not in known:
+            raise ConfigError(f"there is no checkpoint {which!r}{did_you_mean(which, known)}")
+        return int(which)
+
+    def read(self, which: str, restore: Callable[[int], T]) -> tuple[int, T]:
+        """The step that `which` means, as in `find`, and what `restore(step)` reads of it.
+
+        A run that goes on deletes older steps. If that happens to this one before it is read, the
+        newest or the best one, which is another one then, is read in its place.
+        """
+        for _ in range(TRIES):
+            seen = self.steps()
+            try:
+                step = self.find(which)
+                return step, restore(step)
+            except CheckpointError:
+                if not self._is_changing(which, seen):
+                    raise
+            self._has_manifest.clear()
+        raise CheckpointError(
+            f"no checkpoint in {self._directory} is kept for long enough to be read: a larger "
+            "config.checkpoint.keep or config.checkpoint.every would do"
+        )
+
+    def _is_changing(self, which: str, seen: list[int]) -> bool:
+        """Whether the run goes on: the step that `which` means is deleted, or is another one now.
+
+        It has a newer step before it deletes an older one.
+        """
+        end = time.monotonic() + SECONDS_TO_DELETE
+        while time.monotonic() < end:
+            now = self.steps()
+            if now != seen and (which in ("last", "best") or which not in map(str, now)):
+                return True
+            time.sleep(0.02)
+        return False
+
+    def newest_facts(self) -> tuple[int, dict[str, Any]]:
+        """The newest step that is whole, and its facts; ConfigError if there is none."""
+        for step in reversed(self.steps()):
+            with contextlib.suppress(CheckpointError):
+                return step, self.facts(step)
+        raise ConfigError(f"there is no checkpoint in {self._directory}")
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """The JSON part of a checkpoint; Damaged if a file of the checkpoint is."""
+        self.verify(step)
+        return self._facts(step)
+
+    def state(self, step: int, shapes: Any, shardings: Any) -> Any:
+        """The arrays of a checkpoint that `shapes` names, placed as `shardings` says.
+
+        `shapes` may be a part of what was saved, such as the parameters without the optimizer.
+        Raises Damaged if a file of the checkpoint is, and ConfigError if an array is not there or
+        has another shape or dtype.
+        """
+        self.verify(step)
+        self.compare(step, shapes)
+        return self._state(step, shapes, shardings)
+
+    def state_and_facts(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+        """The whole of a checkpoint, unchecked; Damaged if it can't be read."""
+        return self._state(step, shapes, shardings), self._facts(step)
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        with self._reading(step):
+            facts = json.loads((self.folder(step) / "facts" / "metadata").read_bytes())
+            if not isinstance(facts, dict):
+                raise ValueError("facts/metadata holds no object of JSON")
+            return facts
+
+    def _state(self, step: int, shapes: Any, shardings: Any) -> Any:
+        with self._reading(step):
+            return ocp.PyTreeCheckpointHandler().restore(
+                self.folder(step) / "state", args=_restore_arguments(shapes, shardings)
+            )
+
+    def verify(self, step: int) -> bool:
+        """Whether a step has a manifest; Damaged if a file of the step is. Once is enough."""
+        if step not in self._has_manifest:
+            try:
+                self._has_manifest[step] = manifest.verify(self.folder(step), WRITTEN_LAST)
+            except Damaged as error:
+                raise Damaged(f"the checkpoint of step {step} is damaged: {error}") from error
+        return self._has_manifest[step]
+
+    def compare(self, step: int, shapes: Any, whole: bool = False) -> None:
+        """Raises OtherCode unless the step has the arrays of `shapes`, and if `whole` no others.
+
+        Orbax itself casts silently to another dtype.
+        """
+        with self._reading(step):
+            folder = self.folder(step) / "state"
+            saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
+        saved, expected = _arrays(saved), _arrays(shapes)
+        names = [*expected, *(sorted(saved.keys() - expected.keys()) if whole else ())]
+        for name in names:
+            if saved.get(name) != expected.get(name):
+                raise OtherCode(
+                    f"the checkpoint of step {step} is from other code: {name} is "
+                    f"{saved.get(name, 'not there')} and should be {expected.get(name, 'absent')}"
+                )
+
+    def folder(self, step: int) -> Path:
+        """Where a step lies."""
+        return self._directory / str(step)
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Says what it means that Orbax can't read a step.
+
+        It is damaged, unless its digests are right or the devices, not the files, failed.
+        """
+        try:
+            yield
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:
+            if self._has_manifest.get(step):
+                raise CheckpointError(
+                    f"the checkpoint of step {step} is whole but can't be read: {cause_of(error)}"
+                ) from error
+            raise Damaged(
+                f"the checkpoint of step {step} is damaged: it can't be read: {cause_of(error)}"
+            ) from error
+
+
+def _restore_arguments(shapes: Any, shardings: Any) -> ocp.args.PyTreeRestore:
+    arguments = jax.tree.map(
+        lambda shape, sharding: ocp.ArrayRestoreArgs(
+            sharding=sharding, global_shape=shape.shape, dtype=shape.dtype
+        ),
+        shapes,
+        shardings,
+    )
+    return ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """`params/layer/kernel` -> `float32[128, 256]`, of arrays, shapes or Orbax's metadata."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        )
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def cause_of(error: BaseException) -> str:
+    """One line of what went wrong; of what TensorStore says, what the system said."""
+    while _is_late(error) and error.__context__:  # a failure has made this process late
+        error = error.__context__
+    if _is_late(error):
+        return f"not all processes wrote their part within {SECONDS_TO_SAVE} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip() or type(error).__name__
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else text.splitlines()[0][:300]
+
+
+def _is_late(error: BaseException) -> bool:
+    """Whether it says that the processes have waited for one another in vain."""
+    text = str(error)
+    return "DEADLINE_EXCEEDED" in text or "Timed out while waiting for async" in text

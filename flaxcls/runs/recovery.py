@@ -1,0 +1,95 @@
+"""Going on after whatever has happened: from the newest checkpoint that is whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flaxcls.errors import CheckpointError
+from flaxcls.runs.checkpoint import Checkpoints
+from flaxcls.runs.checkpoint_reader import OtherCode, cause_of
+from flaxcls.runs.manifest import Damaged
+from flaxcls.runtime import processes
+
+
+def restore_newest(
+    checkpoints: Checkpoints, shapes: Any, shardings: Any, say: Callable[[str], None]
+) -> tuple[int, Any, dict[str, Any]] | None:
+    """The newest step that is whole, its state and its facts; None if there is none.
+
+    Steps that are damaged, or whose arrays are not those of `shapes`, are moved to the folder
+    quarantine beside the checkpoints, and `say` gets a sentence for each, in the first process.
+    Raises OtherCode, and moves nothing, if none is left because of their arrays.
+    """
+    checkpoints.settle()
+    passed: list[tuple[int, Damaged | OtherCode]] = []
+    found = None
+    steps = checkpoints.steps()
+    while not found and (step := processes.agree(steps.pop() if steps else -1)) >= 0:
+        try:
+            _inspect(checkpoints, step, shapes)
+            found = step, *_restore(checkpoints, step, shapes, shardings)
+        except (Damaged, OtherCode) as error:
+            passed.append((step, error))
+    other_code = [error for _, error in passed if isinstance(error, OtherCode)]
+    if other_code and not found:
+        raise other_code[0]
+
+    if processes.is_first():
+        for step, error in passed:
+            say(f"{error}; it is moved to {_quarantine(checkpoints.folder(step))}")
+        if passed and not found:
+            say("no checkpoint is left: the run begins anew")
+        if found and not checkpoints.verify(found[0]):
+            say(f"the checkpoint of step {found[0]} has no manifest: it is used unchecked")
+    if passed:
+        processes.agree(0)  # all are moved before anyone looks again
+        checkpoints.reload()
+    return found
+
+
+def _inspect(checkpoints: Checkpoints, step: int, shapes: Any) -> None:
+    """Raises Damaged or OtherCode in all processes if the first one, which looks, does."""
+    problem = None
+    if processes.is_first():
+        try:
+            checkpoints.verify(step)
+            checkpoints.compare(step, shapes, whole=True)
+        except (Damaged, OtherCode) as error:
+            problem = error
+    _raise_together(problem)
+
+
+def _restore(
+    checkpoints: Checkpoints, step: int, shapes: Any, shardings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """State and facts; Damaged in all processes if any of them can't read them."""
+    problem = restored = None
+    try:
+        restored = checkpoints.state_and_facts(step, shapes, shardings)
+    except Damaged as error:
+        problem = error
+    _raise_together(problem)
+    return restored
+
+
+def _raise_together(problem: Damaged | OtherCode | None) -> None:
+    """Raises a problem that any process has in all of them, so that they all go the same way."""
+    kinds = {kind.__name__: kind for kind in (Damaged, OtherCode)}
+    for told in processes.gather(f"{type(problem).__name__} {problem}" if problem else ""):
+        if told:
+            kind, _, sentence = told.partition(" ")
+            raise kinds[kind](sentence)
+
+
+def _quarantine(checkpoint: Path) -> Path:
+    """Moves a checkpoint out of the way; where to."""
+    folder, step = checkpoint.parent.parent / "quarantine", checkpoint.name
+    names = (f"{step}.{number}" if number else step for number in range(10**6))
+    try:
+        folder.mkdir(exist_ok=True)
+        target = next(folder / name for name in names if not (folder / name).exists())
+        return checkpoint.rename(target)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint of step {step} can't be moved to {folder}: {cause_of(error)}"
+        ) from error

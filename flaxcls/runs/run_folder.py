@@ -1,0 +1,337 @@
+"""The folder of a run: whose it is, what made it and how it ended.
+
+config.json      the resolved config; versions, device, commit, sizes and when the training files
+                 were written last ("data_modified", seconds since 1970) beside it
+metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
+checkpoints/     the newest steps and the best one
+summary.json     how it ended
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from flaxcls.config import default, options
+from flaxcls.data.source import Source
+from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.runtime.output import printable, say
+
+# What may differ between the processes of a run: where the data lies and who decodes it.
+OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "input.read_ahead")
+# What a resumed run may change: it changes no number that was computed before.
+FREE_FIELDS = (
+    *OWN_FIELDS,
+    "duration",
+    "log_every",
+    "input",
+    "eval.every",
+    "eval.batch_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.on_error",
+    "divergence",
+    "hang_after",
+    "mesh",
+)
+# What a run may have left in its folder before it got so far as to write config.json.
+LEFTOVERS = (
+    "broken_images*.log",
+    "goodput.json",
+    "metrics.jsonl",
+    "*.tmp",
+    "checkpoints",
+    "quarantine",
+    "tensorboard",
+    ".*",
+)
+PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def new_folder(recipe: str) -> Path:
+    """`runs/NAME-<date-time>` for a recipe's file name."""
+    return Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file of a run's folder, None if there is none.
+
+    Raises ConfigError, with the file's name, for whatever else is there.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ConfigError(f"{path} is not readable as JSON: {why}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__} instead of an object of JSON")
+    return content
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as JSON has it: tuples are lists."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+class NoRun(ConfigError):
+    """There is no run in a folder."""
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config of the run in `workdir`; NoRun if there is none.
+
+    Fields that came to be after the run was made have their defaults. If config.json is missing or
+    damaged it is made anew of the newest checkpoint, which holds the config as well; without one,
+    ConfigError says what is wrong with the file.
+    """
+    path = workdir / "config.json"
+    try:
+        content = read_json(path)
+        if content is None:
+            raise NoRun(f"there is no run in {workdir}: it holds no config.json")
+        return _config_in(content, path)
+    except ConfigError as error:
+        problem = error
+    from flaxcls.runs.checkpoint_reader import CheckpointReader  # Orbax takes a second to import
+
+    try:
+        step, facts = CheckpointReader(workdir / "checkpoints").newest_facts()
+        config = _config_in(facts, workdir / "checkpoints" / str(step))
+    except FlaxclsError:
+        raise problem from None
+    say(f"flaxcls: {printable(str(problem))}; it is restored from step {step}", error=True)
+    with contextlib.suppress(OSError):  # who only reads may have no right to write
+        write_json(path, {name: fact for name, fact in facts.items() if name != "progress"})
+    return config
+
+
+def _config_in(content: Mapping[str, Any], path: Path) -> ConfigDict:
+    """The config in what config.json or a checkpoint holds; ConfigError if it is none."""
+    config = ConfigDict(plain(default()), type_safe=False)
+    standard = dict(fields(config))
+    try:
+        config.update(content["config"])
+        now = dict(fields(config))
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} holds no config of a run") from error
+    for field, value in standard.items():
+        kind = object if value is None else type(value)
+        if field not in now or not options.fits(now[field], kind):
+            what = f"{now[field]!r:.50}" if field in now else "nothing"
+            raise ConfigError(f"{path} has {what} as config.{field}")
+    return config
+
+
+def read_summary(workdir: Path) -> dict[str, Any] | None:
+    """What summary.json says of a run that has finished; None where it is to be made anew."""
+    path = workdir / "summary.json"
+    try:
+        summary = read_json(path)
+    except ConfigError as error:
+        say(f"flaxcls: {printable(str(error))}; it is made anew", error=True)
+        return None
+    if summary is None or not summary.get("finished"):
+        return None
+    kinds = {"step": int, "seconds": float, "goodput": dict, "eval": dict, "best": dict}
+    if all(options.fits(summary.get(name), kind) for name, kind in kinds.items()):
+        metrics = {"accuracy": None, "loss": None, "count": None, **summary["eval"]}
+        best = {name: value for name, value in summary["best"].items() if name != "weights"}
+        if summary["best"]:
+            best = {**dict.fromkeys(("step", "accuracy", "loss", "count")), **best}
+        spent = {"seconds": {}, "goodput": None, "restarts": None, **summary["goodput"]}
+        seconds = spent.pop("seconds")
+        numbers = (*metrics.values(), *best.values(), *spent.values())
+        if options.fits(seconds, dict) and all(
+            options.fits(value, float) for value in (*numbers, *seconds.values())
+        ):
+            return summary
+    say(f"flaxcls: {printable(path)} is no summary of a run; it is made anew", error=True)
+    return None
+
+
+def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[str, Any] | None]:
+    """Checks that `config` may train in `workdir`, in a new run or the one that is there.
+
+    Returns the config that the run had until now, None for a new one; and what summary.json holds
+    if it has finished and nothing longer is asked for.
+    """
+    try:
+        before = load_config(workdir)
+    except NoRun:
+        _check_free(workdir)
+        return None, None
+    for field, (old, new) in changes(before, config).items():
+        if not _is_among(field, FREE_FIELDS):
+            raise ConfigError(
+                f"the run in {workdir} has config.{field} = {old!r}, got {new!r}; give another "
+                "--workdir to start a new run"
+            )
+    return before, read_summary(workdir) if before.duration == config.duration else None
+
+
+def changes(before: ConfigDict, now: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ between two configs, with both values."""
+    before, now = (dict(fields(ConfigDict(plain(config)))) for config in (before, now))
+    return {
+        field: (before.get(field), now.get(field))
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    }
+
+
+def normalization(workdir: Path, fingerprint: str) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation that the run in `workdir` has begun with; None if none with these
+    data has.
+
+    A streamed split's are estimated, a resident one's are not: a run that changes between them
+    keeps its own.
+    """
+    try:
+        content = read_json(workdir / "config.json")
+    except ConfigError:
+        return None
+    if not isinstance(content, dict) or content.get("fingerprint") != fingerprint:
+        return None
+    mean, std = content.get("mean"), content.get("std")
+    return (mean, std) if all(options.fits(v, tuple[float, ...]) for v in (mean, std)) else None
+
+
+def _check_free(workdir: Path) -> None:
+    """ConfigError if a folder without a run has something that is not a run's."""
+    if workdir.is_dir():
+        names = (path for path in sorted(workdir.iterdir()))
+        foreign = [p.name for p in names if not any(p.match(pattern) for pattern in LEFTOVERS)]
+        if foreign:
+            raise ConfigError(
+                f"--workdir={workdir} is not empty and holds no run, but "
+                f"{', '.join(map(printable, foreign[:3]))}{' and more' * (len(foreign) > 3)}: "
+                "give a new or an empty folder"
+            )
+
+
+def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The paths and values of all fields: ("model.name", "dense"), ..."""
+    for name, value in section.items():
+        if isinstance(value, ConfigDict):
+            yield from fields(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
+
+
+def _is_among(field: str, names: Sequence[str]) -> bool:
+    return any(field == name or field.startswith(name + ".") for name in names)
+
+
+def identity(config: ConfigDict, facts: Mapping[str, Any], eval_fingerprint: str) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name; JSON."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        **{
+            f"config.{field}": value
+            for field, value in fields(ConfigDict(plain(config)))
+            if not _is_among(field, OWN_FIELDS)
+        },
+        **{name: fact for name, fact in facts.items() if name not in ("config", "fingerprint")},
+        "the fingerprint of the training data": facts["fingerprint"],
+        "the fingerprint of the evaluation data": eval_fingerprint,
+        "the code of flaxcls": code.hexdigest()[:16],
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def record(
+    workdir: Path, config: ConfigDict, facts: Mapping[str, Any], before: ConfigDict | None = None
+) -> None:
+    """Writes config.json: the config, and what else one wants to know of a run years later.
+
+    Of a resumed run, whose config was `before`, only if that has changed; "changes" keeps how. What
+    summary.json told of the end of a shorter run does not hold any more.
+    """
+    earlier = []
+    if before is not None:
+        if not (changed := changes(before, config)):
+            return
+        first = read_json(workdir / "config.json") or {}
+        if "data_modified" in first:  # stays as it was when the run began
+            facts = {**facts, "data_modified": first["data_modified"]}
+        earlier = [
+            *first.get("changes", []),
+            {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "fields": changed},
+        ]
+    content = {
+        "config": plain(config),
+        **surroundings(),
+        **facts,
+        **({"changes": earlier} if earlier else {}),
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "summary.json").unlink(missing_ok=True)
+        write_json(workdir / "config.json", content)
+    except OSError as error:
+        raise ConfigError(f"{workdir} can't be written: {error.strerror or error}") from error
+
+
+def surroundings() -> dict[str, Any]:
+    """The versions, the devices and the commit that a result comes from; JSON."""
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "commit": _commit(),
+    }
+
+
+def changed_data(workdir: Path, source: Source) -> Iterator[str]:
+    """That training files were written after the run in `workdir` began, if they were.
+
+    The fingerprint does not tell: what a picture shows may change and its size not.
+    """
+    began = (read_json(workdir / "config.json") or {}).get("data_modified")
+    if source.modified and options.fits(began, float) and source.modified[0] > began:
+        yield (
+            f"files to train on were written after the run began, such as {source.modified[1]}: "
+            "if they show something else now, the run goes on with other pictures"
+        )
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout without installing
+            continue
+    return versions
+
+
+def _commit() -> str | None:
+    """The git commit of the code, with "+" if the checkout differs from it; None without git."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

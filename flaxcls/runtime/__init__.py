@@ -1,0 +1,1 @@
+"""The machine: devices and their mesh, processes, compiled programs, text for people."""
