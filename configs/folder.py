@@ -80,7 +80,7 @@ def _fill_in(config, network, size, epochs):
         config.image_size = size
     if config.model.name is None:
         config.model.name = network
-        if config.model.stem is None and isinstance(config.image_size, int):
+        if config.model.get("stem") is None and isinstance(config.image_size, int):
             config.model.stem = "cifar" if config.image_size <= 64 else "imagenet"
     if config.duration is None:
         config.duration = f"{epochs} epochs"
@@ -94,7 +94,7 @@ def _fit_to_cpu(config, mesh, images, classes, largest, epochs):
         config.model.name = "quick"
         if config.optimizer == get_config().optimizer:
             _use_muon(config)
-        if config.model.widths is None:
+        if config.model.get("widths") is None:
             config.model.widths = (32, 128, 256)
     tried = config.image_size if isinstance(config.image_size, int) else CPU_SIZES[0]
     rate = bench.step_rate(config, mesh, image_size=tried, num_classes=classes)

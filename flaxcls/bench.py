@@ -65,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write_json(path: Path, what: str, config: Any, figures: Figures) -> None:
+    from flaxcls.config.fields import plain
     from flaxcls.runs import run_folder
 
     content = {
@@ -72,7 +73,7 @@ def _write_json(path: Path, what: str, config: Any, figures: Figures) -> None:
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "flags": {name: FLAGS[name].value for name in ("config", "steps", "rounds", "busy")},
         "figures": figures,
-        "config": run_folder.plain(config),
+        "config": plain(config),
         **run_folder.surroundings(),
     }
     try:
@@ -126,9 +127,9 @@ def step_rate(config: Any, mesh: Any, *, image_size: int, num_classes: int) -> f
     from flaxcls.training.program import Trainer
 
     config = config.copy_and_resolve_references()
-    channels = config.data.channels or 3
+    channels = config.data.get("channels") or 3
     for section in (config.data, config.crop, config.eval.crop):
-        for field in section:
+        for field in list(section):
             section[field] = None
     config.data.name, config.data.train_split, config.data.eval_split = "fake", "train", "test"
     config.data.image_shape = (image_size, image_size, channels)

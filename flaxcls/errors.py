@@ -67,3 +67,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
     return f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error.args[0] if error.args else error).split())

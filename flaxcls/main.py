@@ -15,6 +15,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from flaxcls import cli
+from flaxcls.config.fields import fields, update
+from flaxcls.config.recipes import Recipe, load_recipe
 from flaxcls.errors import ConfigError
 from flaxcls.runtime import cluster
 from flaxcls.runtime.output import printable
@@ -57,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     problem = None
     try:
         workdir = cli.local_folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
-        recipe = cli.load_recipe(FLAGS.config, overrides)
+        recipe = load_recipe(FLAGS.config, overrides)
     except ConfigError as error:
         if FLAGS.num_processes is None and not cluster.is_joined_by_cluster():
             raise
@@ -95,27 +97,26 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _adapted(recipe: cli.Recipe, workdir: Path | None) -> ConfigDict:
+def _adapted(recipe: Recipe, workdir: Path | None) -> ConfigDict:
     """The recipe's config with what it leaves to data and devices, as process 0 sees them.
 
     A run that is resumed keeps what it chose at first: today the devices may be faster.
     """
+    from flaxcls.build.adapt import adapt
     from flaxcls.runs import run_folder
     from flaxcls.runtime import processes
 
-    before = dict(run_folder.fields(recipe.config))
     chosen = None
-    if recipe.is_adaptive and workdir is not None:
+    if recipe.adapt and workdir is not None:
         with contextlib.suppress(run_folder.NoRun):
-            chosen = dict(run_folder.fields(run_folder.load_config(workdir)))
+            chosen = run_folder.load_config(workdir)
     if chosen:
-        kept = {field: value for field, value in chosen.items() if field not in recipe.given}
-        recipe.config.update_from_flattened_dict(kept)
-    said = "" if chosen else recipe.adapt()
-    after = dict(run_folder.fields(recipe.config))
-    changes = {field: value for field, value in after.items() if before[field] != value}
-    said, changes = processes.from_first([said, changes])
-    recipe.config.update_from_flattened_dict(changes)
+        kept = {name: value for name, value in fields(chosen) if name not in recipe.given}
+        update(recipe.config, kept)
+    said = "" if chosen else adapt(recipe)
+    said, config = processes.from_first([said, dict(fields(recipe.config))])
+    if not processes.is_first():
+        update(recipe.config, config)
     if said:
         processes.say(said)
     return recipe.config

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from flaxcls import cli
+from flaxcls.build.adapt import adapt
+from flaxcls.config import recipes
 from flaxcls.errors import ConfigError
 
 
@@ -71,17 +73,12 @@ def test_last_override_of_a_field_counts(recipe):
     ("override", "message"),
     [
         ("bath_size=3", "config.bath_size is not a config field, did you mean 'batch_size'?"),
-        ("model.widht=3", "config.model.widht is not a config field, did you mean 'width'?"),
         ("modell.width=3", "config.modell.width is not a config field, did you mean 'model'?"),
         ("seed.x=3", "config.seed.x is not a config field: config.seed has none"),
-        ("model=dense", "config.model is a section; its fields are activation, "),
+        ("model=dense", "config.model is a section; its fields are dtype, name, widths"),
         ("batch_size=12.5", "config.batch_size must be int, got '12.5'"),
         ("batch_size=True", "config.batch_size must be int, got 'True'"),
         ("batch_size=many", "config.batch_size must be int, got 'many'"),
-        (
-            "optimizer.learning_rate=high",
-            "config.optimizer.learning_rate must be float, got 'high'",
-        ),
         ("seed", "--config.seed needs a value, as in --config.seed=VALUE"),
     ],
 )
@@ -175,23 +172,22 @@ def get_config():
 def test_options_of_what_the_user_replaces_are_dropped_and_said(tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text(RECIPE_OF_THE_USER)
-    config, adapt, *_ = cli.load_recipe(
+    recipe = recipes.load_recipe(
         str(path), ["optimizer.name=adamw", "schedule.name=cosine", "model.name=resnet18"]
     )
-    said = adapt()
+    said = adapt(recipe)
     assert "config.optimizer.name = 'adamw' takes no momentum: what the recipe" in said
     assert "config.schedule.name = 'cosine' takes no boundaries" in said
     assert "config.model.name = 'resnet18' takes no widths" in said
-    assert config.optimizer.momentum is None and config.schedule.boundaries is None
+    assert "momentum" not in recipe.config.optimizer
+    assert "boundaries" not in recipe.config.schedule
 
-    config, adapt, *_ = cli.load_recipe(
-        str(path), ["optimizer.name=adamw", "optimizer.momentum=0.5"]
-    )
-    assert adapt() == "" and config.optimizer.momentum == 0.5  # an error later on
-    config, adapt, *_ = cli.load_recipe(str(path), ["optimizer.name=lars"])
-    assert "momentum" not in adapt() and config.optimizer.momentum == 0.9
-    config, adapt, *_ = cli.load_recipe(str(path), ["batch_size=3"])
-    assert adapt() == ""
+    recipe = recipes.load_recipe(str(path), ["optimizer.name=adamw", "optimizer.momentum=0.5"])
+    assert adapt(recipe) == "" and recipe.config.optimizer.momentum == 0.5  # an error later on
+    recipe = recipes.load_recipe(str(path), ["optimizer.name=lars"])
+    assert "momentum" not in adapt(recipe) and recipe.config.optimizer.momentum == 0.9
+    recipe = recipes.load_recipe(str(path), ["batch_size=3"])
+    assert adapt(recipe) == ""
     with pytest.raises(ConfigError, match="did you mean 'adamw'"):
         load(path, "optimizer.name=admw")
 

@@ -12,65 +12,43 @@ import pytest
 from flaxcls import augment, build, cli, models
 from flaxcls import config as configs
 from flaxcls.build import inputs
-from flaxcls.config import options
-from flaxcls.core import losses, optim, schedules
+from flaxcls.config import fields
+from flaxcls.core import schedules
 from flaxcls.core.step import make_init, make_train_step
-from flaxcls.data import SOURCES
-from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
 
 ROOT = Path(__file__).parent.parent
 
-# What the builders are given by the program, not by the config's section.
-PASSED = {
-    "loss": ("name", "options"),
-    "optimizer": ("name", "schedule", "params", "frozen", "plan", "options"),
-    "schedule": ("name", "learning_rate", "total_steps", "to_steps", "run", "options"),
-}
-# What the program itself reads of a section.
-READ = {
-    "data": {"name", "dir", "train_split", "eval_split", "mean", "std"},
-    "crop": {"name"},
-    "model": {"name", "dtype"},
-    "loss": {"name"},
-    "optimizer": {"name", "learning_rate", "learning_rate_batch"},
-    "schedule": {"name"},
-}
 
-
-def taken(section):
-    """The options that something with a name in the section takes, in all."""
-    if section == "data":
-        passed = ("split", "max_bytes", "class_names")
-        return set().union(*(options.accepted(f, passed) for f in SOURCES.values()))
-    if section == "crop":
-        return set().union(*map(options.accepted, TRANSFORMS.values()))
-    if section == "model":
-        return set().union(*(models.options(name) for name in models.MODELS))
-    common, table = {
-        "loss": (losses.build, losses.LOSSES),
-        "optimizer": (optim.build, optim.RULES),
-        "schedule": (schedules.build, schedules.SCHEDULES),
-    }[section]
-    hidden = PASSED[section] + ("logits", "targets")
-    return set().union(*(options.accepted(f, hidden) for f in (common, *table.values())))
-
-
-@pytest.mark.parametrize("section", READ)
-def test_options_of_a_section_are_exactly_what_something_takes(section):
-    assert set(configs.default()[section]) == taken(section) | READ[section]
-
-
-def test_evaluation_takes_the_options_of_crops_that_are_not_random():
-    known = {
-        key
-        for transform in TRANSFORMS.values()
-        if not transform.draws
-        for key in options.accepted(transform)
-    }
-    assert set(configs.default().eval.crop) == known | {"name"}
+@pytest.mark.parametrize(
+    ("field", "sentence"),
+    [
+        ("data.helt_out", "config.data.helt_out is not used by folder, did you mean 'held_out'?"),
+        ("crop.ratoi", "config.crop.ratoi is not used by center_crop, did you mean 'ratio'?"),
+        ("model.widht", "config.model.widht is not used by wrn, did you mean 'width'?"),
+        ("model.dtpye", "config.model.dtpye is not used by wrn, did you mean 'dtype'?"),
+        ("loss.gamma", "config.loss.gamma is not used by softmax_cross_entropy; known: "),
+        ("optimizer.momentun", "config.optimizer.momentun is not used by sgd, did you mean "),
+        ("optimizer.lerning_rate", "is not used by sgd, did you mean 'learning_rate'?"),
+        (
+            "schedule.worm_up",
+            "schedule.worm_up is not used by cosine, did you mean 'warmup'?",
+        ),
+        ("eval.crop.area", "config.eval.crop.area is not used by pad; known: antialias, fill"),
+    ],
+)
+def test_option_that_nothing_takes_is_refused_with_the_closest_one(field, sentence):
+    config = configs.default()
+    config.data.name, config.crop.name, config.model.name = "folder", "center_crop", "wrn"
+    config.eval.crop.name = "pad"
+    fields.update(config, {field: 3})
+    with pytest.raises(ConfigError) as error:
+        build.check(config)
+    assert sentence in str(error.value)
+    fields.update(config, {field: None})  # as the configs of old runs have it
+    build.check(config)
 
 
 def test_default_is_locked_and_typed():
@@ -78,14 +56,14 @@ def test_default_is_locked_and_typed():
     with pytest.raises(AttributeError):
         config.bath_size = 3
     with pytest.raises(AttributeError):
-        config.model.widht = 3
+        config.eval.evry = "1 epochs"
     with pytest.raises(TypeError):
         config.batch_size = "3"
 
 
 def test_config_survives_json(tiny_config):
     config = tiny_config(augment=({"name": "pad_crop", "padding": 1},))
-    plain = run_folder.plain(config)
+    plain = fields.plain(config)
     assert plain["model"]["widths"] == [16] and plain["augment"][0]["name"] == "pad_crop"
 
 
@@ -149,12 +127,12 @@ def test_recipe_builds_and_fits_together(path, pictures):
 
 def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
     config = tiny_config()
-    saved = run_folder.plain(config)
+    saved = fields.plain(config)
     del saved["image_size"], saved["crop"], saved["input"]["max_broken"]
     run_folder.write_json(tmp_path / "config.json", {"config": saved})
-    assert run_folder.plain(run_folder.load_config(tmp_path)) == run_folder.plain(config)
+    assert fields.plain(run_folder.load_config(tmp_path)) == fields.plain(config)
     before, finished = run_folder.claim(tmp_path, config)
-    assert run_folder.changes(before, config) == {} and finished is None
+    assert fields.changes(before, config) == {} and finished is None
 
 
 def test_small_part_of_a_short_run_is_at_least_a_step(tiny_config):

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType
 from PIL import Image
 
-from flaxcls import build, models
+from flaxcls import models
+from flaxcls.config import tree
 from flaxcls.core import losses
 from flaxcls.data import open_source
 from flaxcls.data.loader import Loader, materialize
@@ -166,7 +167,7 @@ def test_other_classes_than_the_run_was_trained_on_are_refused(trained, tmp_path
     (moved / "config.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="classes of fake are not the 10 that"):
         evaluator.evaluate_run(moved, split="test")
-    assert build.get(trained[0], "data.name") == "digits"
+    assert tree.get(trained[0], "data.name") == "digits"
 
 
 @pytest.fixture

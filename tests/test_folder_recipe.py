@@ -4,8 +4,10 @@ import jax
 import pytest
 from PIL import Image
 
-from flaxcls import bench, build, cli, main
+from flaxcls import bench, build, main
+from flaxcls.build import adapt as build_adapt
 from flaxcls.build import inputs
+from flaxcls.config import fields, recipes
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
 from flaxcls.training.program import mesh_for
@@ -25,10 +27,10 @@ def adapted(tmp_path, monkeypatch):
         monkeypatch.setattr(
             bench, "step_rate", lambda *_, image_size, num_classes: rate * (32 / image_size) ** 2
         )
-        config, adapt, *_ = cli.load_recipe(
+        recipe = recipes.load_recipe(
             "configs/folder.py", [f"data.path={tmp_path}", "mesh.cpu_devices=8", *overrides]
         )
-        return config, adapt()
+        return recipe.config, build_adapt.adapt(recipe)
 
     return adapt
 
@@ -99,11 +101,11 @@ def test_resumed_run_keeps_what_it_chose_though_the_cpu_is_another_one(
     run_folder.record(workdir, first, {})
     monkeypatch.setattr(bench, "step_rate", lambda *_, **__: 5000)
     overrides = [f"data.path={tmp_path}", "mesh.cpu_devices=8"]
-    recipe = cli.load_recipe("configs/folder.py", overrides)
+    recipe = recipes.load_recipe("configs/folder.py", overrides)
     again = main._adapted(recipe, workdir)
-    assert run_folder.changes(first, again) == {} and again.optimizer.name == "muon"
-    recipe = cli.load_recipe("configs/folder.py", [*overrides, "duration=99 epochs"])
+    assert fields.changes(first, again) == {} and again.optimizer.name == "muon"
+    recipe = recipes.load_recipe("configs/folder.py", [*overrides, "duration=99 epochs"])
     longer = main._adapted(recipe, workdir)
-    assert run_folder.changes(first, longer) == {"duration": (first.duration, "99 epochs")}
-    recipe = cli.load_recipe("configs/folder.py", overrides)
+    assert fields.changes(first, longer) == {"duration": (first.duration, "99 epochs")}
+    recipe = recipes.load_recipe("configs/folder.py", overrides)
     assert main._adapted(recipe, workdir / "new").image_size == 64  # a new run may choose

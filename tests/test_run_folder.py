@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from flaxcls import config as configs
+from flaxcls.config import fields
 from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.runs import goodput, manifest, run_folder
@@ -126,7 +127,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=8,
 )
-PLAIN = run_folder.plain(configs.default())
+PLAIN = fields.plain(configs.default())
 SUMMARY = {"finished": True, "step": 3, "seconds": 1.0, "goodput": "", "best": {},
            "eval": {"accuracy": 0.5, "loss": 1.0, "count": 2}}  # fmt: skip
 CONTENTS = {

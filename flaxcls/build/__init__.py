@@ -4,7 +4,7 @@ Each function raises ConfigError for what can't be, before anything slow happens
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,28 +16,20 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxcls import augment, models
-from flaxcls.build import inputs, notes
+from flaxcls.build import accepted, inputs, notes
 from flaxcls.config import default, options
+from flaxcls.config.fields import fields, options_of
+from flaxcls.config.tree import get
 from flaxcls.core import losses, optim, schedules
 from flaxcls.core.schedules import Duration, parse_duration
 from flaxcls.data import SOURCES, check_tfds_name, open_source, open_tfds
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
-from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
 
 _MOST_STEPS = 2**31 - 1  # that a state can count
 _MOST_HOURS = 10_000  # without a step; threads can't wait for any time
 _MOST_CPU_DEVICES = 1024  # XLA makes a thread for each, and hangs before it has made a million
-
-
-def _given(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
-    """The fields of a section that are set, as keyword arguments."""
-    return {
-        key: value
-        for key, value in section.items()
-        if value is not None and key not in ("name", *without)
-    }
 
 
 def check(config: ConfigDict) -> None:
@@ -47,10 +39,11 @@ def check(config: ConfigDict) -> None:
         if not condition:
             raise ConfigError(f"config.{field} must be {what}, got {get(config, field)!r}")
 
-    for field, standard in run_folder.fields(default()):
+    for field, standard in fields(default()):
         if standard is not None:
             kind = type(standard)
             require(field, options.fits(get(config, field), kind), options.describe(kind))
+    accepted.check(config)
     batch, parts = config.batch_size, config.gradient_accumulation
     require("seed", 0 <= config.seed < 2**64, "at least 0 and below 2**64")
     require("batch_size", batch >= 1, "at least 1")
@@ -73,8 +66,10 @@ def check(config: ConfigDict) -> None:
         "divergence.max_skipped",
         "mesh.fsdp",
         "mesh.cpu_devices",
+        "optimizer.learning_rate_batch",
     ):
-        require(field, get(config, field) is None or get(config, field) >= 1, "at least 1")
+        value = get(config, field)
+        require(field, value is None or options.fits(value, options.Count), "at least 1")
     require("divergence.max_rollbacks", config.divergence.max_rollbacks >= 0, "at least 0")
     with _about("hang_after"):
         hang_after = parse_duration(config.hang_after)
@@ -97,13 +92,6 @@ def check(config: ConfigDict) -> None:
         ("model.dtype", ("auto", "float32", "bfloat16")),
     ):
         require(field, get(config, field) in choices, " or ".join(choices))
-
-
-def get(config: ConfigDict, path: str) -> Any:
-    """The value at a path such as `checkpoint.keep`."""
-    for name in path.split("."):
-        config = config[name]
-    return config
 
 
 @contextlib.contextmanager
@@ -228,7 +216,7 @@ def length(config: ConfigDict, num_examples: int) -> tuple[int, Callable[[str], 
 
 def check_source(config: ConfigDict) -> dict[str, Any]:
     """The options of the data, if they are right; the data are not opened."""
-    given = _given(config.data, "train_split", "eval_split", "dir", "mean", "std")
+    given = options_of(config.data, "train_split", "eval_split", "dir", "mean", "std")
     opener = SOURCES.get(config.data.name, open_tfds)
     if given and opener is open_tfds:  # else the sentence would be about an option
         check_tfds_name(config.data.name, config.data.dir)
@@ -296,7 +284,7 @@ def model(
         config.model.name,
         num_classes=num_classes,
         dtype=jnp.dtype(dtype),
-        **_given(config.model, "dtype"),
+        **options_of(config.model, "dtype"),
     )
     for shape in image_shapes:
         models.check_image_shape(module, shape)
@@ -329,13 +317,13 @@ def class_weights(config: ConfigDict, source: Source, num_classes: int) -> list[
 
 def loss(config: ConfigDict, weights: Sequence[float] | None) -> Callable:
     """The loss with these class weights."""
-    given = _given(config.loss, "class_weights")
+    given = options_of(config.loss, "class_weights")
     return losses.build(config.loss.name, class_weights=weights, **given)
 
 
 def objective(config: ConfigDict, weights: Sequence[float] | None) -> Callable | None:
     """The loss that is trained for, if evaluation's `losses.likelihood` is another one."""
-    given = _given(config.loss, "class_weights")
+    given = options_of(config.loss, "class_weights")
     is_same = losses.is_likelihood(config.loss.name, class_weights=weights, **given)
     return None if is_same else loss(config, weights)
 
@@ -352,7 +340,7 @@ def learning_rate(config: ConfigDict, num_examples: int) -> Callable[[Any], jax.
             learning_rate=peak,
             total_steps=total_steps,
             to_steps=lambda duration: round(in_steps(duration)),
-            **_given(config.schedule),
+            **options_of(config.schedule),
         )
 
 
@@ -365,5 +353,5 @@ def optimizer(
         schedule=rate,
         params=params,
         frozen=models.frozen(network),
-        **_given(config.optimizer, "learning_rate", "learning_rate_batch"),
+        **options_of(config.optimizer, "learning_rate", "learning_rate_batch"),
     )

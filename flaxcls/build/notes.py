@@ -16,12 +16,10 @@ def shortened(
     schedule: Mapping[str, Any], total_steps: int, in_steps: Callable[[str], float]
 ) -> Iterator[str]:
     """That warm-up, cooldown or the way to one_cycle's peak take more steps than there are."""
-    if schedule["peak"] and round(in_steps(schedule["peak"])) > total_steps:
-        yield (
-            f"config.schedule.peak = {schedule['peak']!r} is shortened to the run's {total_steps} "
-            "steps"
-        )
-    given = {field: schedule[field] for field in ("warmup", "cooldown")}
+    peak = schedule.get("peak")
+    if peak and round(in_steps(peak)) > total_steps:
+        yield (f"config.schedule.peak = {peak!r} is shortened to the run's {total_steps} steps")
+    given = {field: schedule.get(field) for field in ("warmup", "cooldown")}
     steps = {field: round(in_steps(text)) if text else 0 for field, text in given.items()}
     if sum(steps.values()) <= total_steps:
         return

@@ -22,6 +22,7 @@ import jax
 from ml_collections import ConfigDict
 
 from flaxcls.config import default, options
+from flaxcls.config.fields import changes, fields, plain
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.runtime.output import printable, say
@@ -86,11 +87,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__} instead of an object of JSON")
     return content
-
-
-def plain(config: ConfigDict) -> dict[str, Any]:
-    """The config as JSON has it: tuples are lists."""
-    return json.loads(json.dumps(config.to_dict()))
 
 
 class NoRun(ConfigError):
@@ -189,16 +185,6 @@ def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[st
     return before, read_summary(workdir) if before.duration == config.duration else None
 
 
-def changes(before: ConfigDict, now: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ between two configs, with both values."""
-    before, now = (dict(fields(ConfigDict(plain(config)))) for config in (before, now))
-    return {
-        field: (before.get(field), now.get(field))
-        for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field)
-    }
-
-
 def normalization(workdir: Path, fingerprint: str) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation that the run in `workdir` has begun with; None if none with these
     data has.
@@ -227,15 +213,6 @@ def _check_free(workdir: Path) -> None:
                 f"{', '.join(map(printable, foreign[:3]))}{' and more' * (len(foreign) > 3)}: "
                 "give a new or an empty folder"
             )
-
-
-def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The paths and values of all fields: ("model.name", "dense"), ..."""
-    for name, value in section.items():
-        if isinstance(value, ConfigDict):
-            yield from fields(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
 
 
 def _is_among(field: str, names: Sequence[str]) -> bool:

@@ -24,7 +24,13 @@ import numpy as np
 from jax._src import distributed  # the store, and the number of processes before their devices
 from jax.experimental import multihost_utils
 
-from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, DivergedError, ProcessesError
+from flaxcls.errors import (
+    SIGNAL_EXIT_CODES,
+    ConfigError,
+    DivergedError,
+    ProcessesError,
+    one_line,
+)
 from flaxcls.runtime import cluster, output
 
 _GRACE = 10  # seconds that a process that fails waits for the others to end as well
@@ -111,7 +117,7 @@ class _Joining:
         elif self._error:
             raise ProcessesError(
                 f"the processes can't be joined at {distributed.global_state.coordinator_address}: "
-                f"{_one_line(self._error)}"
+                f"{one_line(self._error)}"
             ) from self._error
 
     def _run(self) -> None:
@@ -289,7 +295,7 @@ def explain_lost_peer() -> Iterator[None]:
             raise
         raise ProcessesError(
             f"process {index()} can't continue without the others, one of which has probably "
-            f"ended; the same command resumes from the last checkpoint ({_one_line(error)[:200]})"
+            f"ended; the same command resumes from the last checkpoint ({one_line(error)[:200]})"
         ) from error
 
 
@@ -368,7 +374,3 @@ def _exit(code: int) -> None:
     """Without Python's own end, which native threads that still wait would turn into a crash."""
     output.flush()
     os._exit(code)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

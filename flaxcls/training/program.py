@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import augment, build
 from flaxcls.build import inputs
+from flaxcls.config import fields
 from flaxcls.core import losses, metrics
 from flaxcls.core.optim import updates_made
 from flaxcls.core.state import TrainState
@@ -26,7 +27,6 @@ from flaxcls.core.step import (
 )
 from flaxcls.data.resident import gather
 from flaxcls.inference.evaluator import Evaluator
-from flaxcls.runs import run_folder
 from flaxcls.runtime import processes, sharding
 
 
@@ -83,7 +83,7 @@ class Trainer:
             objective=build.objective(config, class_weights),
         )
         self.facts = {
-            "config": run_folder.plain(config),
+            "config": fields.plain(config),
             "class_names": source.class_names,
             "source_shape": source.image_shape,
             "image_shape": inputs.image_shape(source, inputs.eval_image_size(config)),

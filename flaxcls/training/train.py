@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxcls import build, models
+from flaxcls.config import fields
 from flaxcls.core.schedules import Duration
 from flaxcls.errors import SIGNAL_EXIT_CODES, DivergedError, Interrupted
 from flaxcls.runs import run_folder
@@ -100,7 +101,7 @@ def _introduction(config: ConfigDict, plan: build.Plan, mesh: Mesh, trainer: Tra
 
 def _changes(before: ConfigDict | None, config: ConfigDict) -> Iterator[str]:
     """What a resumed run does otherwise than until now."""
-    for field, (old, new) in run_folder.changes(before, config).items() if before else ():
+    for field, (old, new) in fields.changes(before, config).items() if before else ():
         yield f"config.{field} was {old!r} until now, and is {new!r} from now on"
 
 

@@ -48,14 +48,14 @@ COMPILED = {  # HLO instructions by what they are counted as
 
 def recipes():
     """The name and the config of every recipe, of folder.py as it is on a GPU and on a CPU."""
-    from flaxcls import cli
+    from flaxcls.config import recipes
 
     for path in sorted((ROOT / "configs").glob("*.py")):
         if path.stem == "folder":
             yield "folder, gpu", folder(path, "resnet18")
             yield "folder, cpu", folder(path, "quick")
         else:
-            yield path.stem, cli.load_recipe(str(path), []).config
+            yield path.stem, recipes.load_recipe(str(path), []).config
 
 
 def folder(path, network):

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from flaxcls import cli
+from flaxcls.config.recipes import load_recipe
 from flaxcls.data import SOURCES
 from flaxcls.data.commands.shared import define_flags, read_config
 from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores
@@ -144,7 +145,7 @@ def _flags_to_train(config: ConfigDict, name: str, out: Path) -> list[str]:
         given.append(f"--config.data.{field}={config.data[field]}")
     if FLAGS.config:  # what the recipe says of its own source is not for TFDS
         kept = ("name", "dir", "train_split", "eval_split", "mean", "std")
-        recipe = cli.load_recipe(FLAGS.config, []).config.data
+        recipe = load_recipe(FLAGS.config, []).config.data
         unused = (key for key, value in recipe.items() if value is not None and key not in kept)
         given += [f"--config.data.{key}=None" for key in unused]
     return given

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flaxcls import cli
+from flaxcls.config.recipes import load_recipe
 from flaxcls.data import SOURCES
 from flaxcls.data.files import is_picture
 from flaxcls.errors import ConfigError
@@ -45,7 +45,7 @@ def read_config(values: flags.FlagValues, overrides: Sequence[str]) -> ConfigDic
     if not (values.config or values.source or names_data):
         raise ConfigError("--source=NAME-or-PATH is missing (or --config=FILE)")
     data = [] if values.source is None else source_overrides(values.source)
-    return cli.load_recipe(values.config, [*data, *overrides]).config
+    return load_recipe(values.config, [*data, *overrides]).config
 
 
 def source_overrides(source: str) -> list[str]:
