@@ -49,16 +49,16 @@ def get_config():
 def adapt(config):
     """Fills in what was not given, by what the pictures are like and how fast the devices are."""
     from flaxcls import build
-    from flaxcls.build import inputs
+    from flaxcls.data import pipeline
     from flaxcls.runtime import processes, sharding
-    from flaxcls.training.program import mesh_for
 
     build.source(config, config.data.eval_split)  # if it is wrong, before steps are timed
-    images, classes, short_side = inputs.survey(build.source(config, config.data.train_split))
+    source = build.source(config, config.data.train_split)
+    images, classes, short_side = pipeline.summarize(source)
     if config.batch_size is None:  # at least some 20 updates an epoch, for small sets too
         batch = max(b for b in (16, 32, 64, 128, 256) if b == 16 or 20 * b <= images)
         config.batch_size = -(-batch // processes.count()) * processes.count()
-    mesh = mesh_for(config)
+    mesh = build.mesh(config)
     largest = max(size for size in SIZES if size <= max(short_side, 32))
     epochs = min(100, max(20, 200_000 // images))  # small sets are gone through more often
     network = "resnet50" if images >= 50_000 else "resnet18"
@@ -88,7 +88,7 @@ def _fill_in(config, network, size, epochs):
 
 def _fit_to_cpu(config, mesh, images, classes, largest, epochs):
     """Chooses a network that learns in minutes, and what of size and length there is time for."""
-    from flaxcls import bench
+    from flaxcls.perf.step import step_rate
 
     if config.model.name is None:
         config.model.name = "quick"
@@ -97,7 +97,7 @@ def _fit_to_cpu(config, mesh, images, classes, largest, epochs):
         if config.model.get("widths") is None:
             config.model.widths = (32, 128, 256)
     tried = config.image_size if isinstance(config.image_size, int) else CPU_SIZES[0]
-    rate = bench.step_rate(config, mesh, image_size=tried, num_classes=classes)
+    rate = step_rate(config, mesh, image_size=tried, num_classes=classes)
     enough = rate * 60 * MINUTES * 0.85 / images  # epochs at that size; the rest: start, evaluation
 
     def affordable(size):

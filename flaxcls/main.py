@@ -83,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
     with processes.explain_lost_peer():
         config = _adapted(recipe, workdir)
         workdir = workdir or run_folder.new_folder(FLAGS.config)
-        summary = train.train(config, workdir, goodput.process_age())
+        summary = train.train_config(config, workdir, goodput.process_age())
     run_flag = shlex.quote(f"--run={workdir}")
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "

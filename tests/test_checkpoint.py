@@ -63,7 +63,10 @@ def test_state_and_facts_come_back_bitwise_and_placed(tmp_path):
     kernel = loaded["params"]["layer"]["kernel"]
     assert kernel.sharding == state["params"]["layer"]["kernel"].sharding
     assert kernel.sharding.shard_shape(kernel.shape) == (128, 128)
-    assert checkpoints.facts(7) == {"progress": {"best": {}, "seconds": 0.5}, "names": ["a", "b"]}
+    assert checkpoints.metadata(7) == {
+        "progress": {"best": {}, "seconds": 0.5},
+        "names": ["a", "b"],
+    }
     checkpoints.close()
 
 
@@ -71,7 +74,7 @@ def test_saving_goes_on_after_restoring(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     save(checkpoints, 1)
     restored(checkpoints, 1, state_of(1))
-    checkpoints.facts(1)
+    checkpoints.metadata(1)
     save(checkpoints, 2)
     jax.tree.map(np.testing.assert_array_equal, restored(checkpoints, 2, state_of(2)), state_of(2))
     checkpoints.close()
@@ -222,7 +225,7 @@ def test_a_run_that_saves_and_deletes_all_the_time_can_be_read(tmp_path, start_p
         assert saving.poll() is None and time.monotonic() < end
         which = "best" if len(read) % 3 == 2 else "last"
         step, (facts, state) = reader.read(
-            which, lambda step: (reader.facts(step), reader.state(step, shapes, shardings))
+            which, lambda step: (reader.metadata(step), reader.state(step, shapes, shardings))
         )
         assert facts["step"] == step == int(state["b"]) and (np.asarray(state["a"]) == step).all()
         assert which == "last" or step % 3 == 0
@@ -241,7 +244,7 @@ def test_a_run_that_saves_and_deletes_all_the_time_can_be_read(tmp_path, start_p
     for file in tmp_path.glob("*/state/_METADATA"):
         file.unlink()
     with pytest.raises(Damaged, match="_METADATA is missing"):
-        CheckpointReader(tmp_path).read("last", lambda step: reader.facts(step))
+        CheckpointReader(tmp_path).read("last", lambda step: reader.metadata(step))
 
 
 def test_a_flipped_bit_in_any_file_is_found(run):
@@ -257,7 +260,7 @@ def test_a_flipped_bit_in_any_file_is_found(run):
             flip(step / name, place)
             with Checkpoints(run / "checkpoints") as checkpoints:
                 with pytest.raises(Damaged, match=f"step 8 is damaged: {name} is not what was"):
-                    checkpoints.facts(8)
+                    checkpoints.metadata(8)
                 with pytest.raises(Damaged, match=f"step 8 is damaged: {name} is not what was"):
                     restored(checkpoints, 8, state_of(8))
             flip(step / name, place)
@@ -286,7 +289,7 @@ def test_a_file_that_is_cut_off_or_missing_is_found(run, name):
     os.truncate(path, size - 1)
     checkpoints = Checkpoints(run / "checkpoints")
     with pytest.raises(Damaged, match=f"{name} has {size - 1} bytes instead of {size}"):
-        checkpoints.facts(8)
+        checkpoints.metadata(8)
     checkpoints.close()
     path.unlink()
     assert_goes_back(run, f"damaged: {name} is missing")

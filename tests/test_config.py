@@ -11,10 +11,9 @@ import pytest
 
 from flaxcls import augment, build, cli, models
 from flaxcls import config as configs
-from flaxcls.build import inputs
-from flaxcls.config import fields
-from flaxcls.core import schedules
+from flaxcls.config import durations, fields
 from flaxcls.core.step import make_init, make_train_step
+from flaxcls.data.pipeline import Sizes
 from flaxcls.errors import ConfigError
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
@@ -96,18 +95,20 @@ def test_recipe_builds_and_fits_together(path, pictures):
         config.data.num_examples, config.data.path, config.data.name = num_examples, None, "fake"
         config.data.train_split, config.data.eval_split = "train", "test"
     build.check(config)
-    plan = build.plan(config, sharding.make_mesh())
-    assert plan.total_steps > 0 and plan.treatment
+    experiment = build.make_experiment(config, sharding.make_mesh())
+    assert experiment.length.total_steps > 0 and experiment.parameter_groups
     augment.check(config.augment or ())
-    assert all(plan.rate(step) >= 0 for step in (0, plan.total_steps - 1))
+    assert all(
+        experiment.learning_rate(step) >= 0 for step in (0, experiment.length.total_steps - 1)
+    )
 
-    num_classes = len(plan.train_source.class_names)
-    shape = inputs.image_shape(plan.train_source, plan.image_sizes(0))
-    init = make_init(plan.network, plan.optimizer, num_classes=num_classes, ema=True)
+    num_classes = len(experiment.train.source.class_names)
+    shape = experiment.train.image_shape()
+    init = make_init(experiment.network, experiment.optimizer, num_classes=num_classes, ema=True)
     step = make_train_step(
-        plan.network,
-        build.loss(config, None),
-        plan.optimizer,
+        experiment.network,
+        build.loss(config, num_classes).with_weights(None),
+        experiment.optimizer,
         augment.build(config.augment or (), mean=(0.5,) * shape[-1], std=(0.25,) * shape[-1]),
         num_classes=num_classes,
         ema_decay=0.9,
@@ -136,14 +137,14 @@ def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
 
 
 def test_small_part_of_a_short_run_is_at_least_a_step(tiny_config):
-    plan = build.plan(tiny_config(eval__every="1%"), sharding.make_mesh())
-    assert plan.eval_every == schedules.Duration(1, "steps")
+    experiment = build.make_experiment(tiny_config(eval__every="1%"), sharding.make_mesh())
+    assert experiment.eval_every == durations.Duration(1, "steps")
     with pytest.raises(ConfigError, match="config.eval.every must be at least a step"):
-        build.plan(tiny_config(eval__every="0.01 epochs"), sharding.make_mesh())
+        build.make_experiment(tiny_config(eval__every="0.01 epochs"), sharding.make_mesh())
 
 
 def notes_of(config):
-    return build.plan(config, sharding.make_mesh()).notes
+    return build.make_experiment(config, sharding.make_mesh()).notes
 
 
 def test_warmup_longer_than_the_run_is_shortened_and_said(tiny_config):
@@ -188,7 +189,7 @@ def test_enlarging_pictures_many_times_is_said(tiny_config):
 )
 def test_impossible_length_is_told_with_what_makes_it_so(tiny_config, changes, message):
     with pytest.raises(ConfigError) as raised:
-        build.plan(tiny_config(**changes), sharding.make_mesh())
+        build.make_experiment(tiny_config(**changes), sharding.make_mesh())
     assert message in str(raised.value) and len(str(raised.value)) < 200
 
 
@@ -207,7 +208,7 @@ def test_smoke_test_of_one_step_is_a_plan_with_every_recipe(recipe):
         config.data.image_shape, config.data.num_classes = (size, size, 1 if grey else 3), 10
         config.data.num_examples = 100_000
     build.check(config)
-    assert build.plan(config, sharding.make_mesh()).total_steps == 1
+    assert build.make_experiment(config, sharding.make_mesh()).length.total_steps == 1
 
 
 def test_way_to_the_peak_and_sizes_beyond_the_run_are_cut_off(tiny_config):
@@ -216,14 +217,17 @@ def test_way_to_the_peak_and_sizes_beyond_the_run_are_cut_off(tiny_config):
         schedule__name="one_cycle", schedule__peak="3 epochs", schedule__cooldown="4 steps",
         image_size=(("0 epochs", 8), ("10 steps", 12), ("12 steps", 16), ("9 epochs", 24)),
     )  # fmt: skip
-    plan = build.plan(config, sharding.make_mesh())
-    assert plan.notes[0] == ("config.schedule.peak = '3 epochs' is shortened to the run's 12 steps")
-    assert plan.image_sizes == inputs.Sizes((0, 10), (8, 12))
+    experiment = build.make_experiment(config, sharding.make_mesh())
+    shortened = "config.schedule.peak = '3 epochs' is shortened to the run's 12 steps"
+    assert experiment.notes[0] == shortened
+    assert experiment.train.sizes == Sizes((0, 10), (8, 12))
     config.duration = "1 steps"
-    assert build.plan(config, sharding.make_mesh()).image_sizes == inputs.Sizes((0,), (8,))
+    assert build.make_experiment(config, sharding.make_mesh()).train.sizes == Sizes((0,), (8,))
     config.schedule.name, config.schedule.peak = "exponential", None
     config.schedule.every = "5%"
-    assert build.plan(config, sharding.make_mesh()).rate(0) == pytest.approx(0.1)
+    assert build.make_experiment(config, sharding.make_mesh()).learning_rate(0) == pytest.approx(
+        0.1
+    )
 
 
 class NoTrain(nn.Module):
@@ -237,4 +241,6 @@ class NoTrain(nn.Module):
 def test_network_without_the_argument_train_is_told(monkeypatch, tiny_config):
     monkeypatch.setitem(models.MODELS, "own", NoTrain)
     with pytest.raises(ConfigError, match="the network own .* has no argument `train`"):
-        build.plan(tiny_config(model__name="own", model__widths=None), sharding.make_mesh())
+        build.make_experiment(
+            tiny_config(model__name="own", model__widths=None), sharding.make_mesh()
+        )

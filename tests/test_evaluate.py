@@ -18,7 +18,7 @@ from flaxcls.data.resident import Resident
 from flaxcls.data.stream import Stream, Workers
 from flaxcls.errors import ConfigError
 from flaxcls.inference import evaluator
-from flaxcls.training.train import train
+from flaxcls.training.train import train_config as train
 
 MEAN, STD = (0.3,), (0.35,)
 

@@ -4,13 +4,13 @@ import jax
 import pytest
 from PIL import Image
 
-from flaxcls import bench, build, main
+from flaxcls import build, main
 from flaxcls.build import adapt as build_adapt
-from flaxcls.build import inputs
 from flaxcls.config import fields, recipes
+from flaxcls.data import pipeline
+from flaxcls.perf import step
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
-from flaxcls.training.program import mesh_for
 
 
 @pytest.fixture
@@ -23,9 +23,10 @@ def adapted(tmp_path, monkeypatch):
             Image.new("RGB", (8, 8)).save(path)
 
     def adapt(images, short_side, rate, *overrides):
-        monkeypatch.setattr(inputs, "survey", lambda source: inputs.Survey(images, 2, short_side))
+        summary = pipeline.DatasetSummary(images, 2, short_side)
+        monkeypatch.setattr(pipeline, "summarize", lambda source: summary)
         monkeypatch.setattr(
-            bench, "step_rate", lambda *_, image_size, num_classes: rate * (32 / image_size) ** 2
+            step, "step_rate", lambda *_, image_size, num_classes: rate * (32 / image_size) ** 2
         )
         recipe = recipes.load_recipe(
             "configs/folder.py", [f"data.path={tmp_path}", "mesh.cpu_devices=8", *overrides]
@@ -87,9 +88,9 @@ def test_step_is_timed_on_made_up_images(tiny_config):
         data__name="digits", data__image_shape=None, data__num_classes=None, data__num_examples=None
     )
     before = config.to_json_best_effort()
-    mesh = mesh_for(config)
+    mesh = build.mesh(config)
     assert sharding.platform(mesh) == "cpu" and jax.device_count() == 8
-    assert bench.step_rate(config, mesh, image_size=12, num_classes=3) > 1
+    assert step.step_rate(config, mesh, image_size=12, num_classes=3) > 1
     assert config.to_json_best_effort() == before
 
 
@@ -98,8 +99,8 @@ def test_resumed_run_keeps_what_it_chose_though_the_cpu_is_another_one(
 ):
     workdir = tmp_path_factory.mktemp("run")
     first, _ = adapted(3240, 64, 330)
-    run_folder.record(workdir, first, {})
-    monkeypatch.setattr(bench, "step_rate", lambda *_, **__: 5000)
+    run_folder.record(workdir, {"config": fields.plain(first)})
+    monkeypatch.setattr(step, "step_rate", lambda *_, **__: 5000)
     overrides = [f"data.path={tmp_path}", "mesh.cpu_devices=8"]
     recipe = recipes.load_recipe("configs/folder.py", overrides)
     again = main._adapted(recipe, workdir)

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from flaxcls import config as configs
-from flaxcls import models
 from flaxcls.build import inputs
-from flaxcls.config import options
-from flaxcls.core import schedules
+from flaxcls.config import durations, options
+from flaxcls.data import pipeline
 from flaxcls.data.loader import Loader
 from flaxcls.data.resident import Resident
 from flaxcls.data.source import Example, Source
@@ -66,7 +65,7 @@ def config_with(**changes):
 
 # Image sizes.
 
-TO_STEPS = partial(schedules.to_steps, batch_size=10, num_examples=100, total_steps=90)
+TO_STEPS = partial(durations.to_steps, batch_size=10, num_examples=100, total_steps=90)
 
 
 def test_image_size_is_none_a_number_or_a_schedule():
@@ -80,7 +79,7 @@ def test_image_size_is_none_a_number_or_a_schedule():
         assert sizes.begins == (0, 20, 45, 50)
         seen = [sizes(step) for step in (0, 19, 20, 44, 45, 49, 50, 10**9)]
         assert seen == [32, 32, 48, 48, 40, 40, 64, 64]
-        assert inputs.last_image_size(config_with(image_size=given)) == 64
+        assert inputs.eval_image_size(config_with(image_size=given)) == 64
         assert sizes.describe() == (
             "; images of 32 pixels a side, 48 from step 20 on, 40 from step 45 on, 64 from step 50 "
             "on (the step is compiled for each)"
@@ -178,7 +177,8 @@ def test_transforms_follow_from_the_config(shape, changes, training, evaluation)
     config, source = config_with(**changes), Pictures(shape)
     assert inputs.train_transform(config, source) == training
     assert inputs.eval_transform(config, source) == evaluation
-    inputs.check(config, source, inputs.image_sizes(config, TO_STEPS))
+    inputs.training(config, source, inputs.image_sizes(config, TO_STEPS))
+    inputs.evaluation(config, source)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +249,15 @@ def test_transforms_follow_from_the_config(shape, changes, training, evaluation)
 def test_what_does_not_fit_together_is_refused_in_a_sentence(shape, changes, message):
     config = config_with(**changes)
     with pytest.raises(ConfigError, match=message) as caught:
-        inputs.check(config, Pictures(shape), inputs.image_sizes(config, TO_STEPS))
+        inputs.training(config, Pictures(shape), inputs.image_sizes(config, TO_STEPS))
+        inputs.evaluation(config, Pictures(shape))
     assert "\n" not in str(caught.value)
 
 
 def test_shape_of_the_images_is_the_size_or_the_datas_own():
-    assert inputs.image_shape(Pictures(FIXED), None) == (8, 10, 3)
-    assert inputs.image_shape(Pictures(VARIED, channels=1), 6) == (6, 6, 1)
+    assert inputs.evaluation(config_with(), Pictures(FIXED)).image_shape() == (8, 10, 3)
+    sized = inputs.evaluation(config_with(image_size=6), Pictures(VARIED, channels=1))
+    assert sized.image_shape() == (6, 6, 1)
     assert inputs.eval_image_size(config_with(image_size=6)) == 6
     assert inputs.eval_image_size(config_with(image_size=6, eval__image_size=9)) == 9
     assert inputs.eval_image_size(config_with(image_size=(("0%", 6), ("50%", 8)))) == 8
@@ -272,10 +274,10 @@ def make_input():
     def make(source, evaluation=False, report=print, **changes):
         config = config_with(**changes)
         if evaluation:
-            made.append(inputs.evaluation(config, source))
+            made.append(inputs.evaluation(config, source).open())
         else:
             sizes = inputs.image_sizes(config, TO_STEPS)
-            made.append(inputs.training(config, source, sizes, report))
+            made.append(inputs.training(config, source, sizes).open(report))
         return made[-1]
 
     yield make
@@ -303,9 +305,9 @@ def test_what_is_small_and_always_the_same_is_resident(make_input, shape, change
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_what_is_large_is_streamed(make_input, monkeypatch, changes, evaluation):
     side = 6 * 6 if changes else 8 * 10
-    monkeypatch.setattr(inputs, "RESIDENT_BYTES", COUNT * side * 3)
+    monkeypatch.setattr(pipeline, "RESIDENT_BYTES", COUNT * side * 3)
     assert isinstance(make_input(Pictures(), evaluation, **changes), Resident)
-    monkeypatch.setattr(inputs, "RESIDENT_BYTES", COUNT * side * 3 - 1)
+    monkeypatch.setattr(pipeline, "RESIDENT_BYTES", COUNT * side * 3 - 1)
     assert isinstance(make_input(Pictures(), evaluation, **changes), Stream)
     kind = make_input(Pictures(), evaluation, input__mode="resident", **changes)
     assert isinstance(kind, Resident)
@@ -394,15 +396,12 @@ def test_limit_of_pixels_is_that_of_the_config(make_input, mode, evaluation):
 # What is known of the images before training.
 
 
-def test_statistics_are_as_given_or_those_of_the_images(make_input):
+def test_statistics_are_those_of_the_images(make_input):
     source = Pictures()
-    given = config_with(data__mean=(0.5, 0.25, 1), data__std=[0.1, 0.2, 0.3])
-    data = make_input(source)
-    assert inputs.normalization(given, source, data) == ([0.5, 0.25, 1.0], [0.1, 0.2, 0.3])
     scaled = np.stack(source.pixels) / 255
     for mode in ("resident", "stream"):  # 24 images are fewer than SAMPLE
         data = make_input(source, input__mode=mode)
-        mean, std = inputs.normalization(config_with(), source, data)
+        mean, std = pipeline.statistics(data, inputs.evaluation(config_with(), source))
         np.testing.assert_allclose(mean, scaled.mean((0, 1, 2)), rtol=1e-12)
         np.testing.assert_allclose(std, scaled.std((0, 1, 2)), rtol=1e-12)
 
@@ -410,39 +409,39 @@ def test_statistics_are_as_given_or_those_of_the_images(make_input):
 def test_streamed_statistics_are_those_of_some_images_as_evaluation_sees_them(
     make_input, monkeypatch
 ):
-    monkeypatch.setattr(inputs, "SAMPLE", 5)
+    monkeypatch.setattr(pipeline, "SAMPLE", 5)
     config, source = config_with(image_size=6), Pictures(VARIED, broken=(6,))
     indices = [0, 5, 11, 17, 23]
     seen = [Loader(source, CenterCrop())(index, 6)[0] for index in indices]
-    mean, std = inputs.normalization(config, source, make_input(source, image_size=6))
+    evaluated = inputs.evaluation(config, source)
+    mean, std = pipeline.statistics(make_input(source, image_size=6), evaluated)
     np.testing.assert_allclose(mean, np.mean(np.stack(seen) / 255, axis=(0, 1, 2)), rtol=1e-12)
     np.testing.assert_allclose(std, np.std(np.stack(seen) / 255, axis=(0, 1, 2)), rtol=1e-12)
-    np.testing.assert_array_equal(inputs.sample(config, source, 5), np.stack(seen))
+    np.testing.assert_array_equal(evaluated.sample(5), np.stack(seen))
 
 
 def test_a_broken_image_does_not_spoil_the_sample():
-    images = inputs.sample(config_with(image_size=6), Pictures(VARIED, broken=(0, 23)), 3)
+    images = inputs.evaluation(config_with(image_size=6), Pictures(VARIED, broken=(0, 23))).sample(
+        3
+    )
     assert images.shape == (3, 6, 6, 3) and images.any(axis=(1, 2, 3)).all()
 
 
-def test_network_sees_as_many_images_first_as_it_needs(make_input, monkeypatch):
-    monkeypatch.setattr(inputs, "FIRST_IMAGES", 7)
-    source = Pictures(FIXED)
-    for name, count in (("dense", 1), ("quick", 7)):
-        network = models.build(name, num_classes=2)
-        assert models.needs_images(network) == (count > 1)
-        for mode in ("resident", "stream"):
-            data = make_input(source, input__mode=mode)
-            images = inputs.first_images(config_with(), source, data, network)
-            assert images.shape == (count, 8, 10, 3) and images.dtype == np.uint8
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_first_images_are_some_of_those_that_evaluation_would_see(make_input, mode):
+    source, evaluated = Pictures(FIXED), inputs.evaluation(config_with(), Pictures(FIXED))
+    data = make_input(source, input__mode=mode)
+    for count in (1, 7, 1000):
+        images = pipeline.first_images(data, evaluated, count)
+        assert images.shape == (min(count, COUNT), 8, 10, 3) and images.dtype == np.uint8
 
 
 def test_survey_tells_number_classes_and_middle_size():
     source = Pictures(VARIED, broken=(1,))
     sides = [min(p.shape[:2]) for index, p in enumerate(source.pixels) if index != 1]
-    assert inputs.survey(source) == (COUNT, 2, int(np.median(sides)))
+    assert pipeline.summarize(source) == (COUNT, 2, int(np.median(sides)))
     with pytest.raises(DataError, match="none of the images of pictures that were tried can be"):
-        inputs.survey(Pictures(VARIED, broken=range(COUNT)))
+        pipeline.summarize(Pictures(VARIED, broken=range(COUNT)))
 
 
 def test_default_fits_every_option_of_the_input():

@@ -164,7 +164,7 @@ def test_likelihood_is_the_loss_without_smoothing_and_weights(name, options, sam
     logits = random.normal(size=(6, 3)).astype(np.float32)
     labels = random.integers(0, 3, 6)
     targets = np.eye(3, dtype=np.float32)[labels]
-    values, weights = losses.likelihood(name)(logits, targets)
+    values, weights = losses.LossSpec(name, None, {}).likelihood(logits, targets)
     assert (weights == 1).all()
     x = logits.astype(np.float64)
     expected = {
@@ -172,6 +172,8 @@ def test_likelihood_is_the_loss_without_smoothing_and_weights(name, options, sam
         "sigmoid_cross_entropy": (np.log1p(np.exp(x)) - targets * x).mean(axis=1),
     }.get(name, np.log(np.exp(x).sum(axis=1)) - x[np.arange(6), labels])
     np.testing.assert_allclose(values, expected, rtol=1e-5)
-    assert losses.is_likelihood(name, **options) == same
-    other, other_weights = losses.build(name, **options)(logits, targets)
+    class_weights = options.pop("class_weights", None)
+    spec = losses.LossSpec(name, class_weights, options)
+    assert (spec.objective(class_weights) is None) == same
+    other, other_weights = spec.with_weights(class_weights)(logits, targets)
     assert (np.allclose(other, values) and np.allclose(other_weights, 1)) == same

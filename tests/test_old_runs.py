@@ -14,7 +14,7 @@ import pytest
 
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.runs import run_folder
-from flaxcls.training.train import train
+from flaxcls.training.train import train_config as train
 
 OLD = Path(__file__).parent / "fixtures/old_run"
 

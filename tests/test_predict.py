@@ -21,7 +21,7 @@ from flaxcls.errors import ConfigError, DataError, OutputError
 from flaxcls.inference import evaluator, predictor
 from flaxcls.inference.predictor import PROBABILITIES, Predictor, make_forward
 from flaxcls.runtime import output
-from flaxcls.training.train import train
+from flaxcls.training.train import train_config as train
 
 CLASSES = ("crimson", "green", "sky blue")
 
@@ -289,8 +289,8 @@ def test_colour_runs_take_grey_pictures(run, tmp_path):
 )
 def test_better_weights_are_the_default(results, metric, expected):
     trained = SimpleNamespace(
-        facts={"progress": {"results": results}},
-        config=SimpleNamespace(checkpoint=SimpleNamespace(best_metric=metric)),
+        metadata={"progress": {"results": results}},
+        experiment=SimpleNamespace(best_metric=metric),
         ema={"params": {}},
     )
     assert predictor._choose_weights(trained, "run", None) == expected

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from flaxcls.config import fields
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
 from flaxcls.runs import run_folder
 from flaxcls.runtime import cluster, processes, sharding
@@ -21,7 +22,7 @@ def others_say(monkeypatch, facts):
 
 def test_what_differs_is_named_with_both_values(monkeypatch, tiny_config):
     facts = {"fingerprint": "a", "mean": [0.5], "class_names": ["cat", "dog"]}
-    identity = run_folder.identity(tiny_config(), facts, "b")
+    identity = run_folder.identity({"config": fields.plain(tiny_config()), **facts}, "b")
     others_say(monkeypatch, identity)
     processes.check_same(identity)
     for name, other in (
@@ -44,9 +45,9 @@ def test_what_differs_is_named_with_both_values(monkeypatch, tiny_config):
 
 def test_where_the_data_lies_and_who_decodes_may_differ(tiny_config):
     facts = {"fingerprint": "a"}
-    one = run_folder.identity(tiny_config(), facts, "b")
+    one = run_folder.identity({"config": fields.plain(tiny_config()), **facts}, "b")
     other = tiny_config(data__dir="/elsewhere", input__threads=3, input__read_ahead=9)
-    assert run_folder.identity(other, facts, "b") == one
+    assert run_folder.identity({"config": fields.plain(other), **facts}, "b") == one
 
 
 def test_other_number_of_devices_is_named(monkeypatch):

@@ -12,7 +12,7 @@ from flaxcls.config import fields
 from flaxcls.errors import ConfigError
 from flaxcls.runs import run_folder
 from flaxcls.training import program
-from flaxcls.training.train import train
+from flaxcls.training.train import train_config as train
 
 
 def rows(workdir):
@@ -103,7 +103,7 @@ def test_longer_run_that_ends_early_is_not_taken_for_finished(tmp_path, tiny_con
         raise RuntimeError("a crash")
 
     with monkeypatch.context() as patched:
-        patched.setattr(program.Trainer, "update", crash)
+        patched.setattr(program.Program, "update", crash)
         with pytest.raises(RuntimeError, match="a crash"):
             train(tiny_config(duration="16 steps"), tmp_path)
     assert not (tmp_path / "summary.json").exists()

@@ -14,8 +14,8 @@ from flaxcls.config import fields
 from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.runs import goodput, manifest, run_folder
-from flaxcls.runs.metric_log import Watch, describe
-from flaxcls.training.train import train
+from flaxcls.runs.metric_log import MetricLog, describe
+from flaxcls.training.train import train_config as train
 
 NESTED = "[" * 100_000 + "]" * 100_000
 
@@ -182,7 +182,7 @@ def test_any_content_is_read_or_told_in_a_sentence(name, tmp_path):
                     assert describe(summary["eval"]) and f"{summary['step']:,}"
                     assert f"{summary['seconds']:.0f}" and summary["goodput"] is not None
             elif name == "metrics.jsonl":
-                with Watch(tmp_path, 5, 10, 8):
+                with MetricLog(tmp_path, 5, 10, 8):
                     pass
                 for line in (tmp_path / name).read_bytes().splitlines():
                     assert json.loads(line)["step"] <= 5

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from flaxcls.config import durations
 from flaxcls.core import schedules
 from flaxcls.errors import ConfigError
 
@@ -11,7 +12,7 @@ TOTAL = 100
 
 
 def to_steps(duration):
-    return schedules.to_steps(duration, batch_size=10, num_examples=100, total_steps=TOTAL)
+    return durations.to_steps(duration, batch_size=10, num_examples=100, total_steps=TOTAL)
 
 
 def rates(name, learning_rate=0.5, steps=TOTAL + 1, **options):
@@ -51,7 +52,7 @@ def torch_rates(make, steps=TOTAL):
     ],
 )
 def test_durations_round_to_the_nearest_step(text, steps):
-    actual = schedules.to_steps(text, batch_size=256, num_examples=1_281_167, total_steps=1000)
+    actual = durations.to_steps(text, batch_size=256, num_examples=1_281_167, total_steps=1000)
     assert actual == steps and type(actual) is int
 
 
@@ -73,7 +74,7 @@ def test_durations_that_make_no_sense_are_refused():
         with pytest.raises(ConfigError, match=message):
             to_steps(text)
     with pytest.raises(ConfigError, match="part of itself"):
-        schedules.to_steps("5%", batch_size=10, num_examples=100)
+        durations.to_steps("5%", batch_size=10, num_examples=100)
 
 
 def test_times_are_read_as_seconds():
@@ -83,8 +84,8 @@ def test_times_are_read_as_seconds():
         ("1.5 hours", 5400),
         ("1 hour", 3600),
     ]:
-        assert schedules.parse_duration(text) == (seconds, "seconds")
-    assert schedules.parse_duration("2 Epochs") == (2, "epochs")
+        assert durations.parse_duration(text) == (seconds, "seconds")
+    assert durations.parse_duration("2 Epochs") == (2, "epochs")
 
 
 def test_cosine_equals_torch_and_reaches_its_end():

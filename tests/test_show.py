@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from flaxcls import augment, build
-from flaxcls.build import inputs
 from flaxcls.core.step import augmentation_key, make_init, make_train_step, seed_key
 from flaxcls.data.commands import preview
 from flaxcls.data.resident import gather
@@ -21,7 +20,7 @@ def forget_flags():
 
 
 def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
-    plan = build.plan(tiny_config(seed=7), sharding.make_mesh())
+    experiment = build.make_experiment(tiny_config(seed=7), sharding.make_mesh())
     keys = []
 
     def note(key, batch):
@@ -29,9 +28,9 @@ def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
         return {**batch, "image": augment.normalize(batch["image"], (0.5,), (0.2,))}
 
     train_step = make_train_step(
-        plan.network,
-        build.loss(tiny_config(), None),
-        plan.optimizer,
+        experiment.network,
+        build.loss(tiny_config(), 5).with_weights(None),
+        experiment.optimizer,
         note,
         num_classes=5,
         ema_decay=None,
@@ -39,7 +38,7 @@ def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
         max_grad_norm=1e4,
         platform="cpu",
     )
-    init = make_init(plan.network, plan.optimizer, num_classes=5, ema=False)
+    init = make_init(experiment.network, experiment.optimizer, num_classes=5, ema=False)
     batch = {"image": np.zeros((4, 8, 8, 1), np.uint8), "label": np.arange(4)}
     state = jax.jit(init)(jax.random.key_data(jax.random.key(7)), batch["image"] / 255)
     step = jax.jit(lambda state: (train_step(state, batch), keys.pop()))
@@ -53,10 +52,10 @@ def test_augmentation_is_keyed_as_in_a_training_step(tiny_config):
 @pytest.mark.parametrize("step", [0, 9])  # the second one in another epoch
 def test_rows_are_the_images_of_the_batch(tiny_config, mode, step):
     config = tiny_config(input__mode=mode, augment=({"name": "flip", "mode": "alternating"},))
-    evaluation, training, augmented = preview.look(config, step=step, count=5)
+    evaluation, training, augmented = preview.preview(config, step=step, count=5)
 
-    plan = build.plan(config, sharding.make_mesh())
-    pipeline = inputs.training(config, plan.train_source, plan.image_sizes)
+    experiment = build.make_experiment(config, sharding.make_mesh())
+    pipeline = experiment.train.open()
     batch = gather(pipeline.arrays, pipeline.batch(step))
     pipeline.close()
     images = np.asarray(batch["image"])[:5]
@@ -65,7 +64,7 @@ def test_rows_are_the_images_of_the_batch(tiny_config, mode, step):
     mirrored = (augmented.images == images[:, :, ::-1]).all(axis=(1, 2, 3))
     same = (augmented.images == images).all(axis=(1, 2, 3))
     assert (mirrored ^ same).all() and mirrored.any() and same.any()
-    names = [plan.train_source.class_names[label] for label in np.asarray(batch["label"])[:5]]
+    names = [experiment.train.source.class_names[label] for label in np.asarray(batch["label"])[:5]]
     assert [words for (words,) in evaluation.captions] == [(name, 1.0) for name in names]
     assert augmented.captions == evaluation.captions
 
@@ -73,10 +72,10 @@ def test_rows_are_the_images_of_the_batch(tiny_config, mode, step):
 def test_parts_of_an_accumulated_batch_are_augmented_as_in_training(tiny_config):
     spec = ({"name": "mixup", "alpha": 1.0},)
     config = tiny_config(gradient_accumulation=2, augment=spec, data__mean=(0.5,), data__std=(0.2,))
-    *_, shown = preview.look(config, step=3, count=16)
+    *_, shown = preview.preview(config, step=3, count=16)
 
-    plan = build.plan(config, sharding.make_mesh())
-    pipeline = inputs.training(config, plan.train_source, plan.image_sizes)
+    experiment = build.make_experiment(config, sharding.make_mesh())
+    pipeline = experiment.train.open()
     batch = gather(pipeline.arrays, pipeline.batch(3))
     key = jax.random.split(jax.random.fold_in(seed_key(0), 3))[0]
     mix = augment.build(spec, mean=(0.5,), std=(0.2,))
@@ -98,7 +97,7 @@ def test_crops_of_training_differ_from_those_of_evaluation(tiny_config):
         model__stem="cifar",
     )
     config.eval.image_size = 12
-    evaluation, training, augmented = preview.look(config, step=0, count=3)
+    evaluation, training, augmented = preview.preview(config, step=0, count=3)
     assert evaluation.images.shape == (3, 12, 12, 3)
     assert training.images.shape == (3, 16, 16, 3)
     np.testing.assert_array_equal(augmented.images, training.images)  # nothing is augmented
@@ -106,7 +105,7 @@ def test_crops_of_training_differ_from_those_of_evaluation(tiny_config):
 
 def test_mixed_labels_are_told_with_their_shares(tiny_config):
     config = tiny_config(augment=({"name": "mixup", "alpha": 1.0},))
-    _, training, augmented = preview.look(config, step=0, count=16)
+    _, training, augmented = preview.preview(config, step=0, count=16)
     partners = training.images[np.arange(16) ^ 4].astype(float)
     share = max(share for words in augmented.captions for _, share in words[:1] if len(words) > 1)
     blends = [

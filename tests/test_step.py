@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import AxisType
 
 from flaxcls import augment, build, models
+from flaxcls.config.fields import options_of
 from flaxcls.core.step import augmentation_key, make_init, make_train_step, seed_key, take_metrics
 from flaxcls.models.dense import DenseNetwork
-from flaxcls.training.program import Trainer
-from flaxcls.training.train import train
+from flaxcls.training.program import Program
+from flaxcls.training.train import train_config as train
 
 
 def mesh_of(data, fsdp):
@@ -24,14 +25,14 @@ def mesh_of(data, fsdp):
 
 def after_steps(config, mesh, steps=4):
     """The state after some steps, and the metrics summed up over them."""
-    trainer = Trainer(config, build.plan(config, mesh), mesh)
-    state = trainer.init()
+    program = Program.open(build.make_experiment(config, mesh))
+    state = program.init()
     with jax.transfer_guard("disallow"):
         for step in range(steps):
-            state = trainer.update(state, trainer.batch(step))
+            state = program.update(state, program.batch(step))
     placed = state
-    state, row = trainer.take_metrics(state)
-    return jax.device_get(state), row, trainer, placed
+    state, row = program.take_metrics(state)
+    return jax.device_get(state), row, program, placed
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +64,10 @@ def test_eight_devices_equal_one(tiny_config, on_one_device, rule, data, fsdp):
     if rule not in on_one_device:
         on_one_device[rule] = after_steps(config, mesh_of(1, 1))
     state, row, *_ = on_one_device[rule]
-    other, other_row, trainer, placed = after_steps(config, mesh_of(data, fsdp))
+    other, other_row, program, placed = after_steps(config, mesh_of(data, fsdp))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, other)
     assert other_row == pytest.approx(row, rel=1e-4)
-    start = jax.device_get(trainer.init())
+    start = jax.device_get(program.init())
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.params, other.params)
     assert min(jax.tree.leaves(moved)) > 1e-3  # or the comparison would mean little
 
@@ -87,11 +88,11 @@ def test_eight_devices_equal_one(tiny_config, on_one_device, rule, data, fsdp):
 def test_hidden_transfer_would_be_noticed(tiny_config):
     config = tiny_config()
     mesh = mesh_of(8, 1)
-    trainer = Trainer(config, build.plan(config, mesh), mesh)
-    trainer.compile()
-    state = trainer.init()
+    program = Program.open(build.make_experiment(config, mesh))
+    program.compile()
+    state = program.init()
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
-        trainer.update(state, trainer.input.batch(0))
+        program.update(state, program._data.train.batch(0))
 
 
 def test_whole_run_compiles_every_function_once(tiny_config, tmp_path):
@@ -135,13 +136,13 @@ def tiny_batch(size=24, classes=5):
 
 def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
     """State and metrics after some steps on one batch that is computed in parts."""
-    network = models.build(config.model.name, num_classes=5, **build._given(config.model, "dtype"))
+    network = models.build(config.model.name, num_classes=5, **options_of(config.model, "dtype"))
     params = models.shapes(network, (8, 8, 1))["params"]
     optimizer, _ = build.optimizer(config, network, params, lambda step: jnp.float32(0.1))
     init = make_init(network, optimizer, num_classes=5, ema=True)
     step = make_train_step(
         network,
-        build.loss(config, config.loss.class_weights),
+        build.loss(config, 5).with_weights(config.loss.class_weights),
         optimizer,
         augment.build(config.augment or (), mean=(0.5,), std=(0.25,)),
         num_classes=5,
@@ -193,13 +194,13 @@ def test_parts_are_augmented_as_they_come_each_with_its_own_numbers(tiny_config)
         return {**batch, "image": batch["image"].astype(jnp.float32)}
 
     config = tiny_config()
-    plan = build.plan(config, mesh_of(1, 1))
+    experiment = build.make_experiment(config, mesh_of(1, 1))
     batch = tiny_batch()
     for parts in (1, 4):
         step = make_train_step(
-            plan.network,
-            build.loss(config, None),
-            plan.optimizer,
+            experiment.network,
+            build.loss(config, 5).with_weights(None),
+            experiment.optimizer,
             augmentation,
             num_classes=5,
             ema_decay=None,
@@ -207,7 +208,7 @@ def test_parts_are_augmented_as_they_come_each_with_its_own_numbers(tiny_config)
             max_grad_norm=1e9,
             platform="cpu",
         )
-        init = make_init(plan.network, plan.optimizer, num_classes=5, ema=False)
+        init = make_init(experiment.network, experiment.optimizer, num_classes=5, ema=False)
         state = init(jax.random.key_data(seed_key(7)), batch["image"].astype(jnp.float32))
         seen.clear()
         jax.block_until_ready(jax.jit(step)(state, batch))
@@ -244,15 +245,17 @@ def test_frozen_parameters_have_no_gradient(monkeypatch, tiny_config):
     assert (first["bias"] != last["bias"]).any()
 
     # The norm, which is logged and limited, is that of what is trained.
-    plan = build.plan(config, mesh_of(1, 1))
+    experiment = build.make_experiment(config, mesh_of(1, 1))
     batch = tiny_batch()
     image = augment.build((), mean=(0.5,), std=(0.25,))(
         jax.random.key(0), {**batch, "label": jax.nn.one_hot(batch["label"], 5)}
     )["image"]
 
     def loss(params):
-        logits = plan.network.apply({"params": params}, image, train=True)
-        losses, weights = build.loss(config, None)(logits, jax.nn.one_hot(batch["label"], 5))
+        logits = experiment.network.apply({"params": params}, image, train=True)
+        losses, weights = build.loss(config, 5).with_weights(None)(
+            logits, jax.nn.one_hot(batch["label"], 5)
+        )
         return jnp.sum(losses * weights) / jnp.sum(weights)
 
     grads = jax.grad(loss)(before.params)

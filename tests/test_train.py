@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 
 from flaxcls import augment, build
-from flaxcls.core.schedules import Duration
+from flaxcls.config.durations import Duration
 from flaxcls.errors import ConfigError, DataError, DivergedError, Interrupted
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runtime import sharding
-from flaxcls.training import train as training
-from flaxcls.training.program import Trainer
-from flaxcls.training.train import Due, train
+from flaxcls.training import due
+from flaxcls.training.due import Due
+from flaxcls.training.program import Program
+from flaxcls.training.train import train_config as train
 
 
 def rows_of(workdir):
@@ -107,7 +108,7 @@ def test_rows_come_at_their_steps(finished):
 def test_checkpoint_is_self_sufficient(finished):
     config, workdir, summary = finished
     checkpoints = Checkpoints(workdir / "checkpoints")
-    facts = checkpoints.facts(12)
+    facts = checkpoints.metadata(12)
     checkpoints.close()
     assert facts["config"]["model"]["name"] == config.model.name
     assert facts["class_names"] == [f"class_{i}" for i in range(11)]
@@ -156,14 +157,14 @@ def test_best_result_is_saved_even_between_the_intervals(tiny_config, tmp_path):
 
 
 def test_intervals_by_steps_and_by_time(monkeypatch):
-    due = Due(Duration(2.5, "steps"), total_steps=11)
-    assert [step for step in range(1, 12) if due(step)] == [3, 5, 8, 10, 11]
+    by_steps = Due(Duration(2.5, "steps"), total_steps=11)
+    assert [step for step in range(1, 12) if by_steps(step)] == [3, 5, 8, 10, 11]
     now = [100.0]
-    monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
-    due, said = Due(Duration(60, "seconds"), total_steps=10), []
+    monkeypatch.setattr(due.time, "monotonic", lambda: now[0])
+    by_time, said = Due(Duration(60, "seconds"), total_steps=10), []
     for step in range(1, 11):
         now[0] += 25
-        if due(step):
+        if by_time(step):
             said.append(step)
     assert said == [3, 6, 9, 10]
 
@@ -200,7 +201,7 @@ def test_signal_saves_and_the_run_goes_on_bitwise(
     config = tiny_config(ema_decay=0.9, checkpoint__every="100%")
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     train(config, tmp_path / "whole")
-    update, calls = training.Trainer.update, []
+    update, calls = Program.update, []
 
     def update_and_signal(self, state, batch):
         calls.append(number)
@@ -209,7 +210,7 @@ def test_signal_saves_and_the_run_goes_on_bitwise(
         return update(self, state, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Trainer, "update", update_and_signal)
+        patch.setattr(Program, "update", update_and_signal)
         with pytest.raises(Interrupted, match="stopped after step 5 of 12 and saved") as stopped:
             train(config, tmp_path / "stopped")
     assert stopped.value.exit_code == code
@@ -328,12 +329,12 @@ def test_logged_learning_rate_waits_with_the_schedule_while_updates_are_skipped(
     mesh = sharding.make_mesh()
     for max_grad_norm, made in ((1e9, 4), (1e-9, 0)):
         config = tiny_config(divergence__max_grad_norm=max_grad_norm)
-        trainer = Trainer(config, build.plan(config, mesh), mesh)
-        state = trainer.init()
+        program = Program.open(build.make_experiment(config, mesh))
+        state = program.init()
         for step in range(4):
-            state = trainer.update(state, trainer.batch(step))
+            state = program.update(state, program.batch(step))
         assert int(state.step) == 4
-        assert trainer.last_rate(state) == trainer.rate(max(made - 1, 0))
+        assert program.last_learning_rate(state) == program.learning_rate(max(made - 1, 0))
 
 
 def test_evaluation_tells_the_likelihood_and_the_objective_if_it_is_another(tmp_path, tiny_config):

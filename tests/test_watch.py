@@ -6,7 +6,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from flaxcls.runs import metric_log as watch_module
-from flaxcls.runs.metric_log import Watch, describe
+from flaxcls.runs.metric_log import MetricLog, describe
 
 ROW = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 0.1}
 
@@ -16,21 +16,21 @@ def steps_in(path):
 
 
 def test_rows_after_the_restart_are_cut(tmp_path):
-    with Watch(tmp_path, 0, 40, 8) as watch:
+    with MetricLog(tmp_path, 0, 40, 8) as watch:
         for step in (10, 20, 30):
             watch.training(step, step / 10, ROW, (100.0, 0.1))
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     with path.open("a") as file:
         file.write('{"step": 40, "tra')  # torn off by a kill
-    with Watch(tmp_path, 20, 40, 8) as watch:
+    with MetricLog(tmp_path, 20, 40, 8) as watch:
         assert steps_in(path) == [10, 20]
         watch.training(30, 3.0, ROW, (50.0, 0.2))
     assert path.read_bytes() == whole
 
 
 def test_rows_hold_nothing_that_depends_on_the_clock(tmp_path):
-    with Watch(tmp_path, 0, 40, 8) as watch:
+    with MetricLog(tmp_path, 0, 40, 8) as watch:
         watch.training(10, 1.0, ROW, (123.4, 0.5))
         watch.evaluation(10, 1.0, {"eval": {"accuracy": 0.5, "loss": 1.0, "count": 4}})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -41,7 +41,7 @@ def test_rows_hold_nothing_that_depends_on_the_clock(tmp_path):
 
 
 def test_tensorboard_file_holds_the_scalars(tmp_path):
-    with Watch(tmp_path, 0, 40, 8) as watch:
+    with MetricLog(tmp_path, 0, 40, 8) as watch:
         watch.training(10, 1.0, ROW, (100.0, 0.25))
         watch.evaluation(10, 1.0, {"ema": {"accuracy": 0.5, "loss": 1.0, "count": 4}})
     (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
@@ -61,7 +61,7 @@ def test_tensorboard_file_holds_the_scalars(tmp_path):
 def test_lines_are_plain_when_not_a_terminal(tmp_path, capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(watch_module.time, "perf_counter", lambda: now[0])
-    with Watch(tmp_path, 0, 40, 8) as watch:
+    with MetricLog(tmp_path, 0, 40, 8) as watch:
         watch.say("[bold]a line[/bold] that is longer than any terminal " + "x" * 200)
         watch.training(10, 2.5, ROW, (100.0, 0.25))
         now[0] = 2000.0  # with evaluations and all: what is left takes as long
@@ -114,7 +114,7 @@ def test_description_says_how_many_were_right():
 def test_speed_and_length_are_said_once_before_the_first_row(tmp_path, capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(watch_module.time, "perf_counter", lambda: now[0])
-    with Watch(tmp_path, 0, 1000, 64) as told:
+    with MetricLog(tmp_path, 0, 1000, 64) as told:
         for step in range(1, 30):
             now[0] += 0.25
             told.stepped(step, step / 10)
@@ -139,7 +139,7 @@ def test_speed_and_length_are_said_once_before_the_first_row(tmp_path, capsys, m
 
 
 def test_nothing_is_said_where_rows_come_soon_or_the_run_is_over(tmp_path, capsys):
-    with Watch(tmp_path, 0, 3, 64) as told:
+    with MetricLog(tmp_path, 0, 3, 64) as told:
         told.stepped(1, 0.1)
         row = {"loss": 1.0, "accuracy": 0.5, "learning_rate": 0.1}
         told.training(1, 0.1, row, (10.0, 0.0))

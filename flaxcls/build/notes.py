@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flaxcls.build import inputs
+from flaxcls.build.length import Length
 from flaxcls.core import schedules
+from flaxcls.data.pipeline import Sizes, summarize
 from flaxcls.data.source import Source, all_ignored, resolve_split
 from flaxcls.runtime.output import printable
 
@@ -12,23 +13,21 @@ _LARGE = 96  # pixels a side; pictures are seldom so small that this would be mu
 _ENLARGED = 4  # times; more is taken for a mistake
 
 
-def shortened(
-    schedule: Mapping[str, Any], total_steps: int, in_steps: Callable[[str], float]
-) -> Iterator[str]:
+def shortened(schedule: Mapping[str, Any], run: Length) -> Iterator[str]:
     """That warm-up, cooldown or the way to one_cycle's peak take more steps than there are."""
     peak = schedule.get("peak")
-    if peak and round(in_steps(peak)) > total_steps:
-        yield (f"config.schedule.peak = {peak!r} is shortened to the run's {total_steps} steps")
+    if peak and run.to_steps(peak) > run.total_steps:
+        yield (f"config.schedule.peak = {peak!r} is shortened to the run's {run.total_steps} steps")
     given = {field: schedule.get(field) for field in ("warmup", "cooldown")}
-    steps = {field: round(in_steps(text)) if text else 0 for field, text in given.items()}
-    if sum(steps.values()) <= total_steps:
+    steps = {field: run.to_steps(text) if text else 0 for field, text in given.items()}
+    if sum(steps.values()) <= run.total_steps:
         return
-    fitted = schedules.fitted(*steps.values(), total_steps)
+    fitted = schedules.fitted(*steps.values(), run.total_steps)
     for (field, text), fits in zip(given.items(), fitted, strict=True):
         if text:
             yield (
                 f"config.schedule.{field} = {text!r} is shortened to {fits} of the run's "
-                f"{total_steps} steps"
+                f"{run.total_steps} steps"
             )
 
 
@@ -59,12 +58,12 @@ def evaluated_twice(
         )
 
 
-def enlarged(sizes: inputs.Sizes, train: Source) -> Iterator[str]:
+def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:
     """That pictures are made much larger than they are."""
     largest = max((size for size in sizes.sizes if size), default=0)
     short_side = min(train.image_shape[:2]) if None not in train.image_shape else None
     if largest > _LARGE and short_side is None:
-        short_side = inputs.survey(train, count=20).short_side
+        short_side = summarize(train, count=20).short_side
     if short_side and largest > _ENLARGED * short_side:
         yield (
             f"config.image_size = {largest} enlarges pictures of {short_side} pixels "

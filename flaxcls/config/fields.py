@@ -7,9 +7,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 
-def plain(config: ConfigDict) -> dict[str, Any]:
+def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """The config as JSON has it: tuples are lists."""
-    return json.loads(json.dumps(config.to_dict()))
+    tree = config.to_dict() if isinstance(config, ConfigDict) else config
+    return json.loads(json.dumps(tree))
 
 
 def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -40,8 +41,10 @@ def options_of(section: Mapping[str, Any], *without: str) -> dict[str, Any]:
     }
 
 
-def changes(before: ConfigDict, now: ConfigDict) -> dict[str, tuple[Any, Any]]:
-    """The fields that differ between two configs, with both values; None for one that is absent."""
+def changes(
+    before: ConfigDict | Mapping[str, Any], now: ConfigDict | Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+    """The fields that differ between two configs, with both values; an absent option is None."""
     before, now = (dict(fields(plain(config))) for config in (before, now))
     return {
         field: (before.get(field), now.get(field))

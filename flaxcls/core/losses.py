@@ -4,7 +4,8 @@ A loss in LOSSES is `loss(logits, targets, /, *, ...) -> losses`, with logits an
 float32 [B, K] and losses float32 [B]. What comes after the star are its options.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -120,26 +121,38 @@ _LIKELIHOODS = {
 }
 
 
-def likelihood(name: str) -> LossFunction:
-    """The plain loss that a network trained by the loss of that name is evaluated by.
+class LossSpec(NamedTuple):
+    """A loss by its name, without its class weights, which may follow from the data.
 
-    Its negative log-likelihood, without label smoothing and weights, which is the same for networks
-    that were trained with different ones.
+    Attributes:
+      name: one of LOSSES.
+      class_weights: a number for each class; "balanced" by the training split; None: all alike.
+      options: the other arguments of `build`.
     """
-    return build(_LIKELIHOODS[name].__name__)
 
+    name: str
+    class_weights: tuple[float, ...] | Literal["balanced"] | None
+    options: Mapping[str, Any]
 
-def is_likelihood(
-    name: str,
-    *,
-    label_smoothing: float = 0.0,
-    class_weights: Sequence[float] | None = None,
-    target_threshold: float | None = None,
-    **options,
-) -> bool:
-    """Whether the loss that `build` makes of these is `likelihood(name)`, for hard targets."""
-    del target_threshold, options  # 0 and 1 are on their sides of any threshold
-    return name != "focal" and not label_smoothing and class_weights is None
+    def with_weights(self, class_weights: Sequence[float] | None) -> LossFunction:
+        """What is trained for."""
+        return build(self.name, class_weights=class_weights, **self.options)
+
+    @property
+    def likelihood(self) -> LossFunction:
+        """The plain loss that a network trained by this one is evaluated by.
+
+        Its negative log-likelihood, without label smoothing and weights, which is the same for
+        networks that were trained with different ones.
+        """
+        return build(_LIKELIHOODS[self.name].__name__)
+
+    def objective(self, class_weights: Sequence[float] | None) -> LossFunction | None:
+        """What is trained for, if that is not the `likelihood` for hard targets, else None."""
+        smoothed = bool(self.options.get("label_smoothing"))
+        if self.name != "focal" and not smoothed and class_weights is None:
+            return None  # a target_threshold has 0 and 1 on their sides
+        return self.with_weights(class_weights)
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -5,6 +5,7 @@ mean over a set is that over its examples, however batched. Counts of examples a
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -91,3 +92,14 @@ def compute(metrics: Metrics) -> dict[str, float]:
         return float(total) / float(count) if count else math.nan
 
     return {name: value(name, *pair) for name, pair in pairs.items()}
+
+
+def is_better(value: float, other: float, metric: str) -> bool:
+    """Whether a value of a metric is better than another one: a smaller loss, a larger accuracy."""
+    return value < other if metric == "loss" else value > other
+
+
+def best_of(results: Mapping[str, Mapping[str, float]], metric: str) -> str:
+    """The name of the best of several results by a metric, the first one of equal ones."""
+    sign = -1 if metric == "loss" else 1
+    return max(results, key=lambda name: sign * results[name][metric])

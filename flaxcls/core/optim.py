@@ -28,9 +28,9 @@ import optax
 from flaxcls.config.options import NonNegative, Positive, accepted, check, look_up
 from flaxcls.core.update_rules import (
     RULES,
-    Plan,
+    ParamGroup,
     Transforms,
-    Treatment,
+    UpdateContext,
     by_path,
     compiled,
     only,
@@ -101,10 +101,10 @@ def build(
     if len(is_frozen) == len(paths):
         raise ConfigError(f"`frozen` leaves no parameter to train, got {frozen!r}")
     exempt = compiled("no_weight_decay", no_weight_decay)
-    treatments = {}
+    groups = {}
     for path, shape in shapes.items():
         is_exempt = bool(exempt.search(path))
-        treatments[path] = Treatment(
+        groups[path] = ParamGroup(
             shape=tuple(shape),
             rule="frozen" if path in is_frozen else name,
             weight_decay=0.0 if is_exempt else weight_decay * decay_factor(path),
@@ -112,25 +112,25 @@ def build(
             is_exempt=is_exempt,
         )
 
-    decay = _add_decay(treatments) if weight_decay else optax.identity()
+    decay = _add_decay(groups) if weight_decay else optax.identity()
     l2, decoupled = (decay, optax.identity()) if mode == "l2" else (optax.identity(), decay)
-    plan = Plan(treatments, decoupled, [])
+    context = UpdateContext(groups, decoupled, [])
     trained = optax.chain(
-        *_clip(gradient_clip_norm, gradient_clip_value), l2, *rule(plan, **options)
+        *_clip(gradient_clip_norm, gradient_clip_value), l2, *rule(context, **options)
     )
     if is_frozen:
-        trained = only(plan, trained, lambda t: t.rule != "frozen")
+        trained = only(context, trained, lambda t: t.rule != "frozen")
         trained = optax.chain(
-            only(plan, optax.set_to_zero(), lambda t: t.rule == "frozen"), trained
+            only(context, optax.set_to_zero(), lambda t: t.rule == "frozen"), trained
         )
     optimizer = optax.chain(
         trained,
-        _scale_by_factors(treatments),
+        _scale_by_factors(groups),
         optax.scale_by_schedule(schedule),
         optax.scale(-1.0),
-        *plan.last,
+        *context.last,
     )
-    return _in_float32(optimizer), describe(treatments, mode)
+    return _in_float32(optimizer), describe(groups, mode)
 
 
 def updates_made(opt_state: Any) -> jax.Array:
@@ -143,26 +143,26 @@ def updates_made(opt_state: Any) -> jax.Array:
     return state.count
 
 
-def describe(treatments: dict[str, Treatment], mode: str) -> str:
+def describe(groups: dict[str, ParamGroup], mode: str) -> str:
     """One line for each group of parameters that are treated alike, the largest group first."""
-    groups: dict[tuple, list[str]] = {}
-    for path, treatment in treatments.items():
-        rule, decay, factor = treatment.rule, treatment.weight_decay, treatment.learning_rate_factor
-        groups.setdefault((rule,) if rule == "frozen" else (rule, decay, factor), []).append(path)
+    alike: dict[tuple, list[str]] = {}
+    for path, group in groups.items():
+        rule, decay, factor = group.rule, group.weight_decay, group.learning_rate_factor
+        alike.setdefault((rule,) if rule == "frozen" else (rule, decay, factor), []).append(path)
 
-    def size(group: list[str]) -> int:
-        return sum(math.prod(treatments[path].shape) for path in group)
+    def size(paths: list[str]) -> int:
+        return sum(math.prod(groups[path].shape) for path in paths)
 
     lines = []
-    for (rule, *numbers), group in sorted(groups.items(), key=lambda item: -size(item[1])):
+    for (rule, *numbers), paths in sorted(alike.items(), key=lambda item: -size(item[1])):
         text = rule
         if numbers:
             decay, factor = numbers
             text += f", weight decay {decay:g} ({mode})" if decay else ", no weight decay"
             text += f", learning rate x {factor:g}" if factor != 1 else ""
-        names = group if len(group) <= 3 else sorted({f"*/{p.split('/')[-1]}" for p in group})
-        arrays = "1 array" if len(group) == 1 else f"{len(group)} arrays"
-        lines.append(f"{text}: {arrays}, {size(group):,} numbers: {', '.join(names)}")
+        names = paths if len(paths) <= 3 else sorted({f"*/{p.split('/')[-1]}" for p in paths})
+        arrays = "1 array" if len(paths) == 1 else f"{len(paths)} arrays"
+        lines.append(f"{text}: {arrays}, {size(paths):,} numbers: {', '.join(names)}")
     return "\n".join(lines)
 
 
@@ -194,12 +194,12 @@ def _clip(norm: float | None, value: float | None) -> Transforms:
     return transforms
 
 
-def _add_decay(treatments: dict[str, Treatment]) -> optax.GradientTransformation:
-    return by_path(lambda path, update, param: update + treatments[path].weight_decay * param)
+def _add_decay(groups: dict[str, ParamGroup]) -> optax.GradientTransformation:
+    return by_path(lambda path, update, param: update + groups[path].weight_decay * param)
 
 
-def _scale_by_factors(treatments: dict[str, Treatment]) -> optax.GradientTransformation:
-    return by_path(lambda path, update, _: update * treatments[path].learning_rate_factor)
+def _scale_by_factors(groups: dict[str, ParamGroup]) -> optax.GradientTransformation:
+    return by_path(lambda path, update, _: update * groups[path].learning_rate_factor)
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -63,6 +63,12 @@ def make_init(
     return init
 
 
+def step_keys(key: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the augmentation and the dropout of a step are keyed by, of the run's own key."""
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, step))
+    return augment_key, dropout_key
+
+
 def augmentation_key(key: jax.Array, part: int | jax.Array, parts: int) -> jax.Array:
     """What the augmentation of a part of a batch is keyed by, of the batch's own key."""
     return key if parts == 1 else jax.random.fold_in(key, part)
@@ -84,8 +90,8 @@ def take_metrics(state: TrainState) -> tuple[TrainState, metrics.Metrics]:
     return state.replace(metrics=metrics.zeros_like(state.metrics)), state.metrics
 
 
-def forgive(state: TrainState) -> TrainState:
-    """The state with no update left out until now."""
+def reset_skipped(state: TrainState) -> TrainState:
+    """The state with no update skipped until now."""
     return state.replace(skipped=jnp.zeros_like(state.skipped))
 
 
@@ -112,7 +118,7 @@ def make_train_step(
     `batch` has "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B]. Its metrics are
     added to the state's.
 
-    An update that is not sound is left out: one with a number that is not finite in the loss, the
+    An update that is not sound is skipped: one with a number that is not finite in the loss, the
     gradient or the statistics of BatchNorm, or whose gradient's L2 norm exceeds `max_grad_norm`.
     The state then keeps its parameters, statistics, averages and optimizer, whose schedule waits;
     the step counts in "skipped_updates" and in no mean.
@@ -151,8 +157,7 @@ def make_train_step(
         return jnp.sum(losses * weights), (jnp.sum(weights), updates.get("batch_stats", {}), sums)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        augment_key, dropout_key = jax.random.split(key)
+        augment_key, dropout_key = step_keys(jax.random.wrap_key_data(state.rng), state.step)
 
         def part(index, part_batch):
             labels = jax.nn.one_hot(part_batch["label"], num_classes)

@@ -1,6 +1,6 @@
 """The update rules, and what an optimizer is built from.
 
-A rule in RULES is `rule(plan, /, *, ...) -> transformations`. What comes after the star are its
+A rule in RULES is `rule(context, /, *, ...) -> transformations`. What comes after the star are its
 options.
 """
 
@@ -19,7 +19,7 @@ from flaxcls.errors import ConfigError
 Transforms = list[optax.GradientTransformation]
 
 
-class Treatment(NamedTuple):
+class ParamGroup(NamedTuple):
     """What happens to one parameter.
 
     Attributes:
@@ -37,35 +37,42 @@ class Treatment(NamedTuple):
     is_exempt: bool
 
 
-class Plan(NamedTuple):
+class UpdateContext(NamedTuple):
     """What a rule is given to build its transformations from.
 
     Attributes:
-      treatments: path -> Treatment of every parameter. A rule may replace entries.
+      groups: path -> ParamGroup of every parameter. A rule may replace entries.
       decoupled: the weight decay that the rule puts where its paper has it; identity for "l2".
       last: transformations of the finished update, to which a rule may add.
     """
 
-    treatments: dict[str, Treatment]
+    groups: dict[str, ParamGroup]
     decoupled: optax.GradientTransformation
     last: Transforms
 
 
-def sgd(plan: Plan, /, *, momentum: BelowOne = 0.0, nesterov: bool = False) -> Transforms:
+def sgd(
+    context: UpdateContext, /, *, momentum: BelowOne = 0.0, nesterov: bool = False
+) -> Transforms:
     """Stochastic gradient descent; velocity = momentum * velocity + gradient, as in PyTorch."""
-    return [*_momentum("sgd", momentum, nesterov), plan.decoupled]
+    return [*_momentum("sgd", momentum, nesterov), context.decoupled]
 
 
 def rmsprop(
-    plan: Plan, /, *, decay: BelowOne = 0.9, eps: Positive = 1e-8, momentum: BelowOne = 0.0
+    context: UpdateContext,
+    /,
+    *,
+    decay: BelowOne = 0.9,
+    eps: Positive = 1e-8,
+    momentum: BelowOne = 0.0,
 ) -> Transforms:
     """Gradient / (sqrt(mean square) + eps), the mean starting at 0; then momentum; as PyTorch's."""
     rms = optax.scale_by_rms(decay, eps, initial_scale=0.0, eps_in_sqrt=False)
-    return [rms, *_momentum("rmsprop", momentum, False), plan.decoupled]
+    return [rms, *_momentum("rmsprop", momentum, False), context.decoupled]
 
 
 def adam(
-    plan: Plan,
+    context: UpdateContext,
     /,
     *,
     b1: BelowOne = 0.9,
@@ -74,22 +81,22 @@ def adam(
     nesterov: bool = False,
 ) -> Transforms:
     """Adam (Kingma & Ba 2015); with `nesterov` NAdam (Dozat 2016)."""
-    return [optax.scale_by_adam(b1, b2, eps, nesterov=nesterov), plan.decoupled]
+    return [optax.scale_by_adam(b1, b2, eps, nesterov=nesterov), context.decoupled]
 
 
 def lamb(
-    plan: Plan, /, *, b1: BelowOne = 0.9, b2: BelowOne = 0.999, eps: Positive = 1e-6
+    context: UpdateContext, /, *, b1: BelowOne = 0.9, b2: BelowOne = 0.999, eps: Positive = 1e-6
 ) -> Transforms:
     """LAMB (You et al. 2020): Adam's step plus the decay, made as long as the layer's parameters.
 
     As in timm, parameters exempt from weight decay keep Adam's step.
     """
-    trust = only(plan, optax.scale_by_trust_ratio(), lambda t: not t.is_exempt)
-    return [optax.scale_by_adam(b1, b2, eps), plan.decoupled, trust]
+    trust = only(context, optax.scale_by_trust_ratio(), lambda t: not t.is_exempt)
+    return [optax.scale_by_adam(b1, b2, eps), context.decoupled, trust]
 
 
 def lars(
-    plan: Plan,
+    context: UpdateContext,
     /,
     *,
     momentum: BelowOne = 0.9,
@@ -102,17 +109,17 @@ def lars(
     after the momentum, as in PyTorch's SGD. Parameters exempt from weight decay are not rescaled.
     """
     trust = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
-    trust = only(plan, trust, lambda t: not t.is_exempt)
-    return [trust, *_momentum("lars", momentum, nesterov), plan.decoupled]
+    trust = only(context, trust, lambda t: not t.is_exempt)
+    return [trust, *_momentum("lars", momentum, nesterov), context.decoupled]
 
 
-def lion(plan: Plan, /, *, b1: BelowOne = 0.9, b2: BelowOne = 0.99) -> Transforms:
+def lion(context: UpdateContext, /, *, b1: BelowOne = 0.9, b2: BelowOne = 0.99) -> Transforms:
     """Lion (Chen et al. 2023): the sign of an interpolation of gradient and momentum."""
-    return [optax.scale_by_lion(b1, b2), plan.decoupled]
+    return [optax.scale_by_lion(b1, b2), context.decoupled]
 
 
 def muon(
-    plan: Plan,
+    context: UpdateContext,
     /,
     *,
     momentum: BelowOne = 0.95,
@@ -131,7 +138,7 @@ def muon(
     vectors, embeddings, depthwise convolutions and the kernels that `exclude` matches.
 
     Args:
-      plan: see Plan.
+      context: see UpdateContext.
       momentum: of the kernels.
       nesterov: for the kernels and, with `rest` "sgd", the others.
       newton_schulz_steps: iterations of the orthogonalisation; airbench takes 3.
@@ -144,21 +151,21 @@ def muon(
     """
     excluded = compiled("exclude", exclude)
     matrices = {}
-    for path, treatment in plan.treatments.items():
-        matrix = None if excluded.search(path) else _matrix(path, treatment.shape)
-        if treatment.rule == "frozen":
+    for path, group in context.groups.items():
+        matrix = None if excluded.search(path) else _matrix(path, group.shape)
+        if group.rule == "frozen":
             continue
         if matrix:
             matrices[path] = matrix
             changes = {"weight_decay": 0.0} if renormalize else {}
         else:
-            factor = treatment.learning_rate_factor * rest_learning_rate
+            factor = group.learning_rate_factor * rest_learning_rate
             changes = {"rule": rest, "learning_rate_factor": factor}
-        plan.treatments[path] = treatment._replace(**changes)
+        context.groups[path] = group._replace(**changes)
     if not matrices:
         raise ConfigError("muon found no kernel to train; `exclude` may match too much")
     if renormalize:
-        plan.last.append(_renormalize(matrices))
+        context.last.append(_renormalize(matrices))
 
     kernels = [
         *_momentum("muon", momentum, nesterov),
@@ -169,9 +176,9 @@ def muon(
     else:
         others = _momentum("muon", rest_momentum, nesterov)
     return [
-        only(plan, optax.chain(*kernels), lambda t: t.rule == "muon"),
-        only(plan, optax.chain(*others), lambda t: t.rule == rest),
-        plan.decoupled,
+        only(context, optax.chain(*kernels), lambda t: t.rule == "muon"),
+        only(context, optax.chain(*others), lambda t: t.rule == rest),
+        context.decoupled,
     ]
 
 
@@ -255,14 +262,14 @@ def by_path(
 
 
 def only(
-    plan: Plan, transform: optax.GradientTransformation, chosen: Callable[[Treatment], bool]
+    context: UpdateContext,
+    transform: optax.GradientTransformation,
+    chosen: Callable[[ParamGroup], bool],
 ) -> optax.GradientTransformation:
     """The transformation of the chosen parameters; the updates of the others pass unchanged."""
 
     def mask(tree: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: chosen(plan.treatments[path_name(path)]), tree
-        )
+        return jax.tree.map_with_path(lambda path, _: chosen(context.groups[path_name(path)]), tree)
 
     return optax.masked(transform, mask)
 

@@ -11,8 +11,14 @@ import numpy as np
 from flaxcls.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
+Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]  # and dtypes, of a batch
 
 _DRAWS = 2**64 - 1  # second word of the key of the draws; an epoch's order has its number there
+
+
+def batch_shapes(count: int, *names: str) -> Shapes:
+    """int32 [count] under each name."""
+    return {name: ((count,), np.dtype(np.int32)) for name in names}
 
 
 class Order:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcls.data.order import Batch, Order, evaluation_batches, take_rows
+from flaxcls.data.order import Batch, Order, Shapes, batch_shapes, evaluation_batches, take_rows
 
 
 class Resident:
@@ -40,13 +40,13 @@ class Resident:
     def __len__(self) -> int:
         return len(self.arrays["label"])
 
-    def image_size(self, step: int) -> int | None:
-        """Of the batch of a step, where that can change: here it can't."""
-        return None
-
     def batch(self, step: int, offset: int = 0) -> Batch:
         """Which examples training batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
         return self._mine(self._order.batch(step + offset))
+
+    def batch_shapes(self, step: int) -> Shapes:
+        """The shapes of a step's batch, of the rows of all processes; needs no data."""
+        return batch_shapes(self._order.batch_size, "index", "epoch")
 
     def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[Batch]:
         """The training batches of the steps `start` to `stop` - 1, `offset` steps on."""

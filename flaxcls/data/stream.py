@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxcls.data.decode import available_cores
 from flaxcls.data.loader import BrokenImages, Loader
-from flaxcls.data.order import Batch, Order, evaluation_batches, take_rows
+from flaxcls.data.order import Batch, Order, Shapes, batch_shapes, evaluation_batches, take_rows
 from flaxcls.data.workers import (
     SHARED_MEMORY,
     NoRoom,
@@ -84,6 +84,13 @@ class Stream:
         """
         (batch,) = self.batches(step, step + 1, offset)
         return batch
+
+    def batch_shapes(self, step: int) -> Shapes:
+        """The shapes of a step's batch, of the rows of all processes; needs no data."""
+        count = self._order.batch_size
+        shape = (count, *self._shape(self.image_size(step)))
+        shapes = batch_shapes(count, "label", "index", "epoch", "broken")
+        return {"image": (shape, np.dtype(np.uint8)), **shapes}
 
     def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[Batch]:
         """The training batches of the steps `start` to `stop` - 1.

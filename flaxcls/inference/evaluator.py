@@ -3,23 +3,21 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from flaxcls import augment, build, models
-from flaxcls.build import inputs
-from flaxcls.core import losses, metrics
+from flaxcls import augment
+from flaxcls.core import metrics
 from flaxcls.core.step import make_eval_step, zero_metrics
-from flaxcls.data import FILES
+from flaxcls.data.files import FileSource
+from flaxcls.data.pipeline import Input
 from flaxcls.data.resident import gather
 from flaxcls.data.source import Source, some_names
-from flaxcls.runs import run_folder
-from flaxcls.runs.checkpoint_reader import CheckpointReader
+from flaxcls.inference.restored import restore
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import say
 
@@ -29,7 +27,7 @@ class Evaluator:
 
     Args:
       loss: what the metric "loss" is the mean of.
-      data: every example once, as `inputs.evaluation` gives it.
+      data: every example once, as a Pipeline without an order opens it.
       batch_size: examples at a time; rounded up to a multiple of the devices.
       mean, std: the run's normalisation, one number a channel.
       objective: the loss that is trained for, if it is another one; then a metric too.
@@ -40,7 +38,7 @@ class Evaluator:
         mesh: Mesh,
         network: nn.Module,
         loss: Callable,
-        data: inputs.Input,
+        data: Input,
         *,
         batch_size: int,
         mean: Sequence[float],
@@ -111,27 +109,24 @@ def evaluate_run(
     Returns the step, the split and the metrics: those of the parameters as "eval" and those of
     their average, where the run kept one, as "ema".
     """
-    trained = restore(workdir, checkpoint)
-    config, facts = trained.config, trained.facts
-    if data_dir:
-        config.data["path" if config.data.path else "dir"] = data_dir
-    split = split or config.data.eval_split
-    source = build.source(config, split, facts["class_names"])
-    if config.data.name in FILES:  # whose labels are known without reading a picture
-        _say_absent_classes(source)
+    run = restore(workdir, checkpoint)
+    experiment, metadata = run.experiment, run.metadata
+    pipeline = experiment.evaluation(split, data_dir)
+    if isinstance(pipeline.source, FileSource):  # whose labels are known without reading a picture
+        _say_absent_classes(pipeline.source)
     evaluator = Evaluator(
-        trained.mesh,
-        trained.network,
-        losses.likelihood(config.loss.name),
-        inputs.evaluation(config, source),
-        batch_size=config.eval.batch_size or config.batch_size,
-        mean=facts["mean"],
-        std=facts["std"],
-        objective=build.objective(config, facts["class_weights"]),
+        run.mesh,
+        experiment.network,
+        experiment.loss.likelihood,
+        pipeline.open(),
+        batch_size=experiment.eval_batch_size,
+        mean=metadata["mean"],
+        std=metadata["std"],
+        objective=experiment.loss.objective(metadata["class_weights"]),
     )
     with contextlib.closing(evaluator):
-        results = evaluator.results(trained.variables, trained.ema)
-    return trained.step, split, results
+        results = evaluator.results(run.variables, run.ema)
+    return run.step, pipeline.source.split, results
 
 
 def _say_absent_classes(source: Source) -> None:
@@ -144,46 +139,3 @@ def _say_absent_classes(source: Source) -> None:
             f"{some_names(there)}",
             error=True,
         )
-
-
-class Trained(NamedTuple):
-    """A checkpoint of a run, ready to be used.
-
-    `variables` are the parameters and batch statistics, and `ema` their average or {}, on the
-    devices of `mesh`; `facts` is what the checkpoint tells besides, and `config` the run's.
-    """
-
-    config: ConfigDict
-    step: int
-    facts: dict[str, Any]
-    mesh: Mesh
-    network: nn.Module
-    variables: Any
-    ema: Any
-
-
-def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = None) -> Trained:
-    """Reads a checkpoint, "last", "best" or a step, of the run in a folder.
-
-    `batch_size` is what the devices are chosen for, None: the run's own.
-    """
-    config = run_folder.load_config(workdir)
-    build.check(config)
-    sharding.set_up_devices(config.mesh.cpu_devices, batch_size or config.batch_size)
-    mesh = sharding.make_mesh()
-    checkpoints = CheckpointReader(workdir / "checkpoints")
-
-    def read(step: int) -> tuple[dict[str, Any], nn.Module, Any]:
-        facts = checkpoints.facts(step)
-        image_shape = tuple(facts["image_shape"])
-        network = build.model(config, mesh, len(facts["class_names"]), (image_shape,))
-        variables = models.shapes(network, image_shape)
-        shapes = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
-        if config.ema_decay is not None:
-            shapes["ema"] = dict(shapes)
-        state = checkpoints.state(step, shapes, sharding.shardings(mesh, shapes))
-        return facts, network, state
-
-    step, (facts, network, state) = checkpoints.read(checkpoint, read)
-    ema = state.pop("ema", {})
-    return Trained(config, step, facts, mesh, network, state, ema)

@@ -13,13 +13,12 @@ import optax
 from PIL import Image
 
 from flaxcls import augment
-from flaxcls.build import inputs
+from flaxcls.core.metrics import best_of
 from flaxcls.data.commands.shared import in_order
 from flaxcls.data.decode import Picture, available_cores
-from flaxcls.data.source import Source
 from flaxcls.data.storage import read_picture
 from flaxcls.errors import ConfigError, DataError
-from flaxcls.inference.evaluator import Trained, restore
+from flaxcls.inference.restored import RestoredRun, restore
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable
 
@@ -82,22 +81,23 @@ class Predictor:
         ema: bool | None = None,
         batch_size: int = 64,
     ):
-        trained = restore(Path(run), checkpoint, batch_size)
-        facts, config = trained.facts, trained.config
-        self.class_names: list[str] = facts["class_names"]
-        self.image_shape: tuple[int, int, int] = tuple(facts["image_shape"])
-        self.step = trained.step
-        self._config = config
-        self._transform = inputs.eval_transform(config, _training_pictures(trained))
-        self._mesh = trained.mesh
+        restored = restore(Path(run), checkpoint, batch_size)
+        experiment, metadata = restored.experiment, restored.metadata
+        self.class_names: list[str] = metadata["class_names"]
+        self.image_shape: tuple[int, int, int] = tuple(metadata["image_shape"])
+        self.step = restored.step
+        self._transform, self._input = experiment.transform, experiment.input
+        self._mesh = restored.mesh
         self._batch_size = sharding.round_up(self._mesh, batch_size)
-        self._weights = _choose_weights(trained, run, ema)
-        self._variables = trained.ema if self._weights == "ema" else trained.variables
+        self._weights = _choose_weights(restored, run, ema)
+        self._variables = restored.ema if self._weights == "ema" else restored.variables
         self._forward = jax.jit(
-            make_forward(trained.network, config.loss.name, facts["mean"], facts["std"]),
+            make_forward(
+                experiment.network, experiment.loss.name, metadata["mean"], metadata["std"]
+            ),
             out_shardings=sharding.everywhere(self._mesh),
         )
-        self._results = facts["progress"]["results"]
+        self._results = metadata["progress"]["results"]
 
     def read(self, path: str | Path) -> np.ndarray:
         """A file's picture as evaluation would show it to the network, uint8 [H, W, C].
@@ -105,9 +105,9 @@ class Predictor:
         Can be called in threads. Raises DataError for a file that can't be read; it names it.
         """
         where = printable(path)
-        content = read_picture(path, where, self._config.input.max_bytes)
+        content = read_picture(path, where, self._input.max_bytes)
         height, width, channels = self.image_shape
-        picture = Picture(content, channels, where=where, max_pixels=self._config.input.max_pixels)
+        picture = Picture(content, channels, where=where, max_pixels=self._input.max_pixels)
         if self._transform:
             return self._transform(picture, height, ())
         return _stretch(picture.pixels(), height, width)
@@ -196,28 +196,14 @@ def make_forward(
     return forward
 
 
-def _choose_weights(trained: Trained, run: str | Path, ema: bool | None) -> str:
+def _choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) -> str:
     """Which of the weights, "eval" or "ema", as in the results of evaluations."""
-    if ema and not trained.ema:
+    if ema and not restored.ema:
         raise ConfigError(f"{run} kept no average of its parameters: config.ema_decay was not set")
     if ema is not None:
         return "ema" if ema else "eval"
-    metric = trained.config.checkpoint.best_metric
-    results = trained.facts["progress"]["results"]
-    sign = -1 if metric == "loss" else 1
-    return max(results, key=lambda name: sign * results[name][metric], default="eval")
-
-
-def _training_pictures(trained: Trained) -> Source:
-    """What `inputs.eval_transform` asks of the data that the run was trained on."""
-    facts = trained.facts
-    return Source(
-        name=trained.config.data.name,
-        split="",
-        class_names=facts["class_names"],
-        image_shape=tuple(facts.get("source_shape", facts["image_shape"])),
-        fingerprint="",
-    )
+    results = restored.metadata["progress"]["results"]
+    return best_of(results, restored.experiment.best_metric) if results else "eval"
 
 
 def _stretch(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -66,10 +66,10 @@ class Checkpoints(CheckpointReader):
         self._bytes = 0  # of the step that was written last
         self._manager = self._open()
 
-    def save(self, step: int, state: Any, facts: dict[str, Any]) -> None:
-        """Starts saving `state` (arrays) and `facts` (JSON) and returns.
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
+        """Starts saving `state` (arrays) and `metadata` (JSON) and returns.
 
-        The step that `facts["progress"]["best"]` names is kept from then on.
+        The step that `metadata["progress"]["best"]` names is kept from then on.
 
         Raises CheckpointError, and saves nothing, if the folder can't be written, the disk is too
         full, or the previous save failed in the background, which neither `wait` nor `failure` has
@@ -81,9 +81,9 @@ class Checkpoints(CheckpointReader):
         for told in processes.gather(str(failure or "")):
             if told:
                 raise CheckpointError(told) from failure
-        self._policy.best_step = facts["progress"]["best"].get("step")
+        self._policy.best_step = metadata["progress"]["best"].get("step")
         arguments = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(facts)
+            state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(metadata)
         )
         self._saving, sys.unraisablehook = step, _ignore_late_writes
         try:

@@ -52,7 +52,7 @@ def _is_of_orbax(record: logging.LogRecord) -> bool:
     return within or "orbax" in record.getMessage()
 
 
-class OtherCode(ConfigError):
+class CheckpointMismatch(ConfigError):
     """The arrays of a checkpoint are not those that are asked for."""
 
 
@@ -86,7 +86,7 @@ class CheckpointReader:
         if which == "last":
             return steps[-1]
         if which == "best":
-            best = self.facts(steps[-1])["progress"]["best"]
+            best = self.metadata(steps[-1])["progress"]["best"]
             if not best:
                 raise ConfigError("the run has no best checkpoint yet: it was not evaluated")
             which = str(best["step"])
@@ -128,17 +128,17 @@ class CheckpointReader:
             time.sleep(0.02)
         return False
 
-    def newest_facts(self) -> tuple[int, dict[str, Any]]:
-        """The newest step that is whole, and its facts; ConfigError if there is none."""
+    def newest_metadata(self) -> tuple[int, dict[str, Any]]:
+        """The newest step that is whole, and its metadata; ConfigError if there is none."""
         for step in reversed(self.steps()):
             with contextlib.suppress(CheckpointError):
-                return step, self.facts(step)
+                return step, self.metadata(step)
         raise ConfigError(f"there is no checkpoint in {self._directory}")
 
-    def facts(self, step: int) -> dict[str, Any]:
+    def metadata(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint; Damaged if a file of the checkpoint is."""
         self.verify(step)
-        return self._facts(step)
+        return self._metadata(step)
 
     def state(self, step: int, shapes: Any, shardings: Any) -> Any:
         """The arrays of a checkpoint that `shapes` names, placed as `shardings` says.
@@ -151,16 +151,18 @@ class CheckpointReader:
         self.compare(step, shapes)
         return self._state(step, shapes, shardings)
 
-    def state_and_facts(self, step: int, shapes: Any, shardings: Any) -> tuple[Any, dict[str, Any]]:
+    def state_and_metadata(
+        self, step: int, shapes: Any, shardings: Any
+    ) -> tuple[Any, dict[str, Any]]:
         """The whole of a checkpoint, unchecked; Damaged if it can't be read."""
-        return self._state(step, shapes, shardings), self._facts(step)
+        return self._state(step, shapes, shardings), self._metadata(step)
 
-    def _facts(self, step: int) -> dict[str, Any]:
+    def _metadata(self, step: int) -> dict[str, Any]:
         with self._reading(step):
-            facts = json.loads((self.folder(step) / "facts" / "metadata").read_bytes())
-            if not isinstance(facts, dict):
+            metadata = json.loads((self.folder(step) / "facts" / "metadata").read_bytes())
+            if not isinstance(metadata, dict):
                 raise ValueError("facts/metadata holds no object of JSON")
-            return facts
+            return metadata
 
     def _state(self, step: int, shapes: Any, shardings: Any) -> Any:
         with self._reading(step):
@@ -178,7 +180,7 @@ class CheckpointReader:
         return self._has_manifest[step]
 
     def compare(self, step: int, shapes: Any, whole: bool = False) -> None:
-        """Raises OtherCode unless the step has the arrays of `shapes`, and if `whole` no others.
+        """Raises CheckpointMismatch unless a step has the arrays of `shapes`, if `whole` no others.
 
         Orbax itself casts silently to another dtype.
         """
@@ -189,7 +191,7 @@ class CheckpointReader:
         names = [*expected, *(sorted(saved.keys() - expected.keys()) if whole else ())]
         for name in names:
             if saved.get(name) != expected.get(name):
-                raise OtherCode(
+                raise CheckpointMismatch(
                     f"the checkpoint of step {step} is from other code: {name} is "
                     f"{saved.get(name, 'not there')} and should be {expected.get(name, 'absent')}"
                 )

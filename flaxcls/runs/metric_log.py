@@ -24,7 +24,7 @@ from flaxcls.runtime.output import Guarded, printable_lines
 FIRST_LINE_SECONDS = 3  # of steps, from which the rest can be told
 
 
-class Watch:
+class MetricLog:
     """Writes one row at a time to `metrics.jsonl`, TensorBoard and the terminal.
 
     Without a folder it does nothing, for processes that leave writing to another one.
@@ -168,7 +168,7 @@ class Watch:
                 self.say(f"{self._path} can't be written: {error.strerror}; its rows are kept")
             self._waiting = True
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "MetricLog":
         if self._live:
             self._live.start()
         return self

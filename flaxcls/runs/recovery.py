@@ -6,7 +6,7 @@ from typing import Any
 
 from flaxcls.errors import CheckpointError
 from flaxcls.runs.checkpoint import Checkpoints
-from flaxcls.runs.checkpoint_reader import OtherCode, cause_of
+from flaxcls.runs.checkpoint_reader import CheckpointMismatch, cause_of
 from flaxcls.runs.manifest import Damaged
 from flaxcls.runtime import processes
 
@@ -14,23 +14,23 @@ from flaxcls.runtime import processes
 def restore_newest(
     checkpoints: Checkpoints, shapes: Any, shardings: Any, say: Callable[[str], None]
 ) -> tuple[int, Any, dict[str, Any]] | None:
-    """The newest step that is whole, its state and its facts; None if there is none.
+    """The newest step that is whole, its state and its metadata; None if there is none.
 
     Steps that are damaged, or whose arrays are not those of `shapes`, are moved to the folder
     quarantine beside the checkpoints, and `say` gets a sentence for each, in the first process.
-    Raises OtherCode, and moves nothing, if none is left because of their arrays.
+    Raises CheckpointMismatch, and moves nothing, if none is left because of their arrays.
     """
     checkpoints.settle()
-    passed: list[tuple[int, Damaged | OtherCode]] = []
+    passed: list[tuple[int, Damaged | CheckpointMismatch]] = []
     found = None
     steps = checkpoints.steps()
     while not found and (step := processes.agree(steps.pop() if steps else -1)) >= 0:
         try:
             _inspect(checkpoints, step, shapes)
             found = step, *_restore(checkpoints, step, shapes, shardings)
-        except (Damaged, OtherCode) as error:
+        except (Damaged, CheckpointMismatch) as error:
             passed.append((step, error))
-    other_code = [error for _, error in passed if isinstance(error, OtherCode)]
+    other_code = [error for _, error in passed if isinstance(error, CheckpointMismatch)]
     if other_code and not found:
         raise other_code[0]
 
@@ -48,13 +48,13 @@ def restore_newest(
 
 
 def _inspect(checkpoints: Checkpoints, step: int, shapes: Any) -> None:
-    """Raises Damaged or OtherCode in all processes if the first one, which looks, does."""
+    """Raises Damaged or CheckpointMismatch in all processes if the first one, which looks, does."""
     problem = None
     if processes.is_first():
         try:
             checkpoints.verify(step)
             checkpoints.compare(step, shapes, whole=True)
-        except (Damaged, OtherCode) as error:
+        except (Damaged, CheckpointMismatch) as error:
             problem = error
     _raise_together(problem)
 
@@ -62,19 +62,19 @@ def _inspect(checkpoints: Checkpoints, step: int, shapes: Any) -> None:
 def _restore(
     checkpoints: Checkpoints, step: int, shapes: Any, shardings: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """State and facts; Damaged in all processes if any of them can't read them."""
+    """State and metadata; Damaged in all processes if any of them can't read them."""
     problem = restored = None
     try:
-        restored = checkpoints.state_and_facts(step, shapes, shardings)
+        restored = checkpoints.state_and_metadata(step, shapes, shardings)
     except Damaged as error:
         problem = error
     _raise_together(problem)
     return restored
 
 
-def _raise_together(problem: Damaged | OtherCode | None) -> None:
+def _raise_together(problem: Damaged | CheckpointMismatch | None) -> None:
     """Raises a problem that any process has in all of them, so that they all go the same way."""
-    kinds = {kind.__name__: kind for kind in (Damaged, OtherCode)}
+    kinds = {kind.__name__: kind for kind in (Damaged, CheckpointMismatch)}
     for told in processes.gather(f"{type(problem).__name__} {problem}" if problem else ""):
         if told:
             kind, _, sentence = told.partition(" ")

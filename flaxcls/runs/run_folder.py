@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from flaxcls.config import default, options
 from flaxcls.config.fields import changes, fields, plain
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
 # What may differ between the processes of a run: where the data lies and who decodes it.
@@ -111,13 +111,13 @@ def load_config(workdir: Path) -> ConfigDict:
     from flaxcls.runs.checkpoint_reader import CheckpointReader  # Orbax takes a second to import
 
     try:
-        step, facts = CheckpointReader(workdir / "checkpoints").newest_facts()
-        config = _config_in(facts, workdir / "checkpoints" / str(step))
+        step, metadata = CheckpointReader(workdir / "checkpoints").newest_metadata()
+        config = _config_in(metadata, workdir / "checkpoints" / str(step))
     except FlaxclsError:
         raise problem from None
     say(f"flaxcls: {printable(str(problem))}; it is restored from step {step}", error=True)
     with contextlib.suppress(OSError):  # who only reads may have no right to write
-        write_json(path, {name: fact for name, fact in facts.items() if name != "progress"})
+        write_json(path, {name: fact for name, fact in metadata.items() if name != "progress"})
     return config
 
 
@@ -219,19 +219,19 @@ def _is_among(field: str, names: Sequence[str]) -> bool:
     return any(field == name or field.startswith(name + ".") for name in names)
 
 
-def identity(config: ConfigDict, facts: Mapping[str, Any], eval_fingerprint: str) -> dict[str, Any]:
-    """What must be the same in all processes of a run, by name; JSON."""
+def identity(metadata: Mapping[str, Any], eval_fingerprint: str) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name; JSON. `metadata` has the config."""
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
     return {
         **{
             f"config.{field}": value
-            for field, value in fields(ConfigDict(plain(config)))
+            for field, value in fields(metadata["config"])
             if not _is_among(field, OWN_FIELDS)
         },
-        **{name: fact for name, fact in facts.items() if name not in ("config", "fingerprint")},
-        "the fingerprint of the training data": facts["fingerprint"],
+        **{name: fact for name, fact in metadata.items() if name not in ("config", "fingerprint")},
+        "the fingerprint of the training data": metadata["fingerprint"],
         "the fingerprint of the evaluation data": eval_fingerprint,
         "the code of flaxcls": code.hexdigest()[:16],
         "versions": {"python": platform.python_version(), **_versions()},
@@ -239,7 +239,7 @@ def identity(config: ConfigDict, facts: Mapping[str, Any], eval_fingerprint: str
 
 
 def record(
-    workdir: Path, config: ConfigDict, facts: Mapping[str, Any], before: ConfigDict | None = None
+    workdir: Path, metadata: Mapping[str, Any], before: Mapping[str, Any] | None = None
 ) -> None:
     """Writes config.json: the config, and what else one wants to know of a run years later.
 
@@ -248,19 +248,19 @@ def record(
     """
     earlier = []
     if before is not None:
-        if not (changed := changes(before, config)):
+        if not (changed := changes(before, metadata["config"])):
             return
         first = read_json(workdir / "config.json") or {}
         if "data_modified" in first:  # stays as it was when the run began
-            facts = {**facts, "data_modified": first["data_modified"]}
+            metadata = {**metadata, "data_modified": first["data_modified"]}
         earlier = [
             *first.get("changes", []),
             {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "fields": changed},
         ]
     content = {
-        "config": plain(config),
+        "config": metadata["config"],
         **surroundings(),
-        **facts,
+        **metadata,
         **({"changes": earlier} if earlier else {}),
     }
     try:
@@ -275,7 +275,7 @@ def surroundings() -> dict[str, Any]:
     """The versions, the devices and the commit that a result comes from; JSON."""
     return {
         "versions": {"python": platform.python_version(), **_versions()},
-        "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+        "device": sharding.device_kind_and_count(),
         "commit": _commit(),
     }
 

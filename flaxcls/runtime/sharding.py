@@ -152,13 +152,18 @@ def copies(array: jax.Array) -> int:
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a batch lie on this process's devices, in their order."""
-    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((batch_size,))
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in places.values()]))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The place of an array of a batch: split over all devices."""
+    return NamedSharding(mesh, BATCH)
 
 
 def split_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Makes global device arrays, split over all devices, of this process's rows of a batch."""
-    sharding = NamedSharding(mesh, BATCH)
+    sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()
@@ -188,6 +193,11 @@ def prefetch(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def device_kind_and_count() -> dict[str, str | int]:
+    """{"kind": "NVIDIA H100", "count": 8}, of all processes."""
+    return {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
 
 
 def describe(mesh: Mesh) -> str:

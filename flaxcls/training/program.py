@@ -1,142 +1,131 @@
-"""The data on the devices and the compiled functions of a run: what the training loop calls."""
+"""The compiled functions of a run, for the devices of its mesh: what the training loop calls."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from flaxcls import augment, build
-from flaxcls.build import inputs
-from flaxcls.config import fields
-from flaxcls.core import losses, metrics
+from flaxcls import augment
+from flaxcls.build import Experiment
+from flaxcls.core import metrics
 from flaxcls.core.optim import updates_made
 from flaxcls.core.state import TrainState
 from flaxcls.core.step import (
-    forgive,
     is_finite,
     make_init,
     make_train_step,
+    reset_skipped,
     seed_key,
     take_metrics,
 )
 from flaxcls.data.resident import gather
 from flaxcls.inference.evaluator import Evaluator
-from flaxcls.runtime import processes, sharding
+from flaxcls.runtime import sharding
+from flaxcls.training.data import RunData
 
 
-def mesh_for(config: ConfigDict) -> Mesh:
-    """The devices that a config asks for, checked against its batch."""
-    part = config.batch_size // config.gradient_accumulation
-    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count())
-    processes.check_device_counts()
-    mesh = sharding.make_mesh(config.mesh.fsdp)
-    sharding.check_batch_size(mesh, part)
-    return mesh
-
-
-class Trainer:
-    """The data on the devices, and the functions that the loop calls, compiled for them.
+class Program:
+    """The functions that the loop calls, compiled; and the data that lies on the devices.
 
     Attributes:
-      facts: what a checkpoint must tell besides its arrays; JSON.
-      shapes, places: of the state, its shapes and shardings.
-
-    Args:
-      report: is told about broken images.
-      normalization: mean and standard deviation, as a resumed run has them; None: by the config or
-        the data.
+      metadata: what a checkpoint must tell besides its arrays; JSON.
+      shapes, shardings: of the state.
     """
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        plan: build.Plan,
-        mesh: Mesh,
-        report: Callable[[str], None] = print,
-        normalization: tuple[list[float], list[float]] | None = None,
-    ):
-        source, network = plan.train_source, plan.network
-        num_classes = len(source.class_names)
-        self._mesh, self._rate = mesh, plan.rate
-        self._image_sizes = plan.image_sizes
-
-        # The data.
-        rows = partial(sharding.local_rows, mesh)
-        self.input = inputs.training(config, source, plan.image_sizes, report, rows)
-        self._data = sharding.replicate(mesh, self.input.arrays)
-        mean, std = normalization or inputs.normalization(config, source, self.input)
-        class_weights = build.class_weights(config, source, num_classes)
+    def __init__(self, experiment: Experiment, data: RunData):
+        mesh, source = experiment.mesh, experiment.train.source
+        self._mesh, self._rate, self._data = mesh, experiment.learning_rate, data
+        self._sizes = experiment.train.sizes
+        self._arrays = sharding.replicate(mesh, data.train.arrays)
         self._evaluator = Evaluator(
             mesh,
-            network,
-            losses.likelihood(config.loss.name),
-            inputs.evaluation(config, plan.eval_source, rows),
-            batch_size=config.eval.batch_size or config.batch_size,
-            mean=mean,
-            std=std,
-            objective=build.objective(config, class_weights),
+            experiment.network,
+            experiment.loss.likelihood,
+            data.evaluation,
+            batch_size=experiment.eval_batch_size,
+            mean=data.mean,
+            std=data.std,
+            objective=experiment.loss.objective(data.class_weights),
         )
-        self.facts = {
-            "config": fields.plain(config),
+        self.metadata = {
+            "config": experiment.config,
             "class_names": source.class_names,
             "source_shape": source.image_shape,
-            "image_shape": inputs.image_shape(source, inputs.eval_image_size(config)),
-            "mean": mean,
-            "std": std,
-            "class_weights": class_weights,
+            "image_shape": experiment.evaluation.image_shape(),
+            "mean": data.mean,
+            "std": data.std,
+            "class_weights": data.class_weights,
             "fingerprint": source.fingerprint,
         }
 
-        # The state: shapes, then places; the arrays come with `init` or from a checkpoint.
-        images = inputs.first_images(config, source, self.input, network)
-        self._sample = np.asarray(augment.normalize(jnp.asarray(images), mean, std))
-        self._rng = np.asarray(jax.random.key_data(seed_key(config.seed)))
-        with_ema = config.ema_decay is not None
-        init = make_init(network, plan.optimizer, num_classes=num_classes, ema=with_ema)
+        # The state: shapes, then shardings; the arrays come with `init` or from a checkpoint.
+        images = jnp.asarray(data.first_images)
+        self._sample = np.asarray(augment.normalize(images, data.mean, data.std))
+        self._rng = np.asarray(jax.random.key_data(seed_key(experiment.seed)))
+        init = make_init(
+            experiment.network,
+            experiment.optimizer,
+            num_classes=len(experiment.class_names),
+            ema=experiment.ema_decay is not None,
+        )
         self.shapes = jax.eval_shape(init, self._rng, self._sample)
-        self.places = sharding.shardings(mesh, self.shapes)
+        self.shardings = sharding.shardings(mesh, self.shapes)
 
         # The functions.
-        update = make_update(config, plan, self.facts, sharding.platform(mesh))
-        self._init = jax.jit(init, out_shardings=self.places)
-        self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=self.places)
+        update = make_update(experiment, self.metadata, sharding.platform(mesh))
+        state = self.shardings
+        self._init = jax.jit(init, out_shardings=state)
+        self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=state)
         self._train_steps: dict[Any, Callable] = {}  # compiled, by the size of the images
         self._batches: Iterator[dict[str, jax.Array]] | None = None
-        self._take_metrics = jax.jit(
-            take_metrics, donate_argnums=0, out_shardings=(self.places, None)
-        )
+        self._take_metrics = jax.jit(take_metrics, donate_argnums=0, out_shardings=(state, None))
         self._is_finite = jax.jit(is_finite, out_shardings=sharding.everywhere(mesh))
-        self._forgive = jax.jit(forgive, donate_argnums=0, out_shardings=self.places)
+        self._reset_skipped = jax.jit(reset_skipped, donate_argnums=0, out_shardings=state)
+
+    @classmethod
+    def open(cls, experiment: Experiment, *arguments: Any, **options: Any) -> "Program":
+        """The program with its data, opened as `RunData` does with the other arguments."""
+        return cls(experiment, RunData(experiment, *arguments, **options))
 
     def describe_input(self) -> str:
         """The input of the training in words, with the memory it takes."""
-        copies = sharding.copies(self._data["image"]) if self._data else 1
-        return self.input.describe() + (f" on each of {copies} devices" if copies > 1 else "")
+        copies = sharding.copies(self._arrays["image"]) if self._arrays else 1
+        on_devices = f" on each of {copies} devices" if copies > 1 else ""
+        return self._data.train.describe() + on_devices + self._sizes.describe()
 
     def compile(self, start: int = 0) -> float:
         """Compiles the training step for every image size from step `start` on; in seconds."""
         began = time.perf_counter()
-        sizes = self._image_sizes
-        for begin in (start, *(begin for begin in sizes.begins if begin > start)):
-            batch = self.batch(begin)
-            if _image_size(batch) not in self._train_steps:
-                self._train_steps[_image_size(batch)] = self.lower(batch).compile()
+        for begin in (start, *(begin for begin in self._sizes.begins if begin > start)):
+            size = _image_size(self.step_arguments(begin)[2])
+            if size not in self._train_steps:
+                self._train_steps[size] = self.lower(begin).compile()
         return time.perf_counter() - began
 
-    def lower(self, batch: dict[str, jax.Array]) -> jax.stages.Lowered:
-        """The training step for batches of these shapes, not yet compiled."""
-        state = jax.tree.map(
-            lambda shape, place: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place),
-            self.shapes,
-            self.places,
+    def lower(self, step: int = 0) -> jax.stages.Lowered:
+        """The training step for batches as that of a step, not yet compiled."""
+        return self._jitted_step.lower(*self.step_arguments(step))
+
+    def step_arguments(self, step: int = 0) -> tuple[TrainState, Any, Any]:
+        """The shapes, with their shardings, of `update`'s state, data on the devices and batch."""
+
+        struct = jax.ShapeDtypeStruct
+        place = sharding.batch_sharding(self._mesh)
+        return (
+            jax.tree.map(
+                lambda x, place: struct(x.shape, x.dtype, sharding=place),
+                self.shapes,
+                self.shardings,
+            ),
+            jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=x.sharding), self._arrays),
+            {
+                name: struct(shape, dtype, sharding=place)
+                for name, (shape, dtype) in self._data.train.batch_shapes(step).items()
+            },
         )
-        return self._jitted_step.lower(state, self._data, batch)
 
     def init(self) -> TrainState:
         """The state before the first step."""
@@ -144,7 +133,7 @@ class Trainer:
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of the update number `step`, counted from 0, on the devices."""
-        return sharding.split_batch(self._mesh, self.input.batch(step))
+        return sharding.split_batch(self._mesh, self._data.train.batch(step))
 
     def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[dict[str, jax.Array]]:
         """The batches of the updates `start` to `stop` - 1, made ahead of time.
@@ -152,36 +141,36 @@ class Trainer:
         Their examples are those that come `offset` steps later. Ends the batches made until now.
         """
         self._end_batches()
-        self._batches = sharding.prefetch(self._mesh, self.input.batches(start, stop, offset))
+        self._batches = sharding.prefetch(self._mesh, self._data.train.batches(start, stop, offset))
         return self._batches
 
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
-        """One step, which is compiled now if `compile` has not been called; `state` is used up."""
+        """One step, which is compiled now if `compile` has not been called; `state` is donated."""
         step = self._train_steps.get(_image_size(batch), self._jitted_step)
-        return sharding.block_on_cpu(self._mesh, step(state, self._data, batch))
+        return sharding.block_on_cpu(self._mesh, step(state, self._arrays, batch))
 
     def take_metrics(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
-        """The means since the last time, and the state that starts anew; `state` is used up."""
+        """The means since the last time, and the state with sums of zero; `state` is donated."""
         state, sums = self._take_metrics(state)
         return state, metrics.compute(sums)
 
     def skipped(self, state: TrainState) -> int:
-        """The updates left out in a row until now."""
+        """The updates skipped in a row until now."""
         return int(jax.device_get(state.skipped))
 
-    def forgive(self, state: TrainState) -> TrainState:
-        """The state with no update left out until now; `state` is used up."""
-        return self._forgive(state)
+    def reset_skipped(self, state: TrainState) -> TrainState:
+        """The state with no update skipped until now; `state` is donated."""
+        return self._reset_skipped(state)
 
-    def rate(self, step: int) -> float:
-        """The learning rate of the update number `step`, counted from 0 without skipped ones."""
+    def learning_rate(self, step: int) -> float:
+        """That of the update number `step`, counted from 0 without skipped ones."""
         with jax.transfer_guard("allow"):
             return float(self._rate(step))
 
-    def last_rate(self, state: TrainState) -> float:
-        """The learning rate of the last update; the schedule waits while updates are skipped."""
+    def last_learning_rate(self, state: TrainState) -> float:
+        """That of the last update; the schedule waits while updates are skipped."""
         updates = int(jax.device_get(updates_made(state.opt_state)))
-        return self.rate(max(updates - 1, 0))
+        return self.learning_rate(max(updates - 1, 0))
 
     def evaluate(
         self, state: TrainState, alive: Callable[[], None] = lambda: None
@@ -195,14 +184,16 @@ class Trainer:
     def is_finite(self, state: TrainState) -> bool:
         return bool(self._is_finite(state))
 
-    def __enter__(self) -> "Trainer":
+    def close(self) -> None:
+        """Ends what makes the batches."""
+        self._end_batches()
+        self._data.close()
+
+    def __enter__(self) -> "Program":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Ends what makes the batches."""
-        self._end_batches()
-        self.input.close()
-        self._evaluator.close()
+        self.close()
 
     def _end_batches(self) -> None:
         if self._batches is not None:
@@ -210,22 +201,22 @@ class Trainer:
 
 
 def make_update(
-    config: ConfigDict, plan: build.Plan, facts: Mapping[str, Any], platform: str
+    experiment: Experiment, metadata: Mapping[str, Any], platform: str
 ) -> Callable[[TrainState, Any, dict[str, jax.Array]], TrainState]:
     """Returns `update(state, data, batch) -> state`: a run's training step and its input.
 
-    `facts` are those of the Trainer and `platform` is what the step is for, as in
-    `make_train_step`; `data` are the arrays of the input on the devices, {} where it is streamed.
+    `metadata` is the Program's and `platform` what the step is for, as in `make_train_step`; `data`
+    are the arrays of the input on the devices, {} where it is streamed.
     """
     train_step = make_train_step(
-        plan.network,
-        build.loss(config, facts["class_weights"]),
-        plan.optimizer,
-        augment.build(config.augment or (), mean=facts["mean"], std=facts["std"]),
-        num_classes=len(facts["class_names"]),
-        ema_decay=config.ema_decay,
-        gradient_accumulation=config.gradient_accumulation,
-        max_grad_norm=config.divergence.max_grad_norm,
+        experiment.network,
+        experiment.loss.with_weights(metadata["class_weights"]),
+        experiment.optimizer,
+        augment.build(experiment.augmentations, mean=metadata["mean"], std=metadata["std"]),
+        num_classes=len(metadata["class_names"]),
+        ema_decay=experiment.ema_decay,
+        gradient_accumulation=experiment.gradient_accumulation,
+        max_grad_norm=experiment.divergence.max_grad_norm,
         platform=platform,
     )
 
@@ -235,6 +226,6 @@ def make_update(
     return update
 
 
-def _image_size(batch: dict[str, jax.Array]) -> int | None:
+def _image_size(batch: Mapping[str, Any]) -> int | None:
     """The height of a batch's images; None where they are on the devices already."""
     return batch["image"].shape[1] if "image" in batch else None

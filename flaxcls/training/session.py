@@ -1,194 +1,283 @@
-"""A run under way in this process: its state, its folder, and all that a step may lead to."""
+"""A run under way in this process: its folder, and all that a step may lead to."""
 
 import contextlib
 import math
+import shlex
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
-from flaxcls import build
-from flaxcls.core.schedules import parse_duration
-from flaxcls.errors import CheckpointError, ConfigError, DataError, DivergedError
+from flaxcls.build import Before, Experiment
+from flaxcls.core.metrics import best_of, is_better
+from flaxcls.core.state import TrainState
+from flaxcls.errors import (
+    SIGNAL_EXIT_CODES,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    Interrupted,
+)
 from flaxcls.runs import run_folder
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.goodput import Goodput
-from flaxcls.runs.metric_log import Watch
+from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runs.recovery import restore_newest
 from flaxcls.runtime import compilation_cache, processes
+from flaxcls.runtime.processes import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
-from flaxcls.training.program import Trainer
+from flaxcls.training.due import Due
+from flaxcls.training.program import Program
+
+_START = {
+    "seconds": {},
+    "results": {},
+    "best": {},
+    "rollbacks": 0,
+    "data_offset": 0,  # steps that the order of the examples is ahead by
+}
 
 
 class Session:
-    """A run under way: its state on the devices, its folder, and all that a step may lead to.
+    """A run under way; to be entered, `restore` begins it, and `after` follows each update.
 
-    It begins anew or goes on from the newest checkpoint that is whole. To be entered.
+    The state stays with the loop: it is passed in, may be donated, and what to go on with is
+    returned.
 
     Attributes:
-      step: the number of updates made, those left out included.
+      step: the number of updates made, those skipped included.
     """
 
     def __init__(
         self,
-        config: ConfigDict,
+        experiment: Experiment,
         workdir: Path,
-        plan: build.Plan,
-        trainer: Trainer,
+        program: Program,
         clock: Goodput,
-        before: ConfigDict | None = None,
+        before: Before | None = None,
     ):
-        self._config, self._workdir, self._plan, self._trainer = config, workdir, plan, trainer
-        self._clock, self.watchdog = (
-            clock,
-            Watchdog(parse_duration(config.hang_after).value or None),
+        self._experiment, self._workdir, self._program = experiment, workdir, program
+        self._clock, self._before = clock, before
+        self._total_steps = experiment.length.total_steps
+        self._progress: dict[str, Any] = dict(_START)
+        self.step = 0
+
+    def __enter__(self) -> "Session":
+        with contextlib.ExitStack() as stack:
+            self._checkpoints = Checkpoints(
+                self._workdir / "checkpoints", self._experiment.saving.keep
+            )
+            stack.push(self._close_checkpoints)
+            stack.enter_context(self._program)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> bool | None:
+        return self._stack.__exit__(*exception)
+
+    def _close_checkpoints(self, kind: type[BaseException] | None, *details: Any) -> None:
+        try:
+            self._checkpoints.close()
+        except CheckpointError as error:
+            if kind is None:
+                raise
+            processes.say(str(error))  # what ends the run comes first
+
+    # The beginning.
+
+    def restore(self) -> TrainState:
+        """The state of the newest checkpoint that is whole, or of the beginning.
+
+        From here on the run is under way: recorded in its folder, logged, watched.
+        """
+        state = self._restored()
+        if self._before and self._before.total_steps != self._total_steps:
+            self._check_new_length(self._before)
+        self._record()
+        self._log = self._stack.enter_context(
+            MetricLog(
+                self._workdir if processes.is_first() else None,
+                self.step,
+                self._total_steps,
+                self._experiment.batch_size,
+            )
         )
-        self._checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        self._restore()
-        if before is not None and before.duration != config.duration:
-            self._say_new_length(before)
-        if processes.is_first():
-            modified = plan.train_source.modified
-            facts = {"data_modified": modified[0]} if modified else {}
-            facts = {**trainer.facts, **facts}
-            run_folder.record(workdir, config, facts, before if self.step else None)
-        processes.check_shared(workdir / "config.json")
-        path = workdir / "goodput.json" if processes.is_first() else None
-        clock.resume(path, self._progress["seconds"])
-        self._watch = Watch(
-            workdir if processes.is_first() else None,
-            self.step,
-            plan.total_steps,
-            config.batch_size,
-        )
-        with clock.spending("compile"):
-            seconds = trainer.compile(self.step)
-        saved = compilation_cache.saved_seconds()
-        if self.step:
-            self._watch.say(f"resumed from step {self.step:,} of {plan.total_steps:,}")
-        self._watch.say(
-            f"the training step compiled in {seconds:.1f} s"
-            + (f" (programs kept from earlier save at least {saved:.0f} s)" if saved >= 1 else "")
-            + f"; the run is in {workdir}"
-        )
+        self._compile()
+        experiment, total = self._experiment, self._total_steps
+        self._log_due = Due(experiment.log_every, total)
+        self._eval_due = Due(experiment.eval_every, total)
+        self._save_due = Due(experiment.saving.every, total)
         self._begin_batches()
+        enter = self._stack.enter_context
+        self._stop_request = enter(StopRequest())
+        enter(jax.transfer_guard("disallow"))
+        enter(self._clock.spending("step"))
+        self._watchdog = enter(Watchdog(experiment.hang_after or None))
+        return state
 
-    def _restore(self) -> None:
-        """The newest checkpoint that is whole, or the beginning."""
+    def _restored(self) -> TrainState:
         found = restore_newest(
-            self._checkpoints, self._trainer.shapes, self._trainer.places, processes.say
+            self._checkpoints, self._program.shapes, self._program.shardings, processes.say
         )
-        if found:
-            self.step, self._state, facts = found
-            if facts["fingerprint"] != self._trainer.facts["fingerprint"]:
-                raise DataError(f"the training data are not those that {self._workdir} began with")
-            self._progress = facts["progress"]
-        else:
+        if not found:
             with self._clock.spending("compile"):
-                self.step, self._state = 0, self._trainer.init()
-            self._progress = {
-                "seconds": {},
-                "results": {},
-                "best": {},
-                "rollbacks": 0,
-                "data_offset": 0,  # steps that the order of the examples is ahead by
-            }
+                self.step, self._progress = 0, dict(_START)
+                return self._program.init()
+        self.step, state, metadata = found
+        if metadata["fingerprint"] != self._program.metadata["fingerprint"]:
+            raise DataError(f"the training data are not those that {self._workdir} began with")
+        self._progress = metadata["progress"]
+        return state
 
-    def _say_new_length(self, before: ConfigDict) -> None:
-        """What becomes of the learning rate when a run is made longer or shorter."""
-        total, config = self._plan.total_steps, self._config
-        num_examples = len(self._plan.train_source)
-        planned, _ = build.length(before, num_examples)
-        if self.step > total or self.step == total != planned:  # which was not to be the last one
+    def _check_new_length(self, before: Before) -> None:
+        """What becomes of the learning rate when a run is made longer; it can't be made shorter."""
+        total = self._total_steps
+        # What was not to be the last step can't become it.
+        if self.step > total or self.step == total != before.total_steps:
             raise ConfigError(
                 f"the run in {self._workdir} has made {self.step:,} steps already, "
                 f"{'more than' if self.step > total else 'as many as'} config.duration = "
-                f"{config.duration!r} asks for, {total:,}: it can be made longer, not shorter"
+                f"{self._experiment.config['duration']!r} asks for, {total:,}: it can be made "
+                "longer, not shorter"
             )
-        if self.step and total != planned:
-            old = build.learning_rate(before, num_examples)
+        if self.step:
             processes.say(
                 f"note: after step {self.step:,} the learning rate would have been "
-                f"{float(old(self.step)):.3g} and is {self._trainer.rate(self.step):.3g}: "
+                f"{float(before.learning_rate(self.step)):.3g} and is "
+                f"{self._program.learning_rate(self.step):.3g}: "
                 f"config.schedule now ends at step {total:,}"
             )
 
-    def _begin_batches(self) -> None:
-        """Goes on with the batches of the next step."""
-        self._batches = self._trainer.batches(
-            self.step, self._plan.total_steps, self._progress["data_offset"]
+    def _record(self) -> None:
+        """Writes config.json, and goes on with goodput.json."""
+        if processes.is_first():
+            modified = self._experiment.train.source.modified
+            metadata = {
+                **self._program.metadata,
+                **({"data_modified": modified[0]} if modified else {}),
+            }
+            before = self._before.config if self._before and self.step else None
+            run_folder.record(self._workdir, metadata, before)
+        processes.check_shared(self._workdir / "config.json")
+        path = self._workdir / "goodput.json" if processes.is_first() else None
+        self._clock.resume(path, self._progress["seconds"])
+
+    def _compile(self) -> None:
+        with self._clock.spending("compile"):
+            seconds = self._program.compile(self.step)
+        saved = compilation_cache.saved_seconds()
+        if self.step:
+            self._log.say(f"resumed from step {self.step:,} of {self._total_steps:,}")
+        self._log.say(
+            f"the training step compiled in {seconds:.1f} s"
+            + (f" (programs kept from earlier save at least {saved:.0f} s)" if saved >= 1 else "")
+            + f"; the run is in {self._workdir}"
         )
-        self._watch.begin(self.step)
+
+    def _begin_batches(self) -> None:
+        """Goes on with the batch of the next step."""
+        self._batches = self._program.batches(
+            self.step, self._total_steps, self._progress["data_offset"]
+        )
+        self._log.begin(self.step)
         self._logged = self.step
+
+    # The loop.
+
+    def batches(self) -> Iterator[dict[str, jax.Array]]:
+        """The batch of each step that is left; those after a rollback are others."""
+        while self.step < self._total_steps:
+            with self._clock.spending("data_wait"):
+                batch = next(self._batches)
+            yield batch
+
+    def after(self, state: TrainState) -> TrainState:
+        """Logs, evaluates, saves, stops and goes back, as it is due after an update.
+
+        Returns the state to go on with. Raises Interrupted when a signal asks the run to end, after
+        saving it, and DivergedError when it has diverged too often.
+        """
+        self.step += 1
+        if self._log.is_silent:  # what is only dispatched tells nothing of the speed
+            jax.block_until_ready(state)
+        self._log.stepped(self.step, self._epoch)
+        self._watchdog.alive(self.step)
+        signal, evaluates = self._stop_request(), self._eval_due(self.step)
+        logs = self._log_due(self.step) or evaluates
+        try:
+            if logs:
+                state = self._log_metrics(state)
+            improved = self._evaluate(state) if evaluates else False
+            if self._save_due(self.step, may_wait=not logs) or improved or signal:
+                self._save(state, must=bool(signal))
+        except DivergedError as trouble:
+            return self._roll_back(state, trouble)
+        if signal:
+            raise Interrupted(
+                f"stopped after step {self.step} of {self._total_steps} and saved; the same "
+                f"command with {shlex.quote(f'--workdir={self._workdir}')} resumes it",
+                SIGNAL_EXIT_CODES[signal],
+            )
+        return state
 
     @property
     def _epoch(self) -> float:
-        return self.step / self._plan.steps_per_epoch
+        return self.step / self._experiment.length.steps_per_epoch
 
-    def advance(self) -> None:
-        """Makes one update."""
-        with self._clock.spending("data_wait"):
-            batch = next(self._batches)
-        self._state = self._trainer.update(self._state, batch)
-        self.step += 1
-        if self._watch.is_silent:  # what is only dispatched tells nothing of the speed
-            jax.block_until_ready(self._state)
-        self._watch.stepped(self.step, self._epoch)
-
-    def log(self) -> None:
+    def _log_metrics(self, state: TrainState) -> TrainState:
         """Notes the metrics of the steps since the last time."""
-        self._state, row = self._trainer.take_metrics(self._state)
-        skipped = self._trainer.skipped(self._state)
-        if skipped >= self._config.divergence.max_skipped:
+        skipped = self._program.skipped(state)
+        if skipped >= self._experiment.divergence.max_skipped:
             raise DivergedError(
                 f"the updates of steps {self.step - skipped + 1} to {self.step} were not finite or "
                 "too large"
             )
-        row["learning_rate"] = self._trainer.last_rate(self._state)
+        state, row = self._program.take_metrics(state)
+        row["learning_rate"] = self._program.last_learning_rate(state)
         lap = self._clock.lap(self.step - self._logged)
-        self._watch.training(self.step, self._epoch, row, lap)
+        self._log.training(self.step, self._epoch, row, lap)
         self._logged = self.step
         self._clock.write(every=10)
         if failure := self._checkpoints.failure():  # told as soon as it is known
             with self._saving(must=False):
                 raise failure
+        return state
 
-    def evaluate(self) -> bool:
+    def _evaluate(self, state: TrainState) -> bool:
         """Evaluates; whether the results are the best until now."""
         with self._clock.spending("evaluate"):
-            alive = partial(self.watchdog.alive, self.step)
-            results = self._trainer.evaluate(self._state, alive)
+            alive = partial(self._watchdog.alive, self.step)
+            results = self._program.evaluate(state, alive)
         if not all(math.isfinite(row["loss"]) for row in results.values()):
             raise DivergedError(f"the evaluation's loss after step {self.step} is not finite")
-        self._watch.evaluation(self.step, self._epoch, results)
+        self._log.evaluation(self.step, self._epoch, results)
         self._progress["results"] = results
 
-        metric, best = self._config.checkpoint.best_metric, self._progress["best"]
-        sign = -1 if metric == "loss" else 1
-        weights, result = max(results.items(), key=lambda item: sign * item[1][metric])
-        improved = not best or sign * result[metric] > sign * best[metric]
+        metric, best = self._experiment.saving.best_metric, self._progress["best"]
+        weights = best_of(results, metric)
+        improved = not best or is_better(results[weights][metric], best[metric], metric)
         if improved:
-            self._progress["best"] = {"step": self.step, "weights": weights, **result}
+            self._progress["best"] = {"step": self.step, "weights": weights, **results[weights]}
         return improved
 
-    def save(self, must: bool = False) -> None:
+    def _save(self, state: TrainState, must: bool = False) -> None:
         """Starts saving; an error ends the run if the config says so or it `must` be saved."""
-        jax.block_until_ready(self._state)
+        jax.block_until_ready(state)
         with self._clock.spending("save"), jax.transfer_guard("allow"):
-            if not self._trainer.is_finite(self._state):
+            if not self._program.is_finite(state):
                 raise DivergedError(f"the state after step {self.step} is not finite")
-            with self._saving(must=False), self.watchdog.pause():  # a slow disk is no hang
+            with self._saving(must=False), self._watchdog.pause():  # a slow disk is no hang
                 self._checkpoints.wait()  # the last time's failure: this is the next try
-            self._watch.flush()  # what a checkpoint counts as done has its rows
+            self._log.flush()  # what a checkpoint counts as done has its rows
             self._progress["seconds"] = self._clock.totals
             # A copy: it is written in the background, while training goes on.
-            facts = {**self._trainer.facts, "progress": dict(self._progress)}
-            must = must or self.step == self._plan.total_steps
-            with self._saving(must), self.watchdog.pause():
-                self._checkpoints.save(self.step, self._state, facts)
+            metadata = {**self._program.metadata, "progress": dict(self._progress)}
+            must = must or self.step == self._total_steps
+            with self._saving(must), self._watchdog.pause():
+                self._checkpoints.save(self.step, state, metadata)
                 if must:
                     self._checkpoints.wait()
             self._clock.write()
@@ -199,15 +288,16 @@ class Session:
         try:
             yield
         except CheckpointError as error:
-            if must or self._config.checkpoint.on_error == "stop":
+            if must or self._experiment.saving.on_error == "stop":
                 raise
-            self._watch.say(f"{error}; training goes on until the next one is due")
+            self._log.say(f"{error}; training goes on until the next one is due")
 
-    def roll_back(self, trouble: DivergedError) -> None:
+    def _roll_back(self, state: TrainState, trouble: DivergedError) -> TrainState:
         """Goes back to the last good checkpoint, and on from there with the examples to come."""
         rollbacks, offset = self._progress["rollbacks"] + 1, self._progress["data_offset"]
-        diverged, self._state = self.step, None  # its memory is needed for the other one
-        if rollbacks > self._config.divergence.max_rollbacks:
+        diverged = self.step
+        jax.tree.map(lambda x: x.delete(), state)  # its memory is needed for the other one
+        if rollbacks > self._experiment.divergence.max_rollbacks:
             with contextlib.suppress(CheckpointError):
                 self._checkpoints.wait()
             steps = self._checkpoints.steps()
@@ -217,21 +307,27 @@ class Session:
                 + "; a lower config.optimizer.learning_rate, a warm-up or "
                 "config.optimizer.gradient_clip_norm may help"
             )
-        with jax.transfer_guard("allow"), self._clock.spending("lost"), self.watchdog.pause():
-            self._restore()
-            self._state = self._trainer.forgive(self._state)
+        with (
+            jax.transfer_guard("allow"),
+            self._clock.spending("lost"),
+            self._watchdog.pause(),
+        ):
+            state = self._program.reset_skipped(self._restored())
         self._clock.roll_back(self._progress["seconds"])
         self._progress["rollbacks"] = rollbacks
         self._progress["data_offset"] = offset + diverged - self.step
-        self._watch.say(
+        self._log.say(
             f"{trouble}: back to step {self.step}, and on with the examples that come after those"
         )
-        self._watch.cut(self.step)
+        self._log.cut(self.step)
         self._begin_batches()
+        return state
+
+    # The end.
 
     def finish(self) -> dict[str, Any]:
         """Writes and returns what summary.json holds."""
-        with self.watchdog.pause(), self._clock.spending("save"):
+        with self._watchdog.pause(), self._clock.spending("save"):
             self._checkpoints.wait()
         self._clock.write()
         steps_per_second, data_wait = self._clock.rate(self.step)
@@ -240,7 +336,7 @@ class Session:
             "step": self.step,
             "seconds": sum(self._clock.totals.values()),
             "goodput": self._clock.numbers(),
-            "images_per_second": self._config.batch_size * steps_per_second,
+            "images_per_second": self._experiment.batch_size * steps_per_second,
             "data_wait": data_wait,
             "rollbacks": self._progress["rollbacks"],
             **self._progress["results"],
@@ -250,19 +346,5 @@ class Session:
             try:
                 run_folder.write_json(self._workdir / "summary.json", summary)
             except OSError as error:  # it can be made anew
-                self._watch.say(f"summary.json can't be written: {error.strerror}")
+                self._log.say(f"summary.json can't be written: {error.strerror}")
         return summary
-
-    def __enter__(self) -> "Session":
-        self._watch.__enter__()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
-        self._trainer.__exit__(kind, *details)
-        self._watch.__exit__(kind, *details)
-        try:
-            self._checkpoints.close()
-        except CheckpointError as error:
-            if kind is None:
-                raise
-            self._watch.say(str(error))  # what ends the run comes first

@@ -25,7 +25,7 @@ from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.goodput import Goodput
 from flaxcls.runtime.processes import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
-from flaxcls.training.program import Trainer, mesh_for
+from flaxcls.training.program import Program
 
 
 def without_guards():
@@ -50,30 +50,30 @@ def main():
     parser.add_argument("--pairs", type=int, default=60)
     options, rest = parser.parse_known_args()
     config = cli.load_config(options.config, cli.split_overrides(rest)[0])
-    mesh = mesh_for(config)
-    plan = build.plan(config, mesh)
+    mesh = build.mesh(config)
+    experiment = build.make_experiment(config, mesh)
 
-    guarded, plain = Trainer(config, plan, mesh), Trainer(config, plan, mesh)
+    guarded, plain = Program.open(experiment), Program.open(experiment)
     guarded.compile()
     with without_guards():
         plain.compile()
     seconds = {guarded: [], plain: []}
-    states = {trainer: trainer.init() for trainer in seconds}
-    batches = {trainer: trainer.batches(0, options.pairs + 2) for trainer in seconds}
+    states = {program: program.init() for program in seconds}
+    batches = {program: program.batches(0, options.pairs + 2) for program in seconds}
     clock = Goodput()
     with guarded, plain, Watchdog(600) as watchdog, StopRequest() as asked:
         for number in range(options.pairs + 2):
-            for trainer in (guarded, plain) if number % 2 else (plain, guarded):
+            for program in (guarded, plain) if number % 2 else (plain, guarded):
                 began = time.perf_counter()
-                if trainer is plain:
-                    states[trainer] = trainer.update(states[trainer], next(batches[trainer]))
+                if program is plain:
+                    states[program] = program.update(states[program], next(batches[program]))
                 else:
                     with clock.spending("data_wait"):
-                        batch = next(batches[trainer])
-                    states[trainer] = trainer.update(states[trainer], batch)
+                        batch = next(batches[program])
+                    states[program] = program.update(states[program], batch)
                     watchdog.alive(number)
                     asked()
-                seconds[trainer].append(time.perf_counter() - began)
+                seconds[program].append(time.perf_counter() - began)
     ratios = sorted(a / b for a, b in zip(seconds[guarded][2:], seconds[plain][2:], strict=True))
     # The 95 % interval of a median, by the sign test.
     low = max(0, int((len(ratios) - 1.96 * len(ratios) ** 0.5) / 2))

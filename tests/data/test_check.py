@@ -333,10 +333,10 @@ def test_training_says_in_a_line_that_pictures_are_ignored(write_folder, tiny_co
         image_size=8,
     )
     (root / "labels.csv").touch()
-    assert build.plan(config, sharding.make_mesh()).notes == ()
+    assert build.make_experiment(config, sharding.make_mesh()).notes == ()
     for name in ("train/ant/a.avif", "val/bee/b.avif", "val/c.png"):
         (root / name).touch()
-    assert build.plan(config, sharding.make_mesh()).notes == (
+    assert build.make_experiment(config, sharding.make_mesh()).notes == (
         "pictures that are ignored: 2 whose format is not read (.avif) and 1 beside the folders of "
         "the classes, such as train/ant/a.avif",
     )

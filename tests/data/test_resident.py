@@ -13,7 +13,7 @@ from flaxcls.data.order import Order, evaluation_batches
 from flaxcls.data.resident import Resident, gather
 from flaxcls.data.statistics import channel_statistics
 from flaxcls.runtime import sharding
-from flaxcls.training.program import Trainer
+from flaxcls.training.program import Program
 
 
 def images_and_labels(count):
@@ -88,8 +88,8 @@ def test_it_is_said_how_many_copies_the_devices_hold(tiny_config, monkeypatch):
     config, mesh = tiny_config(data__num_examples=2**14), sharding.make_mesh()
 
     def said():
-        with Trainer(config, build.plan(config, mesh), mesh) as trainer:
-            return trainer.describe_input()
+        with Program.open(build.make_experiment(config, mesh)) as program:
+            return program.describe_input()
 
     assert said() == "on the devices, decoded, 1 MiB"
     monkeypatch.setattr(loader, "_empty", misaligned)

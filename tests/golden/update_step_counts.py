@@ -121,39 +121,25 @@ def count_lowered(module):
     return counted(counts)
 
 
-def shapes(tree, places):
-    """The shapes of a tree of arrays or shapes, with the sharding of each."""
-    import jax
-
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree, places
-    )
-
-
 def step_counts(config):
     """{"cpu": counts, "gpu": counts} of a config's training step."""
     import jax
 
     from flaxcls import build
     from flaxcls.runtime import sharding
-    from flaxcls.training.program import Trainer, make_update
+    from flaxcls.training.program import Program, make_update
 
     build.check(config)
     mesh = sharding.make_mesh(config.mesh.fsdp)
-    plan = build.plan(config, mesh)
-    with Trainer(config, plan, mesh) as trainer:
-        batch = trainer.batch(0)
+    experiment = build.make_experiment(config, mesh)
+    with Program.open(experiment) as program:
         # Spared is only what LLVM does with the HLO.
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        compiled = trainer.lower(batch).compile(options).as_text()
+        compiled = program.lower().compile(options).as_text()
 
-        everywhere = sharding.everywhere(mesh)
-        arrays = trainer.input.arrays
-        update = make_update(config, plan, trainer.facts, "gpu")
-        traced = jax.jit(update, donate_argnums=0, out_shardings=trainer.places).trace(
-            shapes(trainer.shapes, trainer.places),
-            shapes(arrays, {name: everywhere for name in arrays}),
-            shapes(batch, {name: array.sharding for name, array in batch.items()}),
+        update = make_update(experiment, program.metadata, "gpu")
+        traced = jax.jit(update, donate_argnums=0, out_shardings=program.shardings).trace(
+            *program.step_arguments()
         )
     lowered = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     return {"cpu": count_compiled(compiled), "gpu": count_lowered(lowered)}

@@ -173,7 +173,7 @@ def fails(monkeypatch, capfd, tmp_path):
     def run(*arguments):
         for name in main.FLAGS:
             main.FLAGS[name].unparse()
-        monkeypatch.setattr(program.Trainer, "__init__", too_late)
+        monkeypatch.setattr(program.Program, "__init__", too_late)
         monkeypatch.setattr(
             sys, "argv", ["main", f"--workdir={tmp_path / 'run'}", *map(str, arguments)]
         )

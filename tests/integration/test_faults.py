@@ -216,7 +216,7 @@ def test_full_disk_ends_the_run_where_the_config_says_so_or_the_state_would_be_l
 
 INJECT = """
 from flaxcls.training import program
-update = program.Trainer.update
+update = program.Program.update
 
 
 def injected(self, state, batch, calls=[0]):
@@ -226,7 +226,7 @@ def injected(self, state, batch, calls=[0]):
     return update(self, state, batch)
 
 
-program.Trainer.update = injected
+program.Program.update = injected
 """
 
 

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out={out} is in a folder that does not exist")
     config = cli.load_config(FLAGS.config, overrides)
-    rows = look(config, step=FLAGS.step, count=FLAGS.count)
+    rows = preview(config, step=FLAGS.step, count=FLAGS.count)
     picture = io.BytesIO()
     draw(rows).save(picture, Image.registered_extensions()[out.suffix.lower()])
     try:
@@ -72,29 +72,29 @@ def main(argv: Sequence[str]) -> None:
     output.say(f"{where}: {shown} of {of}")
 
 
-def look(config: ConfigDict, *, step: int, count: int) -> list[Row]:
+def preview(config: ConfigDict, *, step: int, count: int) -> list[Row]:
     """The first examples of the training batch `step`: in evaluation, as loaded, augmented."""
     import jax  # which takes a second, as what follows: not for --help
 
     from flaxcls import augment, build
-    from flaxcls.build import inputs
     from flaxcls.data.loader import Loader
+    from flaxcls.data.pipeline import statistics
     from flaxcls.data.resident import gather
     from flaxcls.runtime import sharding
 
     build.check(config)
-    plan = build.plan(config, sharding.make_mesh())
-    source, names = plan.train_source, plan.train_source.class_names
-    pipeline = inputs.training(config, source, plan.image_sizes, report=_say)
-    with contextlib.closing(pipeline):
-        mean, std = inputs.normalization(config, source, pipeline)
-        batch = gather(pipeline.arrays, pipeline.batch(step))
-    augmentation = augment.build(config.augment or (), mean=mean, std=std)
+    experiment = build.make_experiment(config, sharding.make_mesh())
+    names, evaluated = experiment.class_names, experiment.as_evaluated
+    data = experiment.train.open(_say)
+    with contextlib.closing(data):
+        mean, std = experiment.normalization or statistics(data, evaluated)
+        batch = gather(data.arrays, data.batch(step))
+    augmentation = augment.build(experiment.augmentations, mean=mean, std=std)
     labels = jax.nn.one_hot(batch["label"], len(names))
-    augmented = _augmented(config, augmentation, step, {**batch, "label": labels})
+    augmented = _augmented(experiment, augmentation, step, {**batch, "label": labels})
 
-    load = Loader(source, inputs.eval_transform(config, source), config.input.max_pixels)
-    size, indices = inputs.eval_image_size(config), batch["index"][:count].tolist()
+    load = Loader(evaluated.source, evaluated.transform, evaluated.options.max_pixels)
+    size, indices = evaluated.sizes(0), batch["index"][:count].tolist()
     normalized = np.asarray(augmented["image"][:count])
     pixels = np.round((normalized * std + mean) * 255).clip(0, 255).astype(np.uint8)
     return [
@@ -112,14 +112,14 @@ def look(config: ConfigDict, *, step: int, count: int) -> list[Row]:
     ]
 
 
-def _augmented(config: ConfigDict, augmentation: Callable, step: int, batch: Any) -> Any:
+def _augmented(experiment: Any, augmentation: Callable, step: int, batch: Any) -> Any:
     """The images and labels of a batch as `flaxcls.core.step.make_train_step` augments them."""
     import jax
 
-    from flaxcls.core.step import augmentation_key, seed_key
+    from flaxcls.core.step import augmentation_key, seed_key, step_keys
 
-    key = jax.random.split(jax.random.fold_in(seed_key(config.seed), step))[0]
-    parts = config.gradient_accumulation
+    key, _ = step_keys(seed_key(experiment.seed), step)
+    parts = experiment.gradient_accumulation
     augment_part = jax.jit(
         lambda key, index, part: augmentation(augmentation_key(key, index, parts), part)
     )

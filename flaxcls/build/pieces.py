@@ -1,0 +1,135 @@
+"""From the config to the pieces of a training step: network, loss, schedule, optimizer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from flaxcls import augment, models
+from flaxcls.build.length import Length
+from flaxcls.build.validate import about
+from flaxcls.config import options
+from flaxcls.config.fields import options_of
+from flaxcls.core import optim, schedules
+from flaxcls.core.losses import LossSpec
+from flaxcls.errors import ConfigError
+from flaxcls.runtime import processes, sharding
+
+
+def mesh(config: ConfigDict) -> Mesh:
+    """The devices that a config asks for, checked against its batch."""
+    part = config.batch_size // config.gradient_accumulation
+    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count())
+    processes.check_device_counts()
+    devices = sharding.make_mesh(config.mesh.fsdp)
+    sharding.check_batch_size(devices, part)
+    return devices
+
+
+def model(
+    config: ConfigDict,
+    mesh: Mesh,
+    num_classes: int,
+    image_shapes: Sequence[tuple[int, int, int]],
+) -> nn.Module:
+    """The network for images of all these shapes; its parameters must be the same for each."""
+    dtype = config.model.dtype
+    if dtype == "auto":
+        dtype = sharding.fast_dtype(mesh.devices.flat[0])
+    module = models.build(
+        config.model.name,
+        num_classes=num_classes,
+        dtype=jnp.dtype(dtype),
+        **options_of(config.model, "dtype"),
+    )
+    for shape in image_shapes:
+        models.check_image_shape(module, shape)
+    if len({str(models.shapes(module, shape)) for shape in set(image_shapes)}) > 1:
+        raise ConfigError(
+            f"{config.model.name} has other parameters for images of another size, but "
+            f"config.image_size and config.eval.image_size ask for {sorted(set(image_shapes))}"
+        )
+    return module
+
+
+def loss(config: ConfigDict, num_classes: int) -> LossSpec:
+    """The loss, whose class weights may still have to be balanced by the data."""
+    weights = config.loss.class_weights
+    if weights is not None and weights != "balanced":
+        if not options.fits(weights, tuple[float, ...]) or len(weights) != num_classes:
+            raise ConfigError(
+                f"config.loss.class_weights must be 'balanced' or {num_classes} numbers, "
+                f"got {weights!r}"
+            )
+        weights = tuple(weights)
+    spec = LossSpec(config.loss.name, weights, options_of(config.loss, "class_weights"))
+    spec.with_weights(None if weights == "balanced" else weights)  # ConfigError for its options
+    return spec
+
+
+def learning_rate(config: ConfigDict, run: Length) -> Callable[[Any], jax.Array]:
+    """The learning rate as a function of the step."""
+    peak = config.optimizer.learning_rate
+    if config.optimizer.learning_rate_batch:
+        peak *= config.batch_size / config.optimizer.learning_rate_batch
+    with about("schedule"):
+        return schedules.build(
+            config.schedule.name,
+            learning_rate=peak,
+            total_steps=run.total_steps,
+            to_steps=run.to_steps,
+            **options_of(config.schedule),
+        )
+
+
+def optimizer(
+    config: ConfigDict, network: nn.Module, params: Any, rate: Callable[[Any], jax.Array]
+) -> tuple[optax.GradientTransformation, str]:
+    """The optimizer and what it does to which parameters, in words; `params` may be shapes."""
+    return optim.build(
+        config.optimizer.name,
+        schedule=rate,
+        params=params,
+        frozen=models.frozen(network),
+        **options_of(config.optimizer, "learning_rate", "learning_rate_batch"),
+    )
+
+
+def augmentation(
+    config: ConfigDict, image_shapes: Sequence[tuple[int, int, int]], num_classes: int
+) -> tuple[Any, ...]:
+    """config.augment; traced for these shapes, as some augmentations can't take every size."""
+    specs = tuple(config.augment or ())
+    for shape in image_shapes:
+        ones = (1.0,) * shape[-1]
+        count = config.batch_size
+        batch = {
+            "image": jax.ShapeDtypeStruct((count, *shape), jnp.uint8),
+            "label": jax.ShapeDtypeStruct((count, num_classes), jnp.float32),
+            "index": jax.ShapeDtypeStruct((count,), jnp.int32),
+            "epoch": jax.ShapeDtypeStruct((count,), jnp.int32),
+        }
+        jax.eval_shape(augment.build(specs, mean=ones, std=ones), jax.random.key(0), batch)
+    return specs
+
+
+def normalization(config: ConfigDict, channels: int) -> tuple[list[float], list[float]] | None:
+    """Mean and standard deviation as config.data gives them; None: those of the data."""
+    given = (config.data.mean, config.data.std)
+    if given == (None, None):
+        return None
+    for values in given:
+        if not options.fits(values, tuple[float, ...]) or len(values) != channels:
+            raise ConfigError(
+                f"config.data.mean and config.data.std must both be given, {channels} "
+                f"number{'s' * (channels > 1)} each, got {given}"
+            )
+    mean, std = (list(map(float, values)) for values in given)
+    if min(std) <= 0:
+        raise ConfigError(f"config.data.std must be above 0, got {config.data.std}")
+    return mean, std

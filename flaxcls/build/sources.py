@@ -1,0 +1,39 @@
+"""From config.data to the examples."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from flaxcls.config import options
+from flaxcls.config.fields import options_of
+from flaxcls.data import SOURCES, check_tfds_name, open_source, open_tfds
+from flaxcls.data.source import Source
+
+
+def check_source(config: ConfigDict) -> dict[str, Any]:
+    """The options of the data, if they are right; the data are not opened."""
+    given = options_of(config.data, "train_split", "eval_split", "dir", "mean", "std")
+    opener = SOURCES.get(config.data.name, open_tfds)
+    if given and opener is open_tfds:  # else the sentence would be about an option
+        check_tfds_name(config.data.name, config.data.dir)
+    known = options.accepted(opener, ("name", "split", "data_dir", "class_names", "max_bytes"))
+    options.check("config.data", config.data.name, given, known)
+    return given
+
+
+def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = None) -> Source:
+    """The data that a split such as `train[:90%]` names.
+
+    With `class_names`, the classes of a network by label, a folder or a list needs no more than
+    some of them.
+    """
+    given = check_source(config)
+    return open_source(
+        config.data.name,
+        split,
+        data_dir=config.data.dir,
+        max_bytes=config.input.max_bytes,
+        class_names=class_names,
+        **given,
+    )

@@ -1,0 +1,24 @@
+"""The log of broken images in a run's folder."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from flaxcls.runtime import output, processes
+
+
+def broken_images_log(workdir: Path) -> Callable[[str], None]:
+    """Notes a sentence about a broken image in broken_images.log and on standard error.
+
+    Every process notes those that it meets itself, but 0 in a file with its number.
+    """
+    number = "" if processes.is_first() else f".{processes.index()}"
+
+    def report(sentence: str) -> None:
+        output.say(f"flaxcls: {sentence}", error=True)
+        with contextlib.suppress(OSError):  # a full disk
+            workdir.mkdir(parents=True, exist_ok=True)
+            with (workdir / f"broken_images{number}.log").open("a") as log:
+                log.write(sentence + "\n")
+
+    return report

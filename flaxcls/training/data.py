@@ -1,0 +1,57 @@
+"""The data of a run, opened: what its batches are made of, and what is known of its images."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from flaxcls import models
+from flaxcls.build import Experiment
+from flaxcls.core.losses import balanced_class_weights
+from flaxcls.data.pipeline import first_images, statistics
+from flaxcls.runtime import sharding
+
+FIRST_IMAGES = 2000  # for the networks whose first weights depend on the data
+
+
+class RunData:
+    """Opened pipelines of both splits, and what of the data a step has built in.
+
+    Attributes:
+      train, evaluation: the batches.
+      mean, std: what images are normalised by, a number a channel.
+      class_weights: of the loss, a number a class; None: all alike.
+      first_images: what a network may look at before its first step, uint8 [N, H, W, C].
+
+    Args:
+      report: is told about broken images.
+      normalization: mean and standard deviation, as a resumed run has them; None: as the experiment
+        or the data have them.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        report: Callable[[str], None] = print,
+        normalization: tuple[list[float], list[float]] | None = None,
+    ):
+        source = experiment.train.source
+        rows = partial(sharding.local_rows, experiment.mesh)
+        self.train = experiment.train.open(report, rows)
+        self.mean, self.std = (
+            normalization
+            or experiment.normalization
+            or statistics(self.train, experiment.as_evaluated)
+        )
+        weights = experiment.loss.class_weights
+        if weights == "balanced":
+            weights = balanced_class_weights(source.labels(), len(source.class_names)).tolist()
+        self.class_weights: list[float] | None = None if weights is None else list(weights)
+        self.evaluation = experiment.evaluation.open(rows=rows)
+        count = FIRST_IMAGES if models.needs_images(experiment.network) else 1
+        self.first_images: np.ndarray = first_images(self.train, experiment.as_evaluated, count)
+
+    def close(self) -> None:
+        """Ends what makes the batches."""
+        self.train.close()
+        self.evaluation.close()

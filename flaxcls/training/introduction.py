@@ -1,0 +1,48 @@
+"""What is said before training begins, after all processes have found that they do the same."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from flaxcls import models
+from flaxcls.build import Before, Experiment
+from flaxcls.config.fields import changes
+from flaxcls.runs import run_folder
+from flaxcls.runtime import processes, sharding
+from flaxcls.training.program import Program
+
+
+def introduce(
+    experiment: Experiment, program: Program, workdir: Path, before: Before | None
+) -> None:
+    """Says what is going to be trained; ConfigError if the processes differ in it."""
+    fingerprint = experiment.evaluation.source.fingerprint
+    processes.check_same(run_folder.identity(program.metadata, fingerprint))
+    processes.say(_describe(experiment, program))
+    if processes.is_first():
+        changed = run_folder.changed_data(workdir, experiment.train.source)
+        for note in (*experiment.notes, *_changes(before, experiment), *changed):
+            processes.say(f"note: {note}")
+
+
+def _describe(experiment: Experiment, program: Program) -> str:
+    train, test = experiment.train.source, experiment.evaluation.source
+    length = experiment.length
+    epochs = length.total_steps / length.steps_per_epoch
+    parameters = models.parameter_count(program.shapes.params)
+    return (
+        f"data: {train.name}, {len(train):,} images to train on ({train.split}), {len(test):,} to "
+        f"evaluate on ({test.split}), {len(train.class_names)} classes\n"
+        f"input: {program.describe_input()}\n"
+        f"model: {experiment.config['model']['name']}, {parameters:,} parameters\n"
+        f"devices: {sharding.describe(experiment.mesh)}\n"
+        f"optimizer: {experiment.parameter_groups}\n"
+        f"length: {length.total_steps:,} steps of {length.batch_size} images, "
+        f"{round(epochs, 2) if epochs >= 1 else epochs:.4g} epochs"
+    )
+
+
+def _changes(before: Before | None, experiment: Experiment) -> Iterator[str]:
+    """What a resumed run does otherwise than until now."""
+    if before:
+        for field, (old, new) in changes(before.config, experiment.config).items():
+            yield f"config.{field} was {old!r} until now, and is {new!r} from now on"
