@@ -18,6 +18,7 @@ from flaxcls.core.step import make_init, make_train_step
 from flaxcls.data import SOURCES
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError
+from flaxcls.files import write_json
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
 
@@ -151,7 +152,7 @@ def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
     config = tiny_config()
     saved = run_folder.plain(config)
     del saved["image_size"], saved["crop"], saved["input"]["max_broken"]
-    run_folder.write_json(tmp_path / "config.json", {"config": saved})
+    write_json(tmp_path / "config.json", {"config": saved})
     assert run_folder.plain(run_folder.load_config(tmp_path)) == run_folder.plain(config)
     before, finished = run_folder.claim(tmp_path, config)
     assert run_folder.changes(before, config) == {} and finished is None

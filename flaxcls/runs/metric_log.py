@@ -19,6 +19,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
 from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.files import atomic_write
 from flaxcls.runtime.output import Guarded, printable_lines
 
 FIRST_LINE_SECONDS = 3  # of steps, from which the rest can be told
@@ -82,9 +83,8 @@ class Watch:
                 break
             if step <= start_step:
                 kept.append(line.rstrip() + b"\n")
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self._path)
+        with atomic_write(self._path) as file:
+            file.writelines(kept)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""

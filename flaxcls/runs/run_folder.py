@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from flaxcls.config import default, options
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.files import read_json, write_json
 from flaxcls.runtime.output import printable, say
 
 # What may differ between the processes of a run: where the data lies and who decodes it.
@@ -60,32 +61,6 @@ PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nu
 def new_folder(recipe: str) -> Path:
     """`runs/NAME-<date-time>` for a recipe's file name."""
     return Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file of a run's folder, None if there is none.
-
-    Raises ConfigError, with the file's name, for whatever else is there.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ConfigError(f"{path} is not readable as JSON: {why}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__} instead of an object of JSON")
-    return content
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

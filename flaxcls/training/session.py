@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from flaxcls import build
 from flaxcls.core.schedules import parse_duration
 from flaxcls.errors import CheckpointError, ConfigError, DataError, DivergedError
+from flaxcls.files import write_json
 from flaxcls.runs import run_folder
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.goodput import Goodput
@@ -248,7 +249,7 @@ class Session:
         }
         if processes.is_first():
             try:
-                run_folder.write_json(self._workdir / "summary.json", summary)
+                write_json(self._workdir / "summary.json", summary)
             except OSError as error:  # it can be made anew
                 self._watch.say(f"summary.json can't be written: {error.strerror}")
         return summary
