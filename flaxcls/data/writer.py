@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxcls.data.commands.shared import in_order, progress
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.files import write_json
+from flaxcls.runtime.progress import progress
+from flaxcls.runtime.read_ahead import in_order
 
 VERSION = "1.0.0"
 FACTS = "prepared.json"  # beside the data: of what they were made, and how
