@@ -23,7 +23,7 @@ from flaxcls.core.schedules import Duration, parse_duration
 from flaxcls.data import SOURCES, check_tfds_name, open_source, open_tfds
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
-from flaxcls.runs import run_folder
+from flaxcls.runs import run_folder, trackers
 from flaxcls.runtime import sharding
 
 _MOST_STEPS = 2**31 - 1  # that a state can count
@@ -59,6 +59,7 @@ def check(config: ConfigDict) -> None:
         parts >= 1 and batch % max(parts, 1) == 0,
         f"a divisor of config.batch_size, {batch}",
     )
+    trackers.names(config.log_to)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
     for field in (

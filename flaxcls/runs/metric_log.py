@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the terminal, metrics.jsonl and TensorBoard."""
+"""What a run tells while it goes: the terminal, metrics.jsonl, TensorBoard and trackers."""
 
 import contextlib
 import errno
@@ -18,8 +18,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
-from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.errors import ConfigError, FlaxclsError, Interrupted
 from flaxcls.files import atomic_write
+from flaxcls.runs import trackers
+from flaxcls.runs.trackers import Trackers
 from flaxcls.runtime.output import Guarded, printable_lines
 
 FIRST_LINE_SECONDS = 3  # of steps, from which the rest can be told
@@ -48,6 +50,7 @@ class Watch:
         if workdir and self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._board = _Board(workdir and workdir / "tensorboard")
+        self._workdir, self._trackers = workdir, None
         self._open(start_step)
         self.begin(start_step)
 
@@ -62,6 +65,11 @@ class Watch:
             raise kind(f"{self._path} can't be written: {error.strerror}") from error
         self._pending, self._waiting = b"", False  # rows that a full disk has no room for
         self._board.open(start_step + 1)
+
+    def track(self, log_to: Any, config: Mapping[str, Any]) -> None:
+        """From now on the rows go to the services in `config.log_to`, too."""
+        if self._workdir:
+            self._trackers = Trackers(trackers.names(log_to), self._workdir, config, self.say)
 
     def cut(self, step: int) -> None:
         """Forgets what came after a step, to which the run has gone back."""
@@ -129,7 +137,7 @@ class Watch:
         self._write(step, epoch, {"train": row})
         steps_per_second, data_wait = lap
         rate = self._batch_size * steps_per_second
-        self._board.add(step, {"time/images_per_second": rate, "time/data_wait": data_wait})
+        self._add(step, {"time/images_per_second": rate, "time/data_wait": data_wait})
         self.is_silent = False
         line = (
             f"step {step}/{self._total_steps}  epoch {epoch:.2f}  loss {row['loss']:.4f}  "
@@ -155,7 +163,12 @@ class Watch:
         self._pending += (json.dumps(_json(row)) + "\n").encode()
         self.flush()
         for group, values in groups.items():
-            self._board.add(step, {f"{group}/{name}": value for name, value in values.items()})
+            self._add(step, {f"{group}/{name}": value for name, value in values.items()})
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
+        self._board.add(step, values)
+        if self._trackers:
+            self._trackers.add(step, values)
 
     def flush(self) -> None:
         """Writes the rows that there was no room for when they came, if there is now."""
@@ -173,12 +186,15 @@ class Watch:
             self._live.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         if self._live:
             self._live.stop()
         self.flush()
         self._file.close()
         self._board.close()
+        if self._trackers:
+            preempted = kind is not None and issubclass(kind, Interrupted)
+            self._trackers.close("preempted" if preempted else "failed" if kind else "finished")
 
 
 class _Board:

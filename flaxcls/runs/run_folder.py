@@ -34,6 +34,7 @@ FREE_FIELDS = (
     *OWN_FIELDS,
     "duration",
     "log_every",
+    "log_to",
     "input",
     "eval.every",
     "eval.batch_size",
@@ -53,6 +54,7 @@ LEFTOVERS = (
     "checkpoints",
     "quarantine",
     "tensorboard",
+    "trackers.json",
     ".*",
 )
 PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")

@@ -65,6 +65,7 @@ class Session:
             plan.total_steps,
             config.batch_size,
         )
+        self._watch.track(config.log_to, dict(run_folder.fields(config)))
         with clock.spending("compile"):
             seconds = trainer.compile(self.step)
         saved = compilation_cache.saved_seconds()

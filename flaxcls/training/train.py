@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from flaxcls import build, models
 from flaxcls.core.schedules import Duration
 from flaxcls.errors import SIGNAL_EXIT_CODES, DivergedError, Interrupted
-from flaxcls.runs import run_folder
+from flaxcls.runs import run_folder, trackers
 from flaxcls.runs.goodput import Goodput
 from flaxcls.runtime import output, processes, sharding
 from flaxcls.runtime.processes import StopRequest
@@ -30,6 +30,7 @@ def train(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]
     """
     clock = Goodput(age)
     build.check(config)
+    trackers.check_installed(config.log_to)
     mesh = mesh_for(config)
     workdir = Path(processes.gather(str(workdir))[0])
     before, finished = run_folder.claim(workdir, config)
