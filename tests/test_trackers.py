@@ -1,6 +1,7 @@
 """Runs are logged to Weights & Biases and MLflow, which can't stop or slow them."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -249,6 +250,17 @@ def test_rows_come_when_the_service_does(tmp_path, store, monkeypatch):
     tracker.close("finished")
     assert history(store, "train/loss") == [(1, 2.0), (2, 1.0)] and len(said) == 1
     assert said[0].startswith("note: mlflow does not take the metrics")
+
+
+def test_what_mlflow_lacks_without_an_address_is_told(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    if importlib.util.find_spec("sqlalchemy"):
+        pytest.skip("all of MLflow is installed, whose default needs no address")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    said = []
+    Trackers(["mlflow"], tmp_path, {"seed": 0}, said.append).close("finished")
+    (sentence,) = said
+    assert "training goes on (OSError: set MLFLOW_TRACKING_URI, such as http://" in sentence
 
 
 CLIENTS = {

@@ -7,6 +7,7 @@ that the user is to see. What hangs, prints, prompts or fails in a client does s
 
 import collections
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -77,6 +78,9 @@ class Mlflow:
     def __init__(self, run: Mapping[str, Any]):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; else minutes pass
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # before a failure is told
+        if not os.environ.get("MLFLOW_TRACKING_URI") and not importlib.util.find_spec("sqlalchemy"):
+            # MLflow's default, a database in a file, is not part of mlflow-skinny.
+            raise OSError("set MLFLOW_TRACKING_URI, such as http://HOST:5000")
         from mlflow import entities
         from mlflow.tracking import MlflowClient
 
