@@ -36,6 +36,7 @@ from absl import flags
 
 from flaxcls import cli
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.files import atomic_write
 from flaxcls.runtime.output import Guarded, printable, say
 
 Ranked = list[tuple[str, float]]  # classes and their probabilities, the best one first
@@ -241,18 +242,13 @@ def _save(path: Path, rows: IO[bytes], names: Sequence[str]) -> None:
     """Makes an .npz file, whole or not at all, of the float32 numbers in `rows`, and the names."""
     shape = (len(names), rows.tell() // (4 * len(names)))
     rows.seek(0)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with zipfile.ZipFile(temporary, "w") as archive:
-            with archive.open("features.npy", "w", force_zip64=True) as member:
-                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                shutil.copyfileobj(rows, member, 2**20)
-            with archive.open("files.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.array(names))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:
+        with archive.open("features.npy", "w", force_zip64=True) as member:
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            shutil.copyfileobj(rows, member, 2**20)
+        with archive.open("files.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array(member, np.array(names))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from flaxcls.config import durations, fields
 from flaxcls.core.step import make_init, make_train_step
 from flaxcls.data.pipeline import Sizes
 from flaxcls.errors import ConfigError
+from flaxcls.files import write_json
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
 
@@ -130,7 +131,7 @@ def test_run_made_before_a_field_existed_has_its_default(tmp_path, tiny_config):
     config = tiny_config()
     saved = fields.plain(config)
     del saved["image_size"], saved["crop"], saved["input"]["max_broken"]
-    run_folder.write_json(tmp_path / "config.json", {"config": saved})
+    write_json(tmp_path / "config.json", {"config": saved})
     assert fields.plain(run_folder.load_config(tmp_path)) == fields.plain(config)
     before, finished = run_folder.claim(tmp_path, config)
     assert fields.changes(before, config) == {} and finished is None

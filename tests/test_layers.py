@@ -20,7 +20,8 @@ FLOORS = (
     ("models", "augment", "data"),
     ("config",),
     ("runtime",),
-    ("files", "errors"),
+    ("files",),
+    ("errors",),
 )
 
 

@@ -153,7 +153,7 @@ def test_a_manifest_is_written_whole_or_not_at_all(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(manifest.json, "dump", fail)
+        patched.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="No space"):
             manifest.write(folder)
     assert (folder / manifest.NAME).read_text() == before

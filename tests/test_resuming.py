@@ -10,6 +10,7 @@ import pytest
 
 from flaxcls.config import fields
 from flaxcls.errors import ConfigError
+from flaxcls.files import write_json
 from flaxcls.runs import run_folder
 from flaxcls.training import program
 from flaxcls.training.train import train_config as train
@@ -136,14 +137,14 @@ def test_streamed_or_resident_a_run_keeps_its_normalization(tmp_path, tiny_confi
     ],
 )
 def test_what_changes_no_number_computed_before_may_change(tmp_path, tiny_config, changes):
-    run_folder.write_json(tmp_path / "config.json", {"config": fields.plain(tiny_config())})
+    write_json(tmp_path / "config.json", {"config": fields.plain(tiny_config())})
     before, finished = run_folder.claim(tmp_path, tiny_config(**changes))
     assert len(fields.changes(before, tiny_config(**changes))) == 1 and finished is None
 
 
 @pytest.mark.parametrize("field", ["seed", "batch_size", "ema_decay", "repeats"])
 def test_what_would_change_numbers_computed_before_may_not(tmp_path, tiny_config, field):
-    run_folder.write_json(tmp_path / "config.json", {"config": fields.plain(tiny_config())})
+    write_json(tmp_path / "config.json", {"config": fields.plain(tiny_config())})
     with pytest.raises(ConfigError, match=f"config.{field} = .*; give another --workdir"):
         run_folder.claim(tmp_path, tiny_config(**{field: 0.5 if field == "ema_decay" else 3}))
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxcls import models
-from flaxcls.build import inputs, notes, pieces
+from flaxcls.build import inputs, log_to, notes, pieces
 from flaxcls.build.length import Length, interval, run_length
 from flaxcls.build.sources import source
 from flaxcls.build.validate import about
@@ -62,6 +62,7 @@ class Experiment:
       parameter_groups: what the optimizer does to which parameters, in words.
       length: of the run.
       log_every, eval_every: of steps.
+      log_to: the services that metrics are sent to.
       hang_after: seconds without a step; 0: never.
       notes: what a user may not have meant.
     """
@@ -84,6 +85,7 @@ class Experiment:
     length: Length
     log_every: Duration
     eval_every: Duration
+    log_to: tuple[str, ...]
     hang_after: float
     saving: Saving
     divergence: Divergence
@@ -108,6 +110,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
 
     ConfigError for all that doesn't fit together.
     """
+    log_to.check_installed(config.log_to)
     train_source, eval_source = (
         source(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
@@ -160,6 +163,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         length=run,
         log_every=interval(config, "log_every", run),
         eval_every=interval(config, "eval.every", run),
+        log_to=log_to.names(config.log_to),
         hang_after=parse_duration(config.hang_after).value,
         saving=saving,
         divergence=Divergence(**config.divergence),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from flaxcls.build import accepted
+from flaxcls.build import accepted, log_to
 from flaxcls.config import default, options
 from flaxcls.config.durations import parse_duration
 from flaxcls.config.fields import fields
@@ -36,6 +36,7 @@ def check(config: ConfigDict) -> None:
         parts >= 1 and batch % max(parts, 1) == 0,
         f"a divisor of config.batch_size, {batch}",
     )
+    log_to.names(config.log_to)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
     for field in (

@@ -38,6 +38,7 @@ def default() -> ConfigDict:
     config.duration = "10 epochs"
     config.ema_decay = placeholder(float)  # 0 to 1; None: no average of the parameters is kept
     config.log_every = "50 steps"
+    config.log_to = _any()  # besides TensorBoard: "wandb", "mlflow" or a tuple of both
     config.hang_after = "10 minutes"  # without a step; then the run ends itself; 0 minutes: never
 
     config.data = _open()

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.commands.shared import in_order, progress
 from flaxcls.data.decode import MAX_PIXELS, Picture
 from flaxcls.data.source import Source
 from flaxcls.data.statistics import channel_histogram
 from flaxcls.errors import DataError
+from flaxcls.runtime.progress import progress
+from flaxcls.runtime.read_ahead import in_order
 
 MAX_SHARED = 0.001  # of the evaluation split: it moves an accuracy by at most 0.1 points
 _CHUNK = 32  # pictures that a thread reads at a time

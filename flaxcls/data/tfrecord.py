@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import struct
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from flaxcls.data.storage import is_remote, open_regular, open_to_scan, read_part, size_and_version
 from flaxcls.errors import DataError
+from flaxcls.files import atomic_write
 
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
@@ -193,10 +193,8 @@ def _store_index(place: Path, index: np.ndarray) -> bool:
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.parent.stat().st_mode & 0o222:  # read-only means that to root, too
             return False
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".index-") as folder:
-            whole = Path(folder) / place.name
-            np.save(whole, index)
-            os.replace(whole, place)
+        with atomic_write(place, shared=True) as file:  # by all processes that read the data
+            np.save(file, index)
     except OSError:
         return False
     return True

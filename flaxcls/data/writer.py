@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxcls.data.commands.shared import in_order, progress
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.files import write_json
+from flaxcls.runtime.progress import progress
+from flaxcls.runtime.read_ahead import in_order
 
 VERSION = "1.0.0"
 FACTS = "prepared.json"  # beside the data: of what they were made, and how
@@ -103,7 +105,7 @@ class DatasetWriter:
             begun.unlink(missing_ok=True)  # first: what is left of the rest is not to be used
             for child in self._staging.iterdir():
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
-            _write_json(begun, self._facts)
+            write_json(begun, self._facts, fsync=True)
         (self._staging / "shards").mkdir(exist_ok=True)
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -164,7 +166,7 @@ class DatasetWriter:
             temporary.unlink(missing_ok=True)
             raise OSError(0, str(error).partition(";")[0]) from error
         _sync(temporary)
-        _write_json(note, dataclasses.asdict(total))
+        write_json(note, dataclasses.asdict(total), fsync=True)
         os.replace(temporary, path)
 
     def finish(
@@ -210,7 +212,8 @@ class DatasetWriter:
             description=description,
         )
         left_out = {split: sum(parts, Tally()).left_out for split, parts in tallies.items()}
-        _write_json(self._folder / FACTS, {**self._facts, "left_out": left_out})
+        facts = {**self._facts, "left_out": left_out}
+        write_json(self._folder / FACTS, facts, fsync=True)
         for split in tallies:
             source = TfdsSource(self._target.name, split, self._folder)  # counts the records
             if list(source.class_names) != list(class_names):
@@ -238,14 +241,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    _sync(temporary)
-    os.replace(temporary, path)
 
 
 def _sync(path: Path) -> None:

@@ -14,13 +14,13 @@ from PIL import Image
 
 from flaxcls import augment
 from flaxcls.core.metrics import best_of
-from flaxcls.data.commands.shared import in_order
 from flaxcls.data.decode import Picture, available_cores
 from flaxcls.data.storage import read_picture
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.inference.restored import RestoredRun, restore
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable
+from flaxcls.runtime.read_ahead import in_order
 
 # What a network's outputs say of the classes, by the loss it was trained with. Those trained to the
 # squared error are probabilities already, but for errors that take them out of [0, 1] or their sum

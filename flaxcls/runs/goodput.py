@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxcls.errors import ConfigError
-from flaxcls.runs import run_folder
+from flaxcls.files import read_json, write_json
 
 NAMES = {  # as a sentence says them
     "startup": "starting",
@@ -118,7 +118,7 @@ class Goodput:
         self._written = time.perf_counter()
         content = {**self.numbers(), "last_sign_of_life": time.time()}
         with contextlib.suppress(OSError):  # a full disk: training is worth more
-            run_folder.write_json(self._path, content)
+            write_json(self._path, content)
 
     def numbers(self) -> dict[str, Any]:
         """{"goodput": a share, "seconds": of each category, "restarts": their number}; JSON."""
@@ -172,7 +172,7 @@ class _File(NamedTuple):
 def _read(path: Path | None) -> _File:
     """What an earlier process wrote, as far as it can be used: nobody's run depends on it."""
     try:
-        content = run_folder.read_json(path) if path else {}
+        content = read_json(path) if path else {}
         seconds = _totals(content["seconds"])
         found = _File(seconds, int(content["restarts"]), float(content["last_sign_of_life"]))
         if all(0 <= number < _ENDLESS for number in (*seconds.values(), *found[1:])):

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from flaxcls.errors import CheckpointError
+from flaxcls.files import write_json
 
 NAME = "manifest.json"
 
@@ -31,17 +32,12 @@ def write(folder: Path, leave_out: Collection[str] = ()) -> int:
       leave_out: files, by their path in `folder`, that are still going to change.
     """
     sizes = _sizes(folder)
-    temporary = folder / f"{NAME}.tmp"
     files = {}
-    for name in sorted(sizes.keys() - set(leave_out) - {NAME, temporary.name}):
+    for name in sorted(sizes.keys() - set(leave_out) - {NAME, f"{NAME}.tmp"}):
         with (folder / name).open("rb+") as file:
             os.fsync(file.fileno())
             files[name] = {"size": sizes[name], "sha256": _digest(file)}
-    with temporary.open("w") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+    write_json(folder / NAME, {"files": files}, fsync=True)
     return sum(entry["size"] for entry in files.values())
 
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the terminal, metrics.jsonl and TensorBoard."""
+"""What a run tells while it goes: the terminal, metrics.jsonl, TensorBoard and trackers."""
 
 import contextlib
 import errno
@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import scalar
 
-from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.errors import ConfigError, FlaxclsError, Interrupted
+from flaxcls.files import atomic_write
+from flaxcls.runs.trackers import Trackers
 from flaxcls.runtime.output import Guarded, printable_lines
 
 FIRST_LINE_SECONDS = 3  # of steps, from which the rest can be told
@@ -47,6 +49,7 @@ class MetricLog:
         if workdir and self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._board = _Board(workdir and workdir / "tensorboard")
+        self._workdir, self._trackers = workdir, None
         self._open(start_step)
         self.begin(start_step)
 
@@ -61,6 +64,11 @@ class MetricLog:
             raise kind(f"{self._path} can't be written: {error.strerror}") from error
         self._pending, self._waiting = b"", False  # rows that a full disk has no room for
         self._board.open(start_step + 1)
+
+    def track(self, services: Sequence[str], config: Mapping[str, Any]) -> None:
+        """From now on the rows go to these services of `trackers`, too."""
+        if self._workdir:
+            self._trackers = Trackers(services, self._workdir, config, self.say)
 
     def cut(self, step: int) -> None:
         """Forgets what came after a step, to which the run has gone back."""
@@ -82,9 +90,8 @@ class MetricLog:
                 break
             if step <= start_step:
                 kept.append(line.rstrip() + b"\n")
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(self._path)
+        with atomic_write(self._path) as file:
+            file.writelines(kept)
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
@@ -129,7 +136,7 @@ class MetricLog:
         self._write(step, epoch, {"train": row})
         steps_per_second, data_wait = lap
         rate = self._batch_size * steps_per_second
-        self._board.add(step, {"time/images_per_second": rate, "time/data_wait": data_wait})
+        self._add(step, {"time/images_per_second": rate, "time/data_wait": data_wait})
         self.is_silent = False
         line = (
             f"step {step}/{self._total_steps}  epoch {epoch:.2f}  loss {row['loss']:.4f}  "
@@ -155,7 +162,12 @@ class MetricLog:
         self._pending += (json.dumps(_json(row)) + "\n").encode()
         self.flush()
         for group, values in groups.items():
-            self._board.add(step, {f"{group}/{name}": value for name, value in values.items()})
+            self._add(step, {f"{group}/{name}": value for name, value in values.items()})
+
+    def _add(self, step: int, values: Mapping[str, float]) -> None:
+        self._board.add(step, values)
+        if self._trackers:
+            self._trackers.add(step, values)
 
     def flush(self) -> None:
         """Writes the rows that there was no room for when they came, if there is now."""
@@ -173,12 +185,15 @@ class MetricLog:
             self._live.start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         if self._live:
             self._live.stop()
         self.flush()
         self._file.close()
         self._board.close()
+        if self._trackers:
+            preempted = kind is not None and issubclass(kind, Interrupted)
+            self._trackers.close("preempted" if preempted else "failed" if kind else "finished")
 
 
 class _Board:

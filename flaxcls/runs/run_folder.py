@@ -10,7 +10,6 @@ summary.json     how it ended
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import platform
 import subprocess
 import time
@@ -24,6 +23,7 @@ from flaxcls.config import default, options
 from flaxcls.config.fields import changes, fields, plain
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, FlaxclsError
+from flaxcls.files import read_json, write_json
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
@@ -34,6 +34,7 @@ FREE_FIELDS = (
     *OWN_FIELDS,
     "duration",
     "log_every",
+    "log_to",
     "input",
     "eval.every",
     "eval.batch_size",
@@ -53,6 +54,7 @@ LEFTOVERS = (
     "checkpoints",
     "quarantine",
     "tensorboard",
+    "trackers.json",
     ".*",
 )
 PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -61,32 +63,6 @@ PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "nu
 def new_folder(recipe: str) -> Path:
     """`runs/NAME-<date-time>` for a recipe's file name."""
     return Path("runs") / f"{Path(recipe).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file of a run's folder, None if there is none.
-
-    Raises ConfigError, with the file's name, for whatever else is there.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
-        raise ConfigError(f"{path} is not readable as JSON: {why}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds {type(content).__name__} instead of an object of JSON")
-    return content
 
 
 class NoRun(ConfigError):

@@ -5,12 +5,11 @@ replicated over `data` and, where `fsdp` is larger than 1, split over `fsdp` (fu
 parallelism: each device keeps its share of every large array and gathers it when it is used).
 """
 
-import collections
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxcls.errors import ConfigError
+from flaxcls.runtime import read_ahead
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
@@ -179,20 +179,16 @@ def prefetch(
     mesh: Mesh, batches: Iterator[dict[str, np.ndarray]], ahead: int = 2
 ) -> Iterator[dict[str, jax.Array]]:
     """`split_batch` of every batch, made `ahead` of time in a thread while the devices compute."""
-    with ThreadPoolExecutor(1, "flaxcls-transfer") as thread:
 
-        def place() -> dict[str, jax.Array] | None:
-            batch = next(batches, None)
-            return batch if batch is None else split_batch(mesh, batch)
+    def place_next(batches: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array] | None:
+        batch = next(batches, None)  # in the thread: making it is most of the work
+        return batch if batch is None else split_batch(mesh, batch)
 
-        waiting = collections.deque(thread.submit(place) for _ in range(ahead))
-        try:
-            while (batch := waiting.popleft().result()) is not None:
-                waiting.append(thread.submit(place))
-                yield batch
-        finally:
-            for future in waiting:
-                future.cancel()
+    placed = read_ahead.in_order(
+        place_next, itertools.repeat(batches), threads=1, ahead=ahead, name="flaxcls-transfer"
+    )
+    with contextlib.closing(placed):
+        yield from itertools.takewhile(lambda batch: batch is not None, placed)
 
 
 def device_kind_and_count() -> dict[str, str | int]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from flaxcls.build import Before, Experiment
+from flaxcls.config.fields import fields
 from flaxcls.core.metrics import best_of, is_better
 from flaxcls.core.state import TrainState
 from flaxcls.errors import (
@@ -21,6 +22,7 @@ from flaxcls.errors import (
     DivergedError,
     Interrupted,
 )
+from flaxcls.files import write_json
 from flaxcls.runs import run_folder
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.goodput import Goodput
@@ -105,6 +107,8 @@ class Session:
                 self._experiment.batch_size,
             )
         )
+        config = dict(fields(self._experiment.config))
+        self._log.track(self._experiment.log_to, config)
         self._compile()
         experiment, total = self._experiment, self._total_steps
         self._log_due = Due(experiment.log_every, total)
@@ -344,7 +348,7 @@ class Session:
         }
         if processes.is_first():
             try:
-                run_folder.write_json(self._workdir / "summary.json", summary)
+                write_json(self._workdir / "summary.json", summary)
             except OSError as error:  # it can be made anew
                 self._log.say(f"summary.json can't be written: {error.strerror}")
         return summary

@@ -117,7 +117,7 @@ def test_corrupt_index_is_rebuilt(path, damage):
 
 def test_interrupted_write_leaves_no_index(path, monkeypatch):
     def full_disk(file, index):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(np, "save", full_disk)

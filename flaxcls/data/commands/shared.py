@@ -1,23 +1,16 @@
-"""What the commands on data share: which data is meant, threads, and how far they are."""
+"""What the commands on data share: which data is meant, and by how many threads it is read."""
 
-import collections
-import contextlib
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flaxcls.config.recipes import load_recipe
 from flaxcls.data import SOURCES
 from flaxcls.data.files import is_picture
 from flaxcls.errors import ConfigError
-from flaxcls.runtime.output import Guarded
 
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
@@ -88,56 +81,3 @@ def _what_file(path: Path) -> str:
     if is_picture(path.name):
         return "is a picture: give the folder whose folders are the classes"
     return "is a file, but no list of pictures, whose name ends in .csv or .jsonl"
-
-
-def in_order(function: Callable, items: Iterable, threads: int) -> Iterator:
-    """`function` of every item, in order; by threads that are at most some items ahead."""
-    ahead: collections.deque = collections.deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for item in items:
-                ahead.append(pool.submit(function, item))
-                if len(ahead) > 2 * threads:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for work in ahead:
-                work.cancel()
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Shows on standard error how far it is: live on a terminal, else a line every minute.
-
-    Yields a function to be told how many pictures have been done since it was told last.
-    """
-    console = Console(highlight=False, emoji=False, file=Guarded(error=True))
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task(what, total=total, completed=done)
-    first, began = done, time.monotonic()
-    said = began
-
-    def state() -> str:
-        rate = (done - first) / max(time.monotonic() - began, 1e-9)
-        return f"{what}: {done:,} of {total:,} pictures, {rate:,.0f} images/s"
-
-    def advance(number: int) -> None:
-        nonlocal done, said
-        done += number
-        bar.update(task, completed=done, description=state())
-        if not console.is_terminal and time.monotonic() - said >= 60:
-            said = time.monotonic()
-            console.print(state(), markup=False, soft_wrap=True)
-
-    with bar:
-        yield advance
-    if done > first:
-        console.print(state(), markup=False, soft_wrap=True)
