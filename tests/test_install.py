@@ -70,6 +70,17 @@ def test_recipe_in_a_wheel_is_found_by_its_name(installed, tmp_path):
 
 
 @pytest.mark.slow
+def test_console_script_is_the_package(installed, tmp_path):
+    script = run(installed, tmp_path, installed / "bin" / "flaxcls")
+    module = run(installed, tmp_path, sys.executable, "-m", "flaxcls")
+    assert script.returncode == 0 and "\n  data show " in script.stdout
+    assert script.stdout == module.stdout
+    for words in (("data", "chek"), ("train", "--config=digits_cn")):
+        script = run(installed, tmp_path, installed / "bin" / "flaxcls", *words)
+        assert script.returncode == 2 and "did you mean" in script.stderr
+
+
+@pytest.mark.slow
 def test_wheel_has_every_module_and_recipe_also_when_made_of_an_sdist(source, tmp_path):
     sdist = build("sdist", source, tmp_path)
     shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")

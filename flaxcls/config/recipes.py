@@ -60,6 +60,14 @@ def known_recipes() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
 
 
+def docstring(path: Path) -> str:
+    """What a Python file says of itself, without running it; "" if it can't be read."""
+    try:
+        return ast.get_docstring(ast.parse(path.read_bytes())) or ""
+    except (OSError, SyntaxError, ValueError):
+        return ""
+
+
 def _find_recipe(text: str) -> Path:
     """The file of a recipe, given as a path or by name."""
     path, known = Path(text), known_recipes()
