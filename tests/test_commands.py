@@ -79,6 +79,7 @@ def test_help_answers_at_once_and_imports_nothing_heavy(start_python, command):
     assert quickest < 0.5
 
 
+@pytest.mark.slow
 def test_commands_do_what_their_modules_do(run_main, recipe, tmp_path):
     train = (f"--config={recipe}", "--config.duration=6 steps", f"--workdir={tmp_path}/run")
     result = run_main("train", *train, module="flaxcls")
@@ -88,3 +89,23 @@ def test_commands_do_what_their_modules_do(run_main, recipe, tmp_path):
         run_main(f"--run={tmp_path}/run", module="flaxcls.evaluate"),
     )
     assert one.stdout == other.stdout and "/run, step 6, test[:50]: accuracy" in one.stdout
+
+
+IMPORTED = """
+import importlib, pkgutil, sys, ml_collections
+before = {*sys.modules}
+import flaxcls.config as config
+for module in pkgutil.iter_modules(config.__path__, "flaxcls.config."):
+    importlib.import_module(module.name)
+print(*sorted({*sys.modules} - before))
+"""
+
+
+def test_config_imports_ml_collections_only(start_python):
+    process = start_python("-c", IMPORTED)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    ours = ("flaxcls.config", "flaxcls.errors")
+    names = [n for n in stdout.split() if n.partition(".")[0] not in sys.stdlib_module_names]
+    assert "flaxcls.config.recipes" in names
+    assert [n for n in names if not n.startswith(ours)] == ["flaxcls"]
