@@ -1,5 +1,6 @@
 """What the commands share: reading flags and recipes, saying errors in one sentence, exit codes."""
 
+import importlib
 import os
 import signal
 import sys
@@ -10,9 +11,39 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls.config.recipes import load_recipe
-from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, one_line
+from flaxcls.config.recipes import docstring, load_recipe
+from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, did_you_mean, one_line
 from flaxcls.runtime import output
+
+# What comes after `python -m flaxcls`: modules with main(argv), imported when they are asked for.
+COMMANDS = {
+    "train": "flaxcls.main",
+    "evaluate": "flaxcls.evaluate",
+    "predict": "flaxcls.predict",
+    "data": "flaxcls.data.__main__",
+    "data check": "flaxcls.data.commands.check",
+    "data prepare": "flaxcls.data.commands.prepare",
+    "data show": "flaxcls.data.commands.preview",
+    "bench": "flaxcls.bench",
+}
+
+
+def dispatch(argv: Sequence[str], group: str = "") -> int | None:
+    """Runs the command argv[1] of a group, such as "data "; ConfigError if there is none."""
+    known = {
+        name.removeprefix(group): COMMANDS[name] for name in COMMANDS if name.startswith(group)
+    }
+    command = argv[1] if len(argv) > 1 else None
+    if command not in known:
+        what = "a command is missing" if command is None else f"{command!r} is not a command"
+        raise ConfigError(f"{what}{did_you_mean(command or '', known)}")
+    return importlib.import_module(known[command]).main(argv[1:])
+
+
+def summary(command: str) -> str:
+    """The first line that a command says of itself; it is not imported for that."""
+    _, *parts = COMMANDS[command].split(".")
+    return docstring(Path(__file__).parent.joinpath(*parts).with_suffix(".py")).partition("\n")[0]
 
 
 def parse(

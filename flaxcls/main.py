@@ -27,6 +27,13 @@ flags.DEFINE_string(
     "workdir", None, "The run's folder; runs/NAME-<date-time> if not given.", flag_values=FLAGS
 )
 flags.DEFINE_string(
+    "list",
+    None,
+    "Prints what there is of models, crops, augmentations, optimizers, schedules, losses, data or "
+    "recipes, with options, defaults and ranges.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string(
     "coordinator_address",
     None,
     "HOST:PORT where process 0 listens, for several processes that no cluster introduces.",
@@ -53,6 +60,11 @@ flags.DEFINE_integer(
 def main(argv: Sequence[str]) -> int:
     overrides, argv = cli.split_overrides(argv)
     cli.parse(FLAGS, argv, __doc__)
+    if FLAGS.list is not None:
+        from flaxcls.build import listing  # JAX
+
+        listing.write(FLAGS.list)
+        return 0
     if not FLAGS.config:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
 

@@ -22,12 +22,12 @@ class Section(NamedTuple):
     """A section of the config that names a thing.
 
     Attributes:
-      names: of all things that flaxcls has for it.
+      names: all things that flaxcls has for it, by name.
       options: what the thing of a name takes, by keyword; ConfigError for an unknown name.
       own: fields of the section that are not the thing's.
     """
 
-    names: Iterable[str]
+    names: Mapping[str, Callable]
     options: Callable[[str], Parameters]
     own: frozenset[str]
 

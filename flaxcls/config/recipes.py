@@ -52,24 +52,37 @@ def load_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(config, given, path, namespace.get("adapt"))
 
 
+def known_recipes() -> dict[str, Path]:
+    """The files of the recipes that are found by name: those in ./configs, then flaxcls' own."""
+    package = Path(__file__).parents[1]
+    own = package / "configs"  # where it is installed; a checkout has them beside the package
+    folders = (own if own.is_dir() else package.parent / "configs", Path("configs"))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
+
+
+def docstring(path: Path) -> str:
+    """What a Python file says of itself, without running it; "" if it can't be read."""
+    try:
+        return ast.get_docstring(ast.parse(path.read_bytes())) or ""
+    except (OSError, SyntaxError, ValueError):
+        return ""
+
+
 def _find_recipe(text: str) -> Path:
-    """The file of a recipe, given as a path or as the name of one in configs/."""
-    folders = (Path("configs"), Path(__file__).parents[2] / "configs")
-    named = [folder / f"{text.removesuffix('.py')}.py" for folder in folders if "/" not in text]
-    for path in (Path(text), Path(f"{text}.py"), *named):
-        if path.is_file():
-            return path
-    path = Path(text)
+    """The file of a recipe, given as a path or by name."""
+    path, known = Path(text), known_recipes()
+    named = known.get(text.removesuffix(".py"))
+    for candidate in (path, Path(f"{text}.py"), named):
+        if candidate and candidate.is_file():
+            return candidate
     if path.is_dir():
         raise ConfigError(
             f"--config={text} is a folder; it must be a recipe, such as configs/digits_cnn.py (a "
             "folder of pictures goes with --config=configs/folder.py --config.data.path=DIR)"
         )
-    if "/" in text:
-        known = {str(other) for other in path.parent.glob("*.py")}
-    else:
-        known = {other.stem for folder in folders for other in folder.glob("*.py")}
-    raise ConfigError(f"there is no config file {text}{did_you_mean(text, known)}")
+    beside = {str(other) for other in path.parent.glob("*.py")} if "/" in text else ()
+    hint = did_you_mean(text, beside) if beside else did_you_mean(path.stem, known)
+    raise ConfigError(f"there is no config file {text}{hint}")
 
 
 def _read_recipe(path: Path) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""`python -m flaxcls`: what there is, and each command as its own module has it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flaxcls import cli
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("jax", "flax", "optax", "orbax", "tensorflow", "tensorflow_datasets", "sklearn")
+HELP = f"""
+import runpy, sys
+try:
+    runpy.run_module(sys.argv.pop(1), run_name="__main__")
+finally:
+    print(*({{*sys.modules}} & {{*{HEAVY}}}), file=sys.stderr)
+"""
+
+
+def cpu_seconds(*command):
+    """Of a process that ends well; unlike the time on the clock, what runs beside counts little."""
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_all_commands_are_listed_with_a_line_each(run_main):
+    for arguments in ((), ("--help",)):
+        result = run_main(*arguments, module="flaxcls")
+        assert (result.returncode, result.stderr) == (0, "")
+        lines = result.stdout.partition("Commands:\n")[2].splitlines()
+        assert [line[:15].strip() for line in lines] == list(cli.COMMANDS)
+        assert "  evaluate      Prints the exact metrics of a saved run." in lines
+        assert all(line.endswith(".") and len(line) > 30 for line in lines)
+
+
+def test_list_that_cannot_be_written_is_an_error():
+    command = [sys.executable, "-m", "flaxcls"]
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 46
+    assert result.stderr == "flaxcls: standard output can't be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("trian --config=digits_cnn", "'trian' is not a command, did you mean 'train'?"),
+        ("--config=digits_cnn", "'--config=digits_cnn' is not a command; known: bench, data, "),
+        ("data", "a command is missing; known: check, prepare, show"),
+        ("data chek", "'chek' is not a command, did you mean 'check'?"),
+        ("train", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
+        ("train --confg=x", "Unknown command line flag 'confg'. Did you mean: config ?"),
+        ("evaluate", "--run=DIR is missing; it is the folder that training made"),
+        ("data check", "--source=NAME-or-PATH is missing (or --config=FILE)"),
+        ("bench stp", "there is no benchmark 'stp', did you mean 'step'?"),
+    ],
+)
+def test_wrong_command_is_one_sentence_and_exit_code_2(run_main, arguments, sentence):
+    result = run_main(*arguments.split(), module="flaxcls")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"flaxcls: {sentence}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_answers_at_once_and_imports_nothing_heavy(start_python, command):
+    words = (*command.split(), "--help")
+    process = start_python("-c", HELP, "flaxcls", *words)
+    stdout, stderr = process.communicate()
+    assert (process.returncode, stderr.split()) == (0, [])
+    assert "    python -m flaxcls" in stdout or command == "data"
+    quickest = min(cpu_seconds(sys.executable, "-m", "flaxcls", *words) for _ in range(3))
+    assert quickest < 0.5
+
+
+@pytest.mark.slow
+def test_commands_do_what_their_modules_do(run_main, recipe, tmp_path):
+    train = (f"--config={recipe}", "--config.duration=6 steps", f"--workdir={tmp_path}/run")
+    result = run_main("train", *train, module="flaxcls")
+    assert result.returncode == 0 and "Finished after 6 steps" in result.stdout
+    one, other = (
+        run_main("evaluate", f"--run={tmp_path}/run", module="flaxcls"),
+        run_main(f"--run={tmp_path}/run", module="flaxcls.evaluate"),
+    )
+    assert one.stdout == other.stdout and "/run, step 6, test[:50]: accuracy" in one.stdout
+
+
+IMPORTED = """
+import importlib, pkgutil, sys, ml_collections
+before = {*sys.modules}
+import flaxcls.config as config
+for module in pkgutil.iter_modules(config.__path__, "flaxcls.config."):
+    importlib.import_module(module.name)
+print(*sorted({*sys.modules} - before))
+"""
+
+
+def test_config_imports_ml_collections_only(start_python):
+    process = start_python("-c", IMPORTED)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    ours = ("flaxcls.config", "flaxcls.errors")
+    names = [n for n in stdout.split() if n.partition(".")[0] not in sys.stdlib_module_names]
+    assert "flaxcls.config.recipes" in names
+    assert [n for n in names if not n.startswith(ours)] == ["flaxcls"]
