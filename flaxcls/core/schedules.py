@@ -75,9 +75,15 @@ def in_steps(
     return value * steps_per_unit[unit]
 
 
-def to_steps(duration: str, **sizes: int | None) -> int:
+def to_steps(
+    duration: str, *, batch_size: int, num_examples: int, total_steps: int | None = None
+) -> int:
     """The duration in steps, rounded to the nearest; arguments as those of `in_steps`."""
-    return round(in_steps(duration, **sizes))
+    return round(
+        in_steps(
+            duration, batch_size=batch_size, num_examples=num_examples, total_steps=total_steps
+        )
+    )
 
 
 class Run(NamedTuple):
