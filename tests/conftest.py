@@ -32,8 +32,9 @@ sharding.set_up_devices(8, 8)
 jax.devices()
 del os.environ["NPROC"]  # the processes that tests start choose their own
 
-# The same values every time, on machines of any speed; --hypothesis-profile=default draws anew.
+# The same values every time, on machines of any speed; others by --hypothesis-profile=thorough.
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
 hypothesis.settings.load_profile("fixed")
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,18 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from flaxcls.config.options import Range, accepted, check, describe, fits
+from flaxcls.config.options import (
+    BelowOne,
+    Count,
+    NonNegative,
+    Positive,
+    Range,
+    UpToOne,
+    accepted,
+    check,
+    describe,
+    fits,
+)
 from flaxcls.core.schedules import SECONDS, in_steps, parse_duration
 from flaxcls.data.order import Order, evaluation_batches, take_rows
 from flaxcls.data.source import resolve_split, take_slices
@@ -203,12 +214,10 @@ def test_any_text_is_a_duration_or_refused(text):
 
 # Options
 
-NUMBERS = st.sampled_from([Range(), Range(0), Range(1), Range(0, 1), Range(above=0, below=1)])
-PLAIN = st.sampled_from(
-    [int, float, bool, str, type(None), Literal["a", "b"], Literal[1, 3], Literal["none", 0]]
-)
+RANGED = (Count, NonNegative, Positive, BelowOne, UpToOne, Annotated[int, Range(-1, 2)])
+PLAIN = (int, float, bool, str, type(None), Literal["a", "b"], Literal[1, 3], Literal["none", 0])
 ANNOTATIONS = st.recursive(
-    PLAIN | st.builds(lambda kind, r: Annotated[kind, r], st.sampled_from([int, float]), NUMBERS),
+    st.sampled_from(PLAIN + RANGED),
     lambda inner: (
         inner.map(lambda a: tuple[a, ...])
         | inner.map(lambda a: Sequence[a])
@@ -233,20 +242,20 @@ VALUES = st.recursive(
 )
 
 
-def values_of(annotation: Any) -> st.SearchStrategy:
-    """Values that a user might give to an option of that type."""
+def values_of(annotation: Any, in_range: bool = True) -> st.SearchStrategy:
+    """Values that a user might give to an option of that type, or would but for their range."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        finite = values_of(arguments[0])
-        return finite.filter(lambda number: number in arguments[1])
+        numbers = values_of(arguments[0], in_range)
+        return numbers.filter(lambda number: number in arguments[1]) if in_range else numbers
     if origin is Literal:
         return st.sampled_from(arguments)
     if origin in (typing.Union, types.UnionType):
-        return st.one_of(map(values_of, arguments))
+        return st.one_of([values_of(each, in_range) for each in arguments])
     if origin is tuple and arguments[-1] is not ...:
-        return st.tuples(*map(values_of, arguments))
+        return st.tuples(*[values_of(each, in_range) for each in arguments])
     if origin:
-        several = st.lists(values_of(arguments[0]), max_size=3)
+        several = st.lists(values_of(arguments[0], in_range), max_size=3)
         return several | several.map(tuple)
     return {
         int: st.integers(-3, 3) | st.integers(),
@@ -281,10 +290,14 @@ def checked(value, annotation):
     return check("config.part", "thing", {"x": value}, accepted(function))["x"]
 
 
-@given(ANNOTATIONS, VALUES)
-@example(Literal[1, 3], True)
-@example(Literal[1, 3], 1.0)
-def test_a_value_becomes_the_type_or_is_refused(annotation, value):
+@given(ANNOTATIONS.flatmap(lambda a: st.tuples(st.just(a), VALUES | values_of(a, in_range=False))))
+@example((Literal[1, 3], True))
+@example((Literal[1, 3], 1.0))
+@example((float, math.nan))
+@example((float | str, math.inf))
+@example((tuple[float, ...], [10**400]))
+def test_a_value_becomes_the_type_or_is_refused(annotated):
+    annotation, value = annotated
     if fits(value, annotation):
         converted = checked(value, annotation)
         assert is_of(converted, annotation)
