@@ -18,6 +18,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import orbax.checkpoint as ocp  # noqa: E402
@@ -30,6 +31,11 @@ from flaxcls.runtime import sharding  # noqa: E402
 sharding.set_up_devices(8, 8)
 jax.devices()
 del os.environ["NPROC"]  # the processes that tests start choose their own
+
+# The same values every time, on machines of any speed; others by --hypothesis-profile=thorough.
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=2000, deadline=None)
+hypothesis.settings.load_profile("fixed")
 
 ROOT = Path(__file__).parent.parent
 

@@ -58,7 +58,8 @@ def test_durations_round_to_the_nearest_step(text, steps):
 
 @pytest.mark.parametrize(
     "text",
-    ["90", "epochs", "", "ten epochs", "5 epcohs", "1e999 steps", "nan steps", "5 % steps", 90],
+    ["90", "epochs", "", "ten epochs", "5 epcohs", "1e999 steps", "nan steps", "5 % steps", 90]
+    + ["5 epochss", "1e308 hours"],
 )
 def test_what_is_no_duration_is_refused_with_the_units(text):
     with pytest.raises(ConfigError, match=r"epochs.*steps.*examples.*5%"):
@@ -70,6 +71,7 @@ def test_durations_that_make_no_sense_are_refused():
         ("-1 epochs", "negative"),
         ("10 minutes", "is a time"),
         ("101%", "at most 100%"),
+        ("1e308 epochs", "more steps than can be counted"),
     ]:
         with pytest.raises(ConfigError, match=message):
             to_steps(text)

@@ -97,7 +97,7 @@ def test_run_is_found_in_mlflow_and_resumed_there(tmp_path, tiny_config, store):
 def test_service_learns_how_the_run_has_ended(tmp_path, store, error, status):
     raised = pytest.raises(type(error)) if error else contextlib.nullcontext()
     with raised, MetricLog(tmp_path, 0, 10, 8) as watch:
-        watch.track("mlflow", {"seed": 0})
+        watch.track(("mlflow",), {"seed": 0})
         watch.evaluation(3, 0.5, {"eval": {"accuracy": 0.5, "count": 2, "loss": float("nan")}})
         if error:
             raise error

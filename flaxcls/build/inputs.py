@@ -63,9 +63,9 @@ def image_sizes(config: ConfigDict, to_steps: Callable[[str], int]) -> Sizes:
 
 def eval_image_size(config: ConfigDict) -> int | None:
     """The side of the images in evaluation: its own, or the last one of training."""
-    size = config.image_size
-    last = size[-1][1] if isinstance(size, (list, tuple)) and size else size
-    return config.eval.image_size or last
+    given = config.image_size
+    sides = [side for _, side in given] if isinstance(given, (list, tuple)) else [given]
+    return config.eval.image_size or (sides[-1] if sides else None)
 
 
 def train_transform(config: ConfigDict, source: Source) -> Transform | None:

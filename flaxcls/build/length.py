@@ -30,7 +30,7 @@ class Length(NamedTuple):
 
     def to_steps(self, duration: str) -> int:
         """A duration in steps, rounded to the nearest."""
-        return round(self.in_steps(duration))
+        return durations.to_steps(duration, **self._asdict())
 
 
 def run_length(config: ConfigDict, num_examples: int) -> Length:

@@ -56,7 +56,7 @@ def write(kind: str) -> None:
     if kind not in KINDS:
         raise ConfigError(f"--list={kind} is not known{did_you_mean(kind, KINDS)}")
     entries = list(KINDS[kind]())
-    out = Guarded(result=True)
+    out: Any = Guarded(result=True)  # a file as far as rich looks
     if out.isatty():
         _print(entries, Console(file=out, highlight=False, markup=False, emoji=False))
     else:

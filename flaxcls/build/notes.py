@@ -19,10 +19,10 @@ def shortened(schedule: Mapping[str, Any], run: Length) -> Iterator[str]:
     if peak and run.to_steps(peak) > run.total_steps:
         yield (f"config.schedule.peak = {peak!r} is shortened to the run's {run.total_steps} steps")
     given = {field: schedule.get(field) for field in ("warmup", "cooldown")}
-    steps = {field: run.to_steps(text) if text else 0 for field, text in given.items()}
-    if sum(steps.values()) <= run.total_steps:
+    warmup, cooldown = (run.to_steps(text) if text else 0 for text in given.values())
+    if warmup + cooldown <= run.total_steps:
         return
-    fitted = schedules.fitted(*steps.values(), run.total_steps)
+    fitted = schedules.fitted(warmup, cooldown, run.total_steps)
     for (field, text), fits in zip(given.items(), fitted, strict=True):
         if text:
             yield (
@@ -61,7 +61,8 @@ def evaluated_twice(
 def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:
     """That pictures are made much larger than they are."""
     largest = max((size for size in sizes.sizes if size), default=0)
-    short_side = min(train.image_shape[:2]) if None not in train.image_shape else None
+    height, width, _ = train.image_shape
+    short_side = min(height, width) if height and width else None
     if largest > _LARGE and short_side is None:
         short_side = summarize(train, count=20).short_side
     if short_side and largest > _ENLARGED * short_side:

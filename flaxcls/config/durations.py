@@ -28,17 +28,16 @@ def parse_duration(text: str) -> Duration:
         value = float(match[1]) if match else math.nan
     except ValueError:
         value = math.nan
-    unit = match[2].lower().rstrip("s") if match else ""
+    unit = match[2].lower().removesuffix("s") if match else ""
     unit = unit if unit == "%" else unit + "s"
-    if not math.isfinite(value) or unit not in ("epochs", "steps", "examples", "%", *SECONDS):
+    value, unit = value * SECONDS.get(unit, 1), "seconds" if unit in SECONDS else unit
+    if not math.isfinite(value) or unit not in ("epochs", "steps", "examples", "%", "seconds"):
         raise ConfigError(
             f"a duration is a number and a unit, such as {UNITS} (or, between actions, "
             f"'30 seconds', '10 minutes', '2 hours'), got {text!r}"
         )
     if value < 0:
         raise ConfigError(f"a duration can't be negative, got {text!r}")
-    if unit in SECONDS:
-        return Duration(value * SECONDS[unit], "seconds")
     return Duration(value, unit)
 
 
@@ -66,9 +65,18 @@ def in_steps(
         "epochs": num_examples / batch_size,
         "%": (total_steps or 0) / 100,
     }
-    return value * steps_per_unit[unit]
+    steps = value * steps_per_unit[unit]
+    if not math.isfinite(steps):
+        raise ConfigError(f"a duration of {duration!r} is more steps than can be counted")
+    return steps
 
 
-def to_steps(duration: str, **sizes: int | None) -> int:
+def to_steps(
+    duration: str, *, batch_size: int, num_examples: int, total_steps: int | None = None
+) -> int:
     """The duration in steps, rounded to the nearest; arguments as those of `in_steps`."""
-    return round(in_steps(duration, **sizes))
+    return round(
+        in_steps(
+            duration, batch_size=batch_size, num_examples=num_examples, total_steps=total_steps
+        )
+    )

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """The config as JSON has it: tuples are lists."""
-    tree = config.to_dict() if isinstance(config, ConfigDict) else config
-    return json.loads(json.dumps(tree))
+    return json.loads(json.dumps(config, default=ConfigDict.to_dict))
 
 
 def fields(section: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

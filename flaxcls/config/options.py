@@ -126,7 +126,7 @@ def _convert(value: Any, annotation: Any) -> Any:
         if numbers and all(number in arguments[1] for number in numbers):
             return value
     elif origin is typing.Literal:
-        if value in arguments:
+        if any(type(value) is type(known) and value == known for known in arguments):
             return value
     elif origin in (typing.Union, types.UnionType):
         for option in arguments:

@@ -39,7 +39,7 @@ def load_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
     changed. Raises ConfigError for whatever is wrong.
     """
     path = _find_recipe(recipe) if recipe is not None else None
-    namespace = _read_recipe(path) if path else {"get_config": default}
+    namespace: dict[str, Any] = _read_recipe(path) if path else {"get_config": default}
     with in_recipe(path):
         config = namespace["get_config"]() if "get_config" in namespace else None
     if not isinstance(config, ConfigDict):

@@ -85,25 +85,24 @@ def build(
     function = look_up("config.loss.name", name, LOSSES)
     check("config.loss", name, {"label_smoothing": label_smoothing}, accepted(build))
     options = check("config.loss", name, options, accepted(function))
-    if class_weights is not None:
-        class_weights = np.asarray(class_weights, np.float32)
-        if not (np.isfinite(class_weights).all() and (class_weights >= 0).all()):
-            raise ConfigError(
-                f"config.loss.class_weights must not be negative, got {class_weights.tolist()}"
-            )
+    weight_of = None if class_weights is None else np.asarray(class_weights, np.float32)
+    if weight_of is not None and not (np.isfinite(weight_of).all() and (weight_of >= 0).all()):
+        raise ConfigError(
+            f"config.loss.class_weights must not be negative, got {weight_of.tolist()}"
+        )
 
     def loss(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, targets = logits.astype(jnp.float32), targets.astype(jnp.float32)
         num_classes = targets.shape[-1]
-        if class_weights is None:
+        if weight_of is None:
             weights = jnp.ones(targets.shape[:-1], jnp.float32)
-        elif class_weights.shape != (num_classes,):
+        elif weight_of.shape != (num_classes,):
             raise ConfigError(
                 f"`class_weights` must have a number for each of the {num_classes} classes, "
-                f"got {class_weights.size}"
+                f"got {weight_of.size}"
             )
         else:
-            weights = jnp.sum(targets * class_weights, axis=-1)
+            weights = jnp.sum(targets * weight_of, axis=-1)
         if label_smoothing:
             targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
         return function(logits, targets, **options), weights

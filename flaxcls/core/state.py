@@ -6,8 +6,7 @@ import flax.struct
 import jax
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """A pytree; every leaf is on the devices and goes into the checkpoint.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -41,7 +41,7 @@ def make_init(
     def init(rng: jax.Array, images: jax.Array) -> TrainState:
         params_key, dropout_key = jax.random.split(jax.random.wrap_key_data(rng))
         keys = {"params": params_key, "dropout": dropout_key}
-        variables = model.init(keys, images[:1], train=False)
+        variables = dict(model.init(keys, images[:1], train=False))
         variables = models.initialize_from_data(model, variables, images)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
@@ -133,10 +133,9 @@ def make_train_step(
     results are the same but for rounding, what is fast differs.
     """
 
-    frozen = models.frozen(model)
-
     def trained(params: Any) -> Any:
         """The parameters, with nothing to differentiate by in those that are frozen."""
+        frozen = models.frozen(model)
         if frozen is None:
             return params
         return jax.tree.map_with_path(
@@ -257,6 +256,7 @@ def make_eval_step(
 
     def eval_step(variables: Any, sums: Any, batch: Batch) -> Any:
         logits = model.apply(variables, normalize(batch["image"]), train=False)
+        logits = cast(jax.Array, logits)  # they come with something else where that is mutable
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         losses, weights = loss(logits, targets)
         new = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])

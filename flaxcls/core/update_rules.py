@@ -211,7 +211,7 @@ def _orthogonalize(
     not that of Muon and PyTorch in the first steps.)
     """
 
-    def orthogonalize(path: str, update: jax.Array, _: jax.Array) -> jax.Array:
+    def orthogonalize(path: str, update: jax.Array, _param: jax.Array) -> jax.Array:
         inputs, outputs = matrices[path]
         x = update.reshape(inputs, outputs)
         x = x.T if inputs > outputs else x

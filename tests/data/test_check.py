@@ -418,7 +418,7 @@ def test_help_is_fast_and_unknown_commands_are_one_sentence(run_main):
         assert result.seconds < 3
     for arguments, sentence in (
         ([], "a command is missing; known: check, prepare, show"),
-        (["chek"], "'chek' is not a command, did you mean 'check'?"),
+        (["chekc"], "'chekc' is not a command, did you mean 'check'?"),
         (["check"], "--source=NAME-or-PATH is missing"),
         (["check", "--source=digits", "--threads=0"], "threads"),
         (["check", "--source=digits", "--json=/nowhere/report.json"], "does not exist"),

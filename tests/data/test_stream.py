@@ -514,7 +514,7 @@ def test_processes_that_die_again_and_again_are_no_fault_of_the_data(folder):
             pids, names = pids_and_memory(stream)
             os.kill(pids[0], signal.SIGKILL)
             wait_for_end(pids[:1])
-            for _ in itertools.islice(batches, 8):
+            for _ in itertools.islice(batches, 100):  # a busy machine notices it some batches later
                 pass
     assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
     stream.close()

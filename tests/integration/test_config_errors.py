@@ -96,8 +96,8 @@ CASES = {
         "config.augment[0].name is 'flap', which is not known, did you mean 'flip'?",
     ),
     "option of an augmentation": (
-        ['--config.augment=({"name": "pad_crop", "paddin": 1},)'],
-        "config.augment[0].paddin is not used by pad_crop, did you mean 'padding'?",
+        ['--config.augment=({"name": "pad_crop", "pading": 1},)'],
+        "config.augment[0].pading is not used by pad_crop, did you mean 'padding'?",
     ),
     "range of an augmentation": (
         ['--config.augment=({"name": "pad_crop", "padding": -1},)'],
