@@ -3,7 +3,7 @@
 import contextlib
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from flaxcls.errors import (
     DataError,
     DivergedError,
     Interrupted,
+    ProcessesError,
 )
 from flaxcls.files import write_json
 from flaxcls.runs import run_folder
@@ -32,6 +33,7 @@ from flaxcls.runtime import compilation_cache, processes
 from flaxcls.runtime.processes import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
 from flaxcls.training.due import Due
+from flaxcls.training.hooks import NO_HOOKS, Hooks, Row, StopTraining
 from flaxcls.training.program import Program
 
 _START = {
@@ -60,9 +62,12 @@ class Session:
         program: Program,
         clock: Goodput,
         before: Before | None = None,
+        hooks: Hooks = NO_HOOKS,
     ):
         self._experiment, self._workdir, self._program = experiment, workdir, program
-        self._clock, self._before = clock, before
+        self._clock, self._before, self._hooks = clock, before, hooks
+        self._hook_error: Exception | None = None
+        self._is_stopped = False
         self._total_steps = experiment.length.total_steps
         self._progress: dict[str, Any] = dict(_START)
         self.step = 0
@@ -193,7 +198,7 @@ class Session:
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """The batch of each step that is left; those after a rollback are others."""
-        while self.step < self._total_steps:
+        while self.step < self._total_steps and not self._is_stopped:
             with self._clock.spending("data_wait"):
                 batch = next(self._batches)
             yield batch
@@ -215,8 +220,9 @@ class Session:
             if logs:
                 state = self._log_metrics(state)
             improved = self._evaluate(state) if evaluates else False
-            if self._save_due(self.step, may_wait=not logs) or improved or signal:
-                self._save(state, must=bool(signal))
+            ends = bool(signal) or (logs and self._hooks_end())
+            if self._save_due(self.step, may_wait=not logs) or improved or ends:
+                self._save(state, must=ends)
         except DivergedError as trouble:
             return self._roll_back(state, trouble)
         if signal:
@@ -225,7 +231,31 @@ class Session:
                 f"command with {shlex.quote(f'--workdir={self._workdir}')} resumes it",
                 SIGNAL_EXIT_CODES[signal],
             )
+        if self._hook_error:
+            raise self._hook_error
         return state
+
+    def _call(self, hook: Callable[[Row], Any] | None, row: Row) -> None:
+        """Calls a user's function in process 0; the run goes on until it is saved."""
+        if hook is None or not processes.is_first():
+            return
+        try:
+            with jax.transfer_guard("allow"), self._watchdog.pause():
+                hook({"step": self.step, "epoch": self._epoch, **row})
+        except StopTraining:
+            self._is_stopped = True
+        except Exception as error:
+            self._hook_error = error
+
+    def _hooks_end(self) -> bool:
+        """Whether a hook wants the run to end, in all processes."""
+        if not self._hooks:
+            return False
+        ends = processes.agree(2 if self._hook_error else int(self._is_stopped))
+        if ends == 2 and not processes.is_first():
+            self._hook_error = ProcessesError("a hook of process 0 has failed")
+        self._is_stopped = bool(ends)
+        return self._is_stopped
 
     @property
     def _epoch(self) -> float:
@@ -244,6 +274,9 @@ class Session:
         lap = self._clock.lap(self.step - self._logged)
         self._log.training(self.step, self._epoch, row, lap)
         self._logged = self.step
+        steps_per_second, data_wait = lap
+        speed = self._experiment.batch_size * steps_per_second
+        self._call(self._hooks.on_log, {**row, "images_per_second": speed, "data_wait": data_wait})
         self._clock.write(every=10)
         if failure := self._checkpoints.failure():  # told as soon as it is known
             with self._saving(must=False):
@@ -259,6 +292,7 @@ class Session:
             raise DivergedError(f"the evaluation's loss after step {self.step} is not finite")
         self._log.evaluation(self.step, self._epoch, results)
         self._progress["results"] = results
+        self._call(self._hooks.on_evaluation, results)
 
         metric, best = self._experiment.saving.best_metric, self._progress["best"]
         weights = best_of(results, metric)
@@ -336,7 +370,7 @@ class Session:
         self._clock.write()
         steps_per_second, data_wait = self._clock.rate(self.step)
         summary = {
-            "finished": True,
+            "finished": self.step == self._total_steps,
             "step": self.step,
             "seconds": sum(self._clock.totals.values()),
             "goodput": self._clock.numbers(),
