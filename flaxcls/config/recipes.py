@@ -1,10 +1,7 @@
 """Recipes: files that make a config, and the overrides of the command line."""
 
 import ast
-import contextlib
-import re
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +9,11 @@ from ml_collections import ConfigDict
 
 from flaxcls.config import options
 from flaxcls.config.tree import default
-from flaxcls.errors import ConfigError, FlaxclsError, did_you_mean, one_line
+from flaxcls.config.user_code import in_user_code as in_recipe
+from flaxcls.config.user_code import search
+from flaxcls.errors import ConfigError, did_you_mean
+
+_CONFIGS = Path(__file__).parents[2] / "configs"  # flaxcls' own, which need nothing beside them
 
 
 class Recipe(NamedTuple):
@@ -39,6 +40,8 @@ def load_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
     changed. Raises ConfigError for whatever is wrong.
     """
     path = _find_recipe(recipe) if recipe is not None else None
+    if path and path.parent.resolve() != _CONFIGS:  # what is beside it, it can import and name
+        search(path.parent)
     namespace = _read_recipe(path) if path else {"get_config": default}
     with in_recipe(path):
         config = namespace["get_config"]() if "get_config" in namespace else None
@@ -54,7 +57,7 @@ def load_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
 
 def _find_recipe(text: str) -> Path:
     """The file of a recipe, given as a path or as the name of one in configs/."""
-    folders = (Path("configs"), Path(__file__).parents[2] / "configs")
+    folders = (Path("configs"), _CONFIGS)
     named = [folder / f"{text.removesuffix('.py')}.py" for folder in folders if "/" not in text]
     for path in (Path(text), Path(f"{text}.py"), *named):
         if path.is_file():
@@ -78,23 +81,6 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     with in_recipe(path):
         exec(compile(path.read_text(), str(path), "exec"), namespace)
     return namespace
-
-
-@contextlib.contextmanager
-def in_recipe(path: Path | None) -> Iterator[None]:
-    """Around running a recipe's code: its errors name file and line."""
-    try:
-        yield
-    except FlaxclsError:
-        raise
-    except SystemExit as error:
-        raise ConfigError(f"{path} ends the program, by SystemExit({error.code!r})") from error
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
-        raise ConfigError(f"{path}{line}: {_what_is_wrong(error)}") from error
 
 
 def _override(config: ConfigDict, override: str) -> None:
@@ -132,17 +118,3 @@ def _read(text: str, kind: type) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _what_is_wrong(error: Exception) -> str:
-    """One line about an error in a recipe."""
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8 text"
-    message = one_line(error)
-    # ConfigDict says it in many words, listing all fields.
-    unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', message)
-    close = re.search(r'Did you mean "(\w+)"', message)
-    if unknown:
-        hint = f", did you mean '{close[1]}'?" if close else ""
-        return f"{unknown[1]!r} is not a config field{hint}"
-    return f"{type(error).__name__}: {message}"

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from flaxcls.config.options import BelowOne, NonNegative, accepted, check, look_up
+from flaxcls.config.user_code import is_path
 from flaxcls.errors import ConfigError, DataError
 
 LossFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -73,7 +74,7 @@ def build(
     PyTorch makes of its losses' `weight` (it does not divide by the weights of soft labels).
 
     Args:
-      name: one of LOSSES.
+      name: one of LOSSES, or a user's own.
       label_smoothing: share e of a target that goes to all classes alike, t (1 - e) + e / K
         (Szegedy et al. 2016); the weights are those of the targets before smoothing.
       class_weights: a number for each class; an example weighs sum_k t_k class_weights_k. None: 1.
@@ -84,6 +85,7 @@ def build(
     function = look_up("config.loss.name", name, LOSSES)
     check("config.loss", name, {"label_smoothing": label_smoothing}, accepted(build))
     options = check("config.loss", name, options, accepted(function))
+    look_up(f"{name}.evaluated_as", evaluated_as(name), LOSSES)
     if class_weights is not None:
         class_weights = np.asarray(class_weights, np.float32)
         if not (np.isfinite(class_weights).all() and (class_weights >= 0).all()):
@@ -105,7 +107,13 @@ def build(
             weights = jnp.sum(targets * class_weights, axis=-1)
         if label_smoothing:
             targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
-        return function(logits, targets, **options), weights
+        each = function(logits, targets, **options)
+        if is_path(name) and getattr(each, "shape", None) != weights.shape:
+            raise ConfigError(
+                f"{name} must give a loss for each example, of shape {weights.shape}, got "
+                f"{getattr(each, 'shape', type(each).__name__)}"
+            )
+        return each, weights
 
     return loss
 
@@ -120,13 +128,26 @@ _LIKELIHOODS = {
 }
 
 
+def evaluated_as(name: str) -> str:
+    """The loss of LOSSES by which the outputs of a network are read that was trained by another.
+
+    It says what the outputs mean: evaluation's loss and the probabilities of classes follow from
+    it. Each of LOSSES says it for itself; a user's own by its attribute `evaluated_as`, without
+    which it is "softmax_cross_entropy".
+    """
+    if not is_path(name):
+        return name
+    own = look_up("config.loss.name", name, LOSSES).__wrapped__
+    return getattr(own, "evaluated_as", "softmax_cross_entropy")
+
+
 def likelihood(name: str) -> LossFunction:
     """The plain loss that a network trained by the loss of that name is evaluated by.
 
     Its negative log-likelihood, without label smoothing and weights, which is the same for networks
     that were trained with different ones.
     """
-    return build(_LIKELIHOODS[name].__name__)
+    return build(_LIKELIHOODS[evaluated_as(name)].__name__)
 
 
 def is_likelihood(
@@ -139,7 +160,8 @@ def is_likelihood(
 ) -> bool:
     """Whether the loss that `build` makes of these is `likelihood(name)`, for hard targets."""
     del target_threshold, options  # 0 and 1 are on their sides of any threshold
-    return name != "focal" and not label_smoothing and class_weights is None
+    own = name == "focal" or is_path(name)
+    return not own and not label_smoothing and class_weights is None
 
 
 def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
