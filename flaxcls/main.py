@@ -18,6 +18,7 @@ from flaxcls import cli
 from flaxcls.config.fields import fields, update
 from flaxcls.config.recipes import Recipe, load_recipe
 from flaxcls.errors import ConfigError
+from flaxcls.runs import run_code
 from flaxcls.runtime import cluster
 from flaxcls.runtime.output import printable
 
@@ -59,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
     problem = None
     try:
         workdir = cli.local_folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
+        if workdir:
+            run_code.fall_back(workdir)
         recipe = load_recipe(FLAGS.config, overrides)
     except ConfigError as error:
         if FLAGS.num_processes is None and not cluster.is_joined_by_cluster():

@@ -18,7 +18,7 @@ from flaxcls.core.step import make_eval_step, zero_metrics
 from flaxcls.data import FILES
 from flaxcls.data.resident import gather
 from flaxcls.data.source import Source, some_names
-from flaxcls.runs import run_folder
+from flaxcls.runs import run_code, run_folder
 from flaxcls.runs.checkpoint_reader import CheckpointReader
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import say
@@ -168,6 +168,7 @@ def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = No
     `batch_size` is what the devices are chosen for, None: the run's own.
     """
     config = run_folder.load_config(workdir)
+    run_code.use(workdir, config)
     build.check(config)
     sharding.set_up_devices(config.mesh.cpu_devices, batch_size or config.batch_size)
     mesh = sharding.make_mesh()
