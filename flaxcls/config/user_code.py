@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from flaxcls.errors import ConfigError, FlaxclsError, did_you_mean, one_line
 
 
@@ -59,7 +61,7 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
     found = {
         field: thing["name"]
         for field, thing in named.items()
-        if isinstance(thing, Mapping) and "name" in thing
+        if isinstance(thing, (Mapping, ConfigDict)) and "name" in thing
     }
     return {field: name for field, name in found.items() if is_path(name)}
 
@@ -173,14 +175,18 @@ def _guarded(section: str, name: str, entry: Any, kind: Kind) -> Callable[..., A
 
 def _parameters(entry: Any) -> list[inspect.Parameter]:
     """With annotations as types; those that only a type checker can read count as none."""
-    try:
-        signature = inspect.signature(entry, eval_str=True)
-    except NameError:
-        signature = inspect.signature(entry)
-    return [
-        p.replace(annotation=p.empty) if isinstance(p.annotation, str) else p
-        for p in signature.parameters.values()
-    ]
+    module = sys.modules.get(getattr(entry, "__module__", None) or "")
+
+    def read(parameter: inspect.Parameter) -> inspect.Parameter:
+        annotation = parameter.annotation
+        if isinstance(annotation, str):  # `from __future__ import annotations`
+            try:
+                annotation = eval(annotation, vars(module))
+            except Exception:
+                annotation = parameter.empty
+        return parameter.replace(annotation=annotation)
+
+    return [read(parameter) for parameter in inspect.signature(entry).parameters.values()]
 
 
 def file_of(entry: Any) -> str:

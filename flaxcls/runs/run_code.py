@@ -66,7 +66,7 @@ def named_by(config: Mapping[str, Any]) -> Code | None:
         module = user_code.import_module(f"{field} is {name!r}", module_name)
         imported.add(module_name.partition(".")[0])
         file = Path(getattr(module, "__file__", None) or "")
-        if file.name and not user_code.is_installed(file.resolve()):
+        if file.name and not user_code.is_installed(file.absolute()):
             _collect(module_name, _root(module_name, file), files, imported)
     packages = importlib.metadata.packages_distributions()
     versions = {
@@ -80,7 +80,7 @@ def named_by(config: Mapping[str, Any]) -> Code | None:
 
 def _root(module_name: str, file: Path) -> Path:
     """The folder from which a module is imported."""
-    return file.resolve().parents[module_name.count(".") + (file.name == "__init__.py")]
+    return file.absolute().parents[module_name.count(".") + (file.name == "__init__.py")]
 
 
 def _collect(name: str, root: Path, files: dict[str, Path], imported: set[str]) -> None:
@@ -93,11 +93,20 @@ def _collect(name: str, root: Path, files: dict[str, Path], imported: set[str]) 
         relative = file.relative_to(root).as_posix()
         if relative in files or not file.is_file():
             continue
+        if user_code.is_installed(file) or _is_elsewhere(".".join(parts[:length]), file):
+            return  # the name is that of something else, such as flaxcls beside another checkout
         files[relative] = file
         around = parts[: length if file == package else length - 1]
         for other in _imports(file, around):
             imported.add(other.partition(".")[0])
             _collect(other, root, files, imported)
+
+
+def _is_elsewhere(module_name: str, file: Path) -> bool:
+    """Whether a module is imported already, and not from this file."""
+    module = sys.modules.get(module_name)
+    loaded = Path(getattr(module, "__file__", None) or "")
+    return module is not None and loaded.resolve() != file.resolve()
 
 
 def _imports(file: Path, package: list[str]) -> Iterator[str]:
