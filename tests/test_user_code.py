@@ -141,6 +141,13 @@ def test_everything_may_be_the_users_own(own_config):
     }
 
 
+def test_own_network_is_tried_before_training(write, own_config):
+    write("wrong", WRONG)
+    own_config.model = {"name": "wrong:Flat", "dtype": "auto"}
+    with pytest.raises(ConfigError, match="the network Flat must give float logits"):
+        build.plan(own_config, sharding.make_mesh())
+
+
 def test_network_may_be_made_by_a_function_without_dtype_and_name(things):
     module = models.build("things:net", num_classes=3, dtype=jnp.bfloat16, width=2)
     assert (module.num_classes, module.width) == (3, 2)
@@ -361,7 +368,7 @@ def _augment(name):
 
 
 def _model(name):
-    models.check_image_shape(models.build(name, num_classes=3), (8, 8, 1))
+    models.check_own(models.build(name, num_classes=3), (8, 8, 1))
 
 
 def _data(name):

@@ -20,6 +20,7 @@ from flaxcls.build import accepted, inputs, notes
 from flaxcls.config import default, options
 from flaxcls.config.fields import fields, options_of
 from flaxcls.config.tree import get
+from flaxcls.config.user_code import is_path
 from flaxcls.core import losses, optim, schedules
 from flaxcls.core.schedules import Duration, parse_duration
 from flaxcls.data import check_tfds_name, open_source, open_tfds, opener
@@ -288,6 +289,8 @@ def model(
     )
     for shape in image_shapes:
         models.check_image_shape(module, shape)
+        if is_path(config.model.name):
+            models.check_own(module, shape)
     if len({str(models.shapes(module, shape)) for shape in set(image_shapes)}) > 1:
         raise ConfigError(
             f"{config.model.name} has other parameters for images of another size, but "

@@ -79,11 +79,8 @@ def options(name: str) -> dict[str, inspect.Parameter]:
 def check_image_shape(module: nn.Module, shape: tuple[int, int, int]) -> None:
     """Raises ConfigError, in one sentence, when the network can't take images of (H, W, C).
 
-    Networks say what they need in `minimum_image_size` and `image_size_multiple`, if anything. One
-    that is not of flaxcls is traced as well; see `_check_own`.
+    Networks say what they need in `minimum_image_size` and `image_size_multiple`, if anything.
     """
-    if not type(module).__module__.startswith("flaxcls."):
-        _check_own(module, shape)
     height, width, _ = shape
     minimum = getattr(module, "minimum_image_size", 1)
     multiple = getattr(module, "image_size_multiple", 1)
@@ -96,7 +93,7 @@ def check_image_shape(module: nn.Module, shape: tuple[int, int, int]) -> None:
     raise ConfigError(f"{title(module)} needs {needs}, got {height}x{width}")
 
 
-def _check_own(module: nn.Module, shape: tuple[int, int, int]) -> None:
+def check_own(module: nn.Module, shape: tuple[int, int, int]) -> None:
     """Raises ConfigError unless a network for images of (H, W, C) does what the trainer expects.
 
     Traces it as in training and as in evaluation; errors in it are told by file and line. For the
