@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 
 import pytest
@@ -42,19 +43,15 @@ KEPT = ["lazy.py", "other/deep/sizes.py", "pack/__init__.py", "pack/net.py", "pa
 
 
 @pytest.fixture
-def forget(monkeypatch, tmp_path):
-    """Makes the process as new: what was imported from below tmp_path is forgotten."""
+def forget(monkeypatch):
+    """Makes the process as new: what it has imported of FILES is forgotten."""
     monkeypatch.setattr(sys, "path", (clean := sys.path[:])[:])
 
     def forget():
         sys.path[:] = clean
-        places = {
-            name: (getattr(module, "__file__", None), *getattr(module, "__path__", ()))
-            for name, module in [*sys.modules.items()]
-        }
-        for name, paths in places.items():
-            if any(str(path).startswith(str(tmp_path)) for path in paths):
-                del sys.modules[name]
+        own = {name.partition("/")[0].removesuffix(".py") for name in FILES} - {"flaxcls"}
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
         importlib.invalidate_caches()
 
     yield forget
@@ -165,11 +162,20 @@ def test_resumed_run_falls_back_to_its_copy(tmp_path, config, beside, forget):
     forget()
     run_code.fall_back(workdir)
     assert sys.path[-1].startswith(str(workdir / "code"))
-    config.checkpoint.keep = 3
     config.duration = "6 steps"
     assert train(config, workdir)["step"] == 6
     assert len(kept(workdir)) == 1
     assert json.loads((workdir / "config.json").read_text())["code"]["digest"] in str(record)
+
+
+def test_copy_that_was_deleted_is_made_again_by_a_resume(tmp_path, config, beside):
+    workdir = tmp_path / "run"
+    train(config, workdir)
+    before = kept(workdir)
+    shutil.rmtree(workdir / "code")
+    (workdir / "summary.json").unlink()
+    train(config, workdir)
+    assert kept(workdir) == before
 
 
 def test_code_of_a_run_that_does_not_name_it_is_not_found(tmp_path, tiny_config, forget):

@@ -489,6 +489,13 @@ def test_recipes_folder_is_searched_first_and_flaxcls_own_is_not(write, tmp_path
     assert sys.path == before
 
 
+def test_recipe_may_hold_what_it_names(write):
+    path = write("one_file", THINGS + "\n\nfrom flaxcls.config import default as get_config\n")
+    config = recipes.load_recipe(str(path), ["model.name=one_file:Net", "model.width=3"]).config
+    accepted.check(recipes.load_recipe(str(path), ["loss.name=one_file:power"]).config)
+    assert models.build(config.model.name, num_classes=2, width=3).width == 3
+
+
 def test_recipe_may_import_what_is_beside_it_and_errors_there_are_told(write):
     write("helper", "def widths():\n    return 1 / 0\n")
     text = "from helper import widths\n\ndef get_config():\n    return widths()\n"

@@ -1,8 +1,10 @@
 """Recipes: files that make a config, and the overrides of the command line."""
 
 import ast
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -77,10 +79,12 @@ def _find_recipe(text: str) -> Path:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     """What the file defines."""
-    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    module = ModuleType(f"the recipe {path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where a dataclass in it looks for its fields' types
     with in_recipe(path):
-        exec(compile(path.read_text(), str(path), "exec"), namespace)
-    return namespace
+        exec(compile(path.read_text(), str(path), "exec"), vars(module))
+    return vars(module)
 
 
 def _override(config: ConfigDict, override: str) -> None:

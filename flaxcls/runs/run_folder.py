@@ -253,6 +253,9 @@ def record(
     summary.json told of the end of a shorter run does not hold any more.
     """
     earlier, code = [], run_code.named_by(config)
+    with _writing(workdir):
+        if code and (note := run_code.keep(workdir, code)):
+            say(f"note: {note}")
     if before is not None:
         first = read_json(workdir / "config.json") or {}
         changed, other_code = changes(before, config), run_code.changed(first.get("code"), code)
@@ -277,12 +280,17 @@ def record(
         **({"code": code.record()} if code else {}),
         **({"changes": earlier} if earlier else {}),
     }
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        if code and (note := run_code.keep(workdir, code)):
-            say(f"note: {note}")
         (workdir / "summary.json").unlink(missing_ok=True)
         write_json(workdir / "config.json", content)
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    """Around writing into a run's folder."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"{workdir} can't be written: {error.strerror or error}") from error
 
