@@ -66,7 +66,10 @@ class Brighter(Augmentation):
     def __call__(self, key, batch):
         return {**batch, "image": batch["image"] + jnp.uint8(self.by)}
 
-def power(logits, targets, *, power: float = 1.0, unread: Unknown = None):
+class Shape(typing.Protocol):
+    pass
+
+def power(logits, targets, *, power: float = 1.0, unread: Unknown = None, shape: Shape = None):
     return (-jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1)) ** power
 
 def each_class(logits, targets):
@@ -234,7 +237,9 @@ def test_option_of_ones_own_augmentation_is_checked(things):
 def test_types_and_ranges_are_checked_by_the_annotations(things):
     with pytest.raises(ConfigError, match="config.model.width must be int at least 1 for things:N"):
         models.build("things:Net", num_classes=2, width=0)
-    assert options.accepted(options.look_up("config.loss.name", "things:power", {}))["unread"]
+    losses.build("things:power", unread="anything", shape=(1, 2))  # annotated with no plain type
+    with pytest.raises(ConfigError, match="config.loss.power must be float for things:power, got"):
+        losses.build("things:power", power="two")
 
 
 WRONG = """

@@ -118,7 +118,7 @@ def describe(annotation: Any) -> str:
         return f"{origin.__name__}[{', '.join(map(describe, arguments))}]"
     if annotation is types.NoneType:
         return "None"
-    return "..." if annotation is ... else annotation.__name__
+    return "..." if annotation is ... else getattr(annotation, "__name__", str(annotation))
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -150,6 +150,14 @@ def _convert(value: Any, annotation: Any) -> Any:
     elif annotation is float:
         if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
             return float(value)
-    elif isinstance(value, origin or annotation):
+    elif _is_instance(value, origin or annotation):
         return value
     raise ValueError
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    """Also where a user's own code is annotated with what can't be asked, such as a Protocol."""
+    try:
+        return isinstance(value, kind)
+    except TypeError:
+        return True
