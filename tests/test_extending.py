@@ -22,7 +22,8 @@ def test_blocks_of_the_page_train_together(tmp_path, run_main):
         f"{body}    config.batch_size = 64\n    config.duration = '8 epochs'\n    return config\n"
     )
     run = tmp_path / "run"
-    result = run_main(f"--config={tmp_path / 'recipe.py'}", f"--workdir={run}")
+    pickled = ("--config.input.mode=stream", "--config.input.processes=1")
+    result = run_main(f"--config={tmp_path / 'recipe.py'}", f"--workdir={run}", *pickled)
     assert result.returncode == 0, result.stderr
     content = json.loads((run / "config.json").read_text())
     assert list(content["code"]["files"]) == ["mine.py"]
