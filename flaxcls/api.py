@@ -18,7 +18,7 @@ from flaxcls.errors import Interrupted as Interrupted
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
-from flaxcls.runs import run_folder
+from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
 from flaxcls.training.hooks import Hooks, Row
 from flaxcls.training.hooks import StopTraining as StopTraining
@@ -69,6 +69,8 @@ def train(
     compilation_cache.enable()
     name = "run" if isinstance(config, ConfigDict) else str(config)
     folder = None if workdir is None else Path(workdir).expanduser()
+    if folder:
+        run_code.fall_back(folder)
     if not isinstance(config, ConfigDict):
         config = completed(load_recipe(name, _as_text(overrides)), folder)
     elif overrides:

@@ -14,6 +14,7 @@ from absl import flags
 from flaxcls import cli
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
+from flaxcls.runs import run_code
 from flaxcls.runtime import cluster
 from flaxcls.runtime.output import printable
 
@@ -67,6 +68,8 @@ def main(argv: Sequence[str]) -> int:
     problem = None
     try:
         workdir = cli.local_folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
+        if workdir:
+            run_code.fall_back(workdir)
         recipe = load_recipe(FLAGS.config, overrides)
     except ConfigError as error:
         if FLAGS.num_processes is None and not cluster.is_joined_by_cluster():

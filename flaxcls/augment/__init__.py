@@ -20,9 +20,11 @@ from flaxcls.augment.color import ColorJitter, Equalize, Grayscale, Posterize, S
 from flaxcls.augment.geometry import Affine, Flip, PadCrop, Rotation
 from flaxcls.augment.mixing import CutMix, Mix, MixUp
 from flaxcls.augment.noise import Cutout, GaussianBlur, RandomErasing, SaltAndPepper
+from flaxcls.augment.own import own
 from flaxcls.augment.policy import AugMix, AutoAugment, RandAugment, ThreeAugment, TrivialAugment
 from flaxcls.config.options import accepted, look_up
 from flaxcls.config.options import check as check_options
+from flaxcls.config.user_code import is_path
 from flaxcls.errors import ConfigError
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Batch", "build", "check", "normalize"]
@@ -103,7 +105,8 @@ def _parse(specs: Sequence[Mapping[str, Any]]) -> tuple[Placed, Placed]:
             continue
         where = f"config.augment[{position}]"
         op = look_up(f"{where}.name", name, {**AUGMENTATIONS, "normalize": None})
-        augmentation = op(**check_options(where, name, options, accepted(op)))
+        options = check_options(where, name, options, accepted(op))
+        augmentation = own(name, op, options) if is_path(name) else op(**options)
         augmentation.check_order(normalized)
         (after if normalized else before).append((position, augmentation))
     return before, after

@@ -24,6 +24,11 @@ class Augmentation:
     # The images an op can take: "any", "pixels" (in [0, 255]) or "normalized".
     domain: ClassVar[str] = "any"
 
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        if not hasattr(cls, "name"):  # a user's own need not have thought of one
+            cls.name = cls.__name__
+
     def check_order(self, normalized: bool) -> None:
         """Raises `ConfigError` if the op can't take images that are, or aren't, normalized."""
         if normalized and self.domain == "pixels":

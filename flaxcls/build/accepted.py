@@ -10,8 +10,9 @@ from flaxcls import models
 from flaxcls.config.fields import options_of
 from flaxcls.config.options import accepted, look_up
 from flaxcls.config.tree import get
+from flaxcls.config.user_code import is_path
 from flaxcls.core import losses, optim, schedules
-from flaxcls.data import SOURCES, open_tfds
+from flaxcls.data import SOURCES, opener
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError, did_you_mean
 
@@ -44,7 +45,7 @@ def _from(table: Mapping, where: str, builder: Callable | None, hidden: str) -> 
 
 
 def _source_options(name: str) -> Parameters:
-    return accepted(SOURCES.get(name, open_tfds), ("name", "split", "data_dir", *_GIVEN_TO_SOURCES))
+    return accepted(opener(name), ("name", "split", "data_dir", *_GIVEN_TO_SOURCES))
 
 
 _GIVEN_TO_SOURCES = ("class_names", "max_bytes")
@@ -81,7 +82,8 @@ def check(config: ConfigDict) -> None:
     for where, section in SECTIONS.items():
         name = get(config, f"{where}.name")
         # Whether TFDS has a data set is found when it is opened, before its options are looked at.
-        if name is None or (where == "data" and name not in SOURCES):
+        is_known = name in SOURCES or is_path(name)
+        if name is None or (where == "data" and not is_known):
             continue
         known = section.options(name)
         for option in options_of(get(config, where), *section.own):

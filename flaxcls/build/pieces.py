@@ -15,6 +15,7 @@ from flaxcls.build.length import Length
 from flaxcls.build.validate import about
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
+from flaxcls.config.user_code import is_path
 from flaxcls.core import optim, schedules
 from flaxcls.core.losses import LossSpec
 from flaxcls.errors import ConfigError
@@ -49,6 +50,8 @@ def model(
     )
     for shape in image_shapes:
         models.check_image_shape(module, shape)
+        if is_path(config.model.name):
+            models.check_own(module, shape)
     if len({str(models.shapes(module, shape)) for shape in set(image_shapes)}) > 1:
         raise ConfigError(
             f"{config.model.name} has other parameters for images of another size, but "

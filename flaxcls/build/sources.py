@@ -7,17 +7,17 @@ from ml_collections import ConfigDict
 
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
-from flaxcls.data import SOURCES, check_tfds_name, open_source, open_tfds
+from flaxcls.data import check_tfds_name, open_source, open_tfds, opener
 from flaxcls.data.source import Source
 
 
 def check_source(config: ConfigDict) -> dict[str, Any]:
     """The options of the data, if they are right; the data are not opened."""
     given = options_of(config.data, "train_split", "eval_split", "dir", "mean", "std")
-    opener = SOURCES.get(config.data.name, open_tfds)
-    if given and opener is open_tfds:  # else the sentence would be about an option
+    open_split = opener(config.data.name)
+    if given and open_split is open_tfds:  # else the sentence would be about an option
         check_tfds_name(config.data.name, config.data.dir)
-    known = options.accepted(opener, ("name", "split", "data_dir", "class_names", "max_bytes"))
+    known = options.accepted(open_split, ("name", "split", "data_dir", "class_names", "max_bytes"))
     options.check("config.data", config.data.name, given, known)
     return given
 

@@ -15,6 +15,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
+from flaxcls.config import user_code
 from flaxcls.errors import ConfigError, did_you_mean
 
 
@@ -43,7 +44,12 @@ UpToOne = Annotated[float, Range(0, 1)]
 
 
 def look_up(where: str, name: str, table: Mapping[str, Any]) -> Any:
-    """The entry of `table` called `name`; if there is none, a ConfigError with the closest one."""
+    """The entry of `table` called `name`, or the user's own that `package.module:Name` stands for.
+
+    Raises ConfigError if there is none, with the closest one; see `user_code.load`.
+    """
+    if user_code.is_path(name) and (own := user_code.load(where, name)):
+        return own
     if name not in table:
         raise ConfigError(
             f"{where} is {name!r}, which is not known{did_you_mean(str(name), table)}"
@@ -112,7 +118,7 @@ def describe(annotation: Any) -> str:
         return f"{origin.__name__}[{', '.join(map(describe, arguments))}]"
     if annotation is types.NoneType:
         return "None"
-    return "..." if annotation is ... else annotation.__name__
+    return "..." if annotation is ... else getattr(annotation, "__name__", str(annotation))
 
 
 def _convert(value: Any, annotation: Any) -> Any:
@@ -144,6 +150,14 @@ def _convert(value: Any, annotation: Any) -> Any:
     elif annotation is float:
         if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
             return float(value)
-    elif isinstance(value, origin or annotation):
+    elif _is_instance(value, origin or annotation):
         return value
     raise ValueError
+
+
+def _is_instance(value: Any, kind: Any) -> bool:
+    """Also where a user's own code is annotated with what can't be asked, such as a Protocol."""
+    try:
+        return isinstance(value, kind)
+    except TypeError:
+        return True

@@ -1,18 +1,22 @@
 """Recipes: files that make a config, and the overrides of the command line."""
 
 import ast
-import contextlib
-import re
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from flaxcls.config import options
 from flaxcls.config.tree import default
-from flaxcls.errors import ConfigError, FlaxclsError, did_you_mean, one_line
+from flaxcls.config.user_code import in_user_code as in_recipe
+from flaxcls.config.user_code import search
+from flaxcls.errors import ConfigError, did_you_mean
+
+# Where flaxcls' own recipes are, which need nothing beside them: installed, or in a checkout.
+_OWN = tuple(Path(__file__).parents[up] / "configs" for up in (1, 2))
 
 
 class Recipe(NamedTuple):
@@ -39,6 +43,8 @@ def load_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
     changed. Raises ConfigError for whatever is wrong.
     """
     path = _find_recipe(recipe) if recipe is not None else None
+    if path and path.parent.resolve() not in _OWN:  # what is beside it, it can import and name
+        search(path.parent)
     namespace: dict[str, Any] = _read_recipe(path) if path else {"get_config": default}
     with in_recipe(path):
         config = namespace["get_config"]() if "get_config" in namespace else None
@@ -54,9 +60,8 @@ def load_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
 
 def known_recipes() -> dict[str, Path]:
     """The files of the recipes that are found by name: those in ./configs, then flaxcls' own."""
-    package = Path(__file__).parents[1]
-    own = package / "configs"  # where it is installed; a checkout has them beside the package
-    folders = (own if own.is_dir() else package.parent / "configs", Path("configs"))
+    installed, checkout = _OWN
+    folders = (installed if installed.is_dir() else checkout, Path("configs"))
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.py"))}
 
 
@@ -87,27 +92,12 @@ def _find_recipe(text: str) -> Path:
 
 def _read_recipe(path: Path) -> dict[str, Any]:
     """What the file defines."""
-    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    module = ModuleType(f"the recipe {path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where a dataclass in it looks for its fields' types
     with in_recipe(path):
-        exec(compile(path.read_text(), str(path), "exec"), namespace)
-    return namespace
-
-
-@contextlib.contextmanager
-def in_recipe(path: Path | None) -> Iterator[None]:
-    """Around running a recipe's code: its errors name file and line."""
-    try:
-        yield
-    except FlaxclsError:
-        raise
-    except SystemExit as error:
-        raise ConfigError(f"{path} ends the program, by SystemExit({error.code!r})") from error
-    except SyntaxError as error:
-        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f", line {f.lineno}" for f in reversed(frames) if f.filename == str(path)), "")
-        raise ConfigError(f"{path}{line}: {_what_is_wrong(error)}") from error
+        exec(compile(path.read_text(), str(path), "exec"), vars(module))
+    return vars(module)
 
 
 def _override(config: ConfigDict, override: str) -> None:
@@ -145,17 +135,3 @@ def _read(text: str, kind: type) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def _what_is_wrong(error: Exception) -> str:
-    """One line about an error in a recipe."""
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8 text"
-    message = one_line(error)
-    # ConfigDict says it in many words, listing all fields.
-    unknown = re.search(r'Key "(\w+)" does not exist and cannot be added', message)
-    close = re.search(r'Did you mean "(\w+)"', message)
-    if unknown:
-        hint = f", did you mean '{close[1]}'?" if close else ""
-        return f"{unknown[1]!r} is not a config field{hint}"
-    return f"{type(error).__name__}: {message}"

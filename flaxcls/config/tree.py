@@ -7,6 +7,9 @@ well, as its signature has them: `config.model.widths = (64, 128)`. They are not
 `python -m flaxcls.main --list=models` lists them. An option that is absent or None is as the thing
 has it by default, and one that the named thing does not take is an error, so nothing is ignored.
 
+A name with a colon, "module:Name", is that of your own in a file beside the recipe or an installed
+package, and its options are those in its signature: see docs/extending.md.
+
 Durations are text with a unit: "90 epochs", "5000 steps", "1.28e6 examples", "5%" of the run; where
 time makes sense also "10 minutes".
 """

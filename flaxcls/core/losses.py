@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from flaxcls.config.options import BelowOne, NonNegative, accepted, check, look_up
+from flaxcls.config.user_code import is_path
 from flaxcls.errors import ConfigError, DataError
 
 LossFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -74,7 +75,7 @@ def build(
     PyTorch makes of its losses' `weight` (it does not divide by the weights of soft labels).
 
     Args:
-      name: one of LOSSES.
+      name: one of LOSSES, or a user's own.
       label_smoothing: share e of a target that goes to all classes alike, t (1 - e) + e / K
         (Szegedy et al. 2016); the weights are those of the targets before smoothing.
       class_weights: a number for each class; an example weighs sum_k t_k class_weights_k. None: 1.
@@ -85,6 +86,7 @@ def build(
     function = look_up("config.loss.name", name, LOSSES)
     check("config.loss", name, {"label_smoothing": label_smoothing}, accepted(build))
     options = check("config.loss", name, options, accepted(function))
+    look_up(f"{name}.evaluated_as", evaluated_as(name), LOSSES)
     weight_of = None if class_weights is None else np.asarray(class_weights, np.float32)
     if weight_of is not None and not (np.isfinite(weight_of).all() and (weight_of >= 0).all()):
         raise ConfigError(
@@ -105,7 +107,13 @@ def build(
             weights = jnp.sum(targets * weight_of, axis=-1)
         if label_smoothing:
             targets = targets * (1 - label_smoothing) + label_smoothing / num_classes
-        return function(logits, targets, **options), weights
+        each = function(logits, targets, **options)
+        if is_path(name) and getattr(each, "shape", None) != weights.shape:
+            raise ConfigError(
+                f"{name} must give a loss for each example, of shape {weights.shape}, got "
+                f"{getattr(each, 'shape', type(each).__name__)}"
+            )
+        return each, weights
 
     return loss
 
@@ -120,11 +128,24 @@ _LIKELIHOODS = {
 }
 
 
+def evaluated_as(name: str) -> str:
+    """The loss of LOSSES by which the outputs of a network are read that was trained by another.
+
+    It says what the outputs mean: evaluation's loss and the probabilities of classes follow from
+    it. Each of LOSSES says it for itself; a user's own by its attribute `evaluated_as`, without
+    which it is "softmax_cross_entropy".
+    """
+    if not is_path(name):
+        return name
+    own = look_up("config.loss.name", name, LOSSES).__wrapped__
+    return getattr(own, "evaluated_as", "softmax_cross_entropy")
+
+
 class LossSpec(NamedTuple):
     """A loss by its name, without its class weights, which may follow from the data.
 
     Attributes:
-      name: one of LOSSES.
+      name: one of LOSSES, or a user's own.
       class_weights: a number for each class; "balanced" by the training split; None: all alike.
       options: the other arguments of `build`.
     """
@@ -144,12 +165,12 @@ class LossSpec(NamedTuple):
         Its negative log-likelihood, without label smoothing and weights, which is the same for
         networks that were trained with different ones.
         """
-        return build(_LIKELIHOODS[self.name].__name__)
+        return build(_LIKELIHOODS[evaluated_as(self.name)].__name__)
 
     def objective(self, class_weights: Sequence[float] | None) -> LossFunction | None:
         """What is trained for, if that is not the `likelihood` for hard targets, else None."""
-        smoothed = bool(self.options.get("label_smoothing"))
-        if self.name != "focal" and not smoothed and class_weights is None:
+        is_other = self.name == "focal" or is_path(self.name)
+        if not is_other and not self.options.get("label_smoothing") and class_weights is None:
             return None  # a target_threshold has 0 and 1 on their sides
         return self.with_weights(class_weights)
 

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 
 from flaxcls.config.options import NonNegative, Positive, accepted, check, look_up
+from flaxcls.config.user_code import file_of, in_user_code, is_path
 from flaxcls.core.update_rules import (
     RULES,
     ParamGroup,
@@ -63,7 +64,7 @@ def build(
     an error, as is a `frozen` that is.
 
     Args:
-      name: one of RULES.
+      name: one of RULES, or a user's own.
       schedule: step -> learning rate; the step is counted in the optimizer's state.
       params: the parameters or their shapes.
       weight_decay: strength, at least 0.
@@ -115,9 +116,11 @@ def build(
     decay = _add_decay(groups) if weight_decay else optax.identity()
     l2, decoupled = (decay, optax.identity()) if mode == "l2" else (optax.identity(), decay)
     context = UpdateContext(groups, decoupled, [])
-    trained = optax.chain(
-        *_clip(gradient_clip_norm, gradient_clip_value), l2, *rule(context, **options)
-    )
+    transforms = rule(context, **options)
+    if is_path(name):
+        needed = decoupled if weight_decay and mode == "decoupled" else None
+        _check_transforms(name, transforms, needed)
+    trained = optax.chain(*_clip(gradient_clip_norm, gradient_clip_value), l2, *transforms)
     if is_frozen:
         trained = only(context, trained, lambda t: t.rule != "frozen")
         trained = optax.chain(
@@ -130,7 +133,30 @@ def build(
         optax.scale(-1.0),
         *context.last,
     )
-    return _in_float32(optimizer), describe(groups, mode)
+    optimizer = _in_float32(optimizer)
+    if is_path(name):  # whose errors are told now, and by file and line
+        with in_user_code(file_of(rule)):
+            jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
+    return optimizer, describe(groups, mode)
+
+
+def _check_transforms(
+    name: str, transforms: Any, decay: optax.GradientTransformation | None
+) -> None:
+    """ConfigError unless a user's own rule has returned a list, with the weight decay in it."""
+    kind = optax.GradientTransformation
+    if not isinstance(transforms, (list, tuple)) or isinstance(transforms, kind):
+        raise ConfigError(
+            f"{name} must return a list of optax transformations, got {type(transforms).__name__}"
+        )
+    for transform in transforms:
+        if not isinstance(transform, kind):
+            raise ConfigError(f"{name} must return optax transformations, got {transform!r:.60}")
+    if decay and not any(transform is decay for transform in transforms):
+        raise ConfigError(
+            f"config.optimizer.weight_decay is not used by {name}: its list needs "
+            "`context.decoupled`, or config.optimizer.weight_decay_mode must be 'l2'"
+        )
 
 
 def updates_made(opt_state: Any) -> jax.Array:

@@ -10,6 +10,7 @@ import numpy as np
 
 from flaxcls.config.durations import parse_duration
 from flaxcls.config.options import NonNegative, UpToOne, accepted, check, look_up
+from flaxcls.config.user_code import file_of, in_user_code, is_path
 from flaxcls.errors import ConfigError
 
 
@@ -140,7 +141,7 @@ def build(
     earlier, and what it has come to is then multiplied by (total_steps - s) / c.
 
     Args:
-      name: one of SCHEDULES.
+      name: one of SCHEDULES, or a user's own.
       learning_rate: the peak.
       total_steps: length of the run in steps.
       to_steps: turns a duration into steps; see the function of that name.
@@ -166,6 +167,8 @@ def build(
     if name == "one_cycle" and warmup_steps:
         raise ConfigError("one_cycle rises to its `peak` by itself; `warmup` must be None with it")
     factor = schedule(Run(warmup_steps, end, to_steps), **options)
+    if is_path(name):
+        _check_factor(name, factor, file_of(schedule))
 
     def rate(step: jax.Array | int) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)  # exact up to 2^24 steps
@@ -178,3 +181,16 @@ def build(
         return jnp.asarray(learning_rate * body, jnp.float32)
 
     return rate
+
+
+def _check_factor(name: str, factor: Factor, file: str) -> None:
+    """ConfigError unless what a user's own schedule has made turns a step into a number."""
+    rate = None
+    if callable(factor):
+        with in_user_code(file):
+            rate = jax.eval_shape(factor, jax.ShapeDtypeStruct((), jnp.float32))
+    if getattr(rate, "shape", None) != ():
+        raise ConfigError(
+            f"{name} must return a function of the step (float32 []) that gives a multiple of the "
+            f"peak learning rate (float32 []), got {rate or factor!r:.80}"
+        )

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from flaxcls.config.options import Range
-from flaxcls.data.source import Source, some_names
+from flaxcls.config.options import Range, accepted, look_up
+from flaxcls.config.user_code import is_path
+from flaxcls.data.source import Source, check_own_source, some_names
 from flaxcls.data.storage import MAX_BYTES
 from flaxcls.errors import ConfigError
 
@@ -25,28 +26,40 @@ def open_source(
     """Opens a split of a data set of SOURCES or, under any other name, of TFDS.
 
     Args:
-      name: a name in SOURCES, or one of TFDS such as "cifar10", "cifar10:3.0.2", "ds/config".
+      name: a name in SOURCES, a user's own as "package.module:Name", or one of TFDS such as
+        "cifar10", "cifar10:3.0.2", "ds/config".
       split: TFDS's slicing: "train", "train[:90%]", "train[100:-50]", "train+test", ...
       data_dir: where TFDS keeps its data (else $TFDS_DATA_DIR, else ~/tensorflow_datasets).
       max_bytes: of a picture's file; a larger one is refused unread.
       class_names: the classes that a network knows, by label. A folder or a list then numbers its
         classes so, and need not have all of them; other data must have the very same.
-      **options: keyword arguments of the function in SOURCES; TFDS takes none.
+        (A user's own source is given `data_dir`, `max_bytes` and `class_names` if it takes them.)
+      **options: keyword arguments of `opener(name)`; TFDS takes none.
 
     Raises:
       ConfigError: unknown name or split, an empty slice, a data set without images and classes, or
         with a class that is none of `class_names`.
       DataError: the prepared files are missing or broken.
     """
-    if name in FILES:
-        return SOURCES[name](split, max_bytes=max_bytes, class_names=class_names, **options)
-    if name in SOURCES:
-        source = SOURCES[name](split, **options)
-    else:
+    common = {"data_dir": data_dir, "max_bytes": max_bytes, "class_names": class_names}
+    open_split = opener(name)
+    if open_split is open_tfds:
         source = open_tfds(name, split, data_dir=data_dir, **options)
+    else:
+        taken = accepted(open_split)
+        common = {key: value for key, value in common.items() if key in taken}
+        source = open_split(split, **common, **options)
+    if is_path(name):
+        check_own_source(name, source)
     if class_names is not None and source.class_names != tuple(class_names):
         raise ConfigError(other_classes(source, class_names))
     return source
+
+
+def opener(name: str) -> Callable[..., Source]:
+    """What opens a split of the data of that name, and whose signature says their options."""
+    own = is_path(name)
+    return look_up("config.data.name", name, SOURCES) if own else SOURCES.get(name, open_tfds)
 
 
 def other_classes(source: Source, class_names: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flaxcls.config.user_code import file_of, in_user_code
 from flaxcls.errors import ConfigError
 
 
@@ -104,6 +105,34 @@ class Source:
     def where(self, index: int) -> str:
         """How an error message names an example."""
         return f"example {index} of {self.name} '{self.split}'"
+
+
+def check_own_source(name: str, source: Any) -> None:
+    """Raises ConfigError unless a user's own source is one, which its first example shows."""
+    if not isinstance(source, Source):
+        raise ConfigError(
+            f"config.data.name is {name!r}, which must give a flaxcls.data.source.Source, "
+            f"got {type(source).__name__}"
+        )
+    if not len(source):
+        raise ConfigError(f"split '{source.split}' of {name} has no examples")
+    with in_user_code(file_of(type(source))):
+        example = source[0]
+    is_one = isinstance(example, Example)
+    image, label = example if is_one else (None, None)
+    if isinstance(image, np.ndarray):
+        wanted = zip(image.shape, source.image_shape, strict=False)
+        fits = image.dtype == np.uint8 and image.ndim == len(source.image_shape) == 3
+        is_one = fits and all(size in (side, None) for side, size in wanted)
+    elif not isinstance(image, bytes):
+        is_one = False
+    if not is_one or not 0 <= label < len(source.class_names):
+        got = f"an image {image.dtype} {image.shape}" if hasattr(image, "shape") else repr(image)
+        raise ConfigError(
+            f"the examples of {name} must be flaxcls.data.source.Example(image, label), with an "
+            f"image uint8 {source.image_shape} or encoded bytes and a label below "
+            f"{len(source.class_names)}, got {got:.60} and label {label!r} for number 0"
+        )
 
 
 class Slice(NamedTuple):

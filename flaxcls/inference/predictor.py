@@ -15,6 +15,7 @@ import optax
 from PIL import Image
 
 from flaxcls import augment
+from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import best_of
 from flaxcls.data.decode import Picture, available_cores
 from flaxcls.data.loader import Decoded
@@ -50,7 +51,9 @@ class Predictions(NamedTuple):
 
     logits: np.ndarray  # [N, K]
     probabilities: np.ndarray  # [N, K]
-    features: np.ndarray  # [N, D]: what the last layer, the head, is given
+    # [N, D]: what the last layer is given: the one named "head", else the last nn.Dense. The logits
+    # where there is neither.
+    features: np.ndarray
 
 
 class Prediction(NamedTuple):
@@ -219,19 +222,21 @@ def make_forward(
     """Returns `forward(variables, images uint8 [B, H, W, C]) -> Predictions`, to be jitted."""
 
     def forward(variables: Any, images: jax.Array) -> Predictions:
-        features = []
+        given = {}
 
         def note(call, arguments, keywords, context):
-            if context.module.name == "head":  # the last layer of every network
-                features.append(arguments[0])
+            if context.module.name == "head":  # the last layer of every network of flaxcls
+                given.setdefault("head", arguments[0])
+            elif isinstance(context.module, nn.Dense) and arguments:
+                given["dense"] = arguments[0]
             return call(*arguments, **keywords)
 
         with nn.intercept_methods(note):
             logits = network.apply(variables, augment.normalize(images, mean, std), train=False)
         logits = logits.astype(jnp.float32)
-        return Predictions(
-            logits, PROBABILITIES[loss_name](logits), features[0].astype(jnp.float32)
-        )
+        features = given.get("head", given.get("dense", logits)).reshape(len(logits), -1)
+        probabilities = PROBABILITIES[evaluated_as(loss_name)](logits)
+        return Predictions(logits, probabilities, features.astype(jnp.float32))
 
     return forward
 

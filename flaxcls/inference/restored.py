@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from flaxcls import build, models
 from flaxcls.build import SavedExperiment
-from flaxcls.runs import run_folder
+from flaxcls.runs import run_code, run_folder
 from flaxcls.runs.checkpoint_reader import CheckpointReader
 from flaxcls.runtime import sharding
 
@@ -34,6 +34,7 @@ def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = No
     `batch_size` is what the devices are chosen for, None: the run's own.
     """
     config = run_folder.load_config(workdir)
+    run_code.use(workdir, config)
     mesh = build.saved_mesh(config, batch_size)
     checkpoints = CheckpointReader(workdir / "checkpoints")
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.config.options import accepted, check, look_up
+from flaxcls.config.user_code import file_of, in_user_code
 from flaxcls.errors import ConfigError
 from flaxcls.models.convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
 from flaxcls.models.dense import DenseNetwork
@@ -51,7 +52,15 @@ def build(name: str, *, num_classes: int, dtype: jnp.dtype = jnp.float32, **give
     given = check("config.model", name, given, options(name))
     if num_classes < 1:
         raise ConfigError(f"`num_classes` of {name} must be at least 1, got {num_classes}")
-    module = MODELS[name](num_classes=num_classes, dtype=dtype, name=name, **given)
+    make = look_up("config.model.name", name, MODELS)
+    common = {"num_classes": num_classes, "dtype": dtype, "name": name.rpartition(":")[2]}
+    taken = accepted(make)  # a user's own may have no dtype, and a function no name
+    module = make(**{key: value for key, value in common.items() if key in taken}, **given)
+    if not isinstance(module, nn.Module) or getattr(module, "num_classes", None) != num_classes:
+        raise ConfigError(
+            f"the network {name} must be a flax.linen Module with the field `num_classes`, "
+            f"got {module!r:.80}"
+        )
     if "train" not in accepted(module.__call__):
         raise ConfigError(
             f"the network {name} must be called as module(images, train=...), but its __call__ "
@@ -82,6 +91,31 @@ def check_image_shape(module: nn.Module, shape: tuple[int, int, int]) -> None:
     else:
         return
     raise ConfigError(f"{title(module)} needs {needs}, got {height}x{width}")
+
+
+def check_own(module: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raises ConfigError unless a network for images of (H, W, C) does what the trainer expects.
+
+    Traces it as in training and as in evaluation; errors in it are told by file and line. For the
+    networks that are a user's own: those of MODELS have been tested.
+    """
+    images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    for train in (False, True):
+        run = functools.partial(module.init_with_output, rngs, train=train)
+        with in_user_code(file_of(type(module))):
+            logits, variables = jax.eval_shape(run, images)
+        expected = (2, module.num_classes)
+        if getattr(logits, "shape", None) != expected or logits.dtype.kind not in "fV":
+            raise ConfigError(
+                f"the network {title(module)} must give float logits of shape {expected} for "
+                f"images of shape {images.shape}, got {logits}"
+            )
+        if other := variables.keys() - {"params", "batch_stats"}:
+            raise ConfigError(
+                f"the network {title(module)} has variables in {', '.join(sorted(other))}, but "
+                "only those in params and batch_stats are kept from step to step"
+            )
 
 
 def shapes(module: nn.Module, image_shape: tuple[int, int, int]) -> dict:

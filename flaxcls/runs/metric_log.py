@@ -43,7 +43,12 @@ class MetricLog:
         self._total_steps, self._batch_size = total_steps, batch_size
         self._path = workdir / "metrics.jsonl" if workdir else Path(os.devnull)
         self._console = Console(
-            highlight=False, soft_wrap=True, emoji=False, quiet=workdir is None, file=Guarded()
+            highlight=False,
+            soft_wrap=True,
+            emoji=False,
+            quiet=workdir is None,
+            file=Guarded(),
+            force_jupyter=False,
         )
         self._live = None
         if workdir and self._console.is_terminal:

@@ -4,6 +4,7 @@ config.json      the resolved config; versions, device, commit, sizes and when t
                  were written last ("data_modified", seconds since 1970) beside it
 metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
 checkpoints/     the newest steps and the best one
+code/            the user's own modules that the config names; see `run_code`
 summary.json     how it ended
 """
 
@@ -24,6 +25,8 @@ from flaxcls.config.fields import changes, fields, plain
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.files import read_json, write_json
+from flaxcls.runs import run_code
+from flaxcls.runs.run_code import PACKAGES
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
@@ -52,12 +55,12 @@ LEFTOVERS = (
     "metrics.jsonl",
     "*.tmp",
     "checkpoints",
+    "code",
     "quarantine",
     "tensorboard",
     "trackers.json",
     ".*",
 )
-PACKAGES = ("flaxcls", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def new_folder(recipe: str) -> Path:
@@ -197,6 +200,7 @@ def _is_among(field: str, names: Sequence[str]) -> bool:
 
 def identity(metadata: Mapping[str, Any], eval_fingerprint: str) -> dict[str, Any]:
     """What must be the same in all processes of a run, by name; JSON. `metadata` has the config."""
+    own = run_code.named_by(metadata["config"])
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         code.update(path.read_bytes())
@@ -210,6 +214,7 @@ def identity(metadata: Mapping[str, Any], eval_fingerprint: str) -> dict[str, An
         "the fingerprint of the training data": metadata["fingerprint"],
         "the fingerprint of the evaluation data": eval_fingerprint,
         "the code of flaxcls": code.hexdigest()[:16],
+        **({"the code that the config names": [own.digest, own.packages]} if own else {}),
         "versions": {"python": platform.python_version(), **_versions()},
     }
 
@@ -219,32 +224,60 @@ def record(
 ) -> None:
     """Writes config.json: the config, and what else one wants to know of a run years later.
 
-    Of a resumed run, whose config was `before`, only if that has changed; "changes" keeps how. What
+    The user's own code that the config names is copied beside it first. Of a resumed run, whose
+    config was `before`, only if that or the code has changed; "changes" keeps how. What
     summary.json told of the end of a shorter run does not hold any more.
     """
-    earlier = []
+    earlier, code = [], run_code.named_by(metadata["config"])
+    with _writing(workdir):
+        if code and (note := run_code.keep(workdir, code)):
+            say(f"note: {note}")
     if before is not None:
-        if not (changed := changes(before, metadata["config"])):
-            return
         first = read_json(workdir / "config.json") or {}
+        changed = changes(before, metadata["config"])
+        other_code = run_code.changed(first.get("code"), code)
+        if not changed and not other_code:
+            return
+        if other_code:
+            say(f"note: {_another(other_code)}")
         if "data_modified" in first:  # stays as it was when the run began
             metadata = {**metadata, "data_modified": first["data_modified"]}
         earlier = [
             *first.get("changes", []),
-            {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "fields": changed},
+            {
+                "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "fields": changed,
+                **({"code": first.get("code")} if other_code else {}),
+            },
         ]
     content = {
         "config": metadata["config"],
         **surroundings(),
         **metadata,
+        **({"code": code.record()} if code else {}),
         **({"changes": earlier} if earlier else {}),
     }
-    try:
+    with _writing(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "summary.json").unlink(missing_ok=True)
         write_json(workdir / "config.json", content)
+
+
+@contextlib.contextmanager
+def _writing(workdir: Path) -> Iterator[None]:
+    """Around writing into a run's folder."""
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"{workdir} can't be written: {error.strerror or error}") from error
+
+
+def _another(changed: Sequence[str]) -> str:
+    """What is said of own code that has changed since a run began."""
+    return (
+        f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not as when the run began: "
+        "it goes on with what is there now, and its folder keeps both"
+    )
 
 
 def surroundings() -> dict[str, Any]:

@@ -95,6 +95,8 @@ class Guarded:
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
+        if type(self._stream).__module__ == "ipykernel.iostream":
+            return False  # a notebook says that it is one, but takes few of its control codes
         try:
             return self._stream.isatty()
         except _FAILED:
