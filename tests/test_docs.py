@@ -3,15 +3,16 @@
 import importlib
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from flaxcls import cli
-from flaxcls.build.accepted import SECTIONS
+from flaxcls.build import accepted
 from flaxcls.config import default
 from flaxcls.config.fields import fields
-from flaxcls.config.recipes import known_recipes
+from flaxcls.config.recipes import known_recipes, load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -38,11 +39,11 @@ def anchors(text):
     }
 
 
-def section(path):
+def options_in(path):
     """All options that the things which a section of the config names take."""
-    names = SECTIONS[path].names
-    options = {option for name in names for option in SECTIONS[path].options(name)}
-    return {f"{path}.{option}" for option in options | SECTIONS[path].own}
+    names = accepted.SECTIONS[path].names
+    options = {option for name in names for option in accepted.SECTIONS[path].options(name)}
+    return {f"{path}.{option}" for option in options | accepted.SECTIONS[path].own}
 
 
 @every_page
@@ -107,8 +108,19 @@ def test_recipes_exist(page):
 @every_page_without_mistakes
 def test_overrides_exist(page):
     known = {path for path, _ in fields(default())}
-    known = known.union(*map(section, SECTIONS), (f"{path}.name" for path in SECTIONS))
+    known = known.union(
+        *map(options_in, accepted.SECTIONS), (f"{path}.name" for path in accepted.SECTIONS)
+    )
     assert {*re.findall(r"--config\.([a-z]\w*(?:\.\w+)*)", PAGES[page])} <= known
+
+
+@every_page_without_mistakes
+def test_recipes_take_the_overrides_that_go_with_them(page):
+    for _, arguments in commands(PAGES[page]):
+        recipe = re.search(r"--config=(?:configs/)?([a-z]\w*)(?!\w*/)", arguments)
+        if recipe:
+            overrides, _ = cli.split_overrides(shlex.split(arguments))
+            accepted.check(load_recipe(recipe[1], overrides).config)
 
 
 def test_recipes_and_results_has_every_recipe_once():
