@@ -1,1 +1,50 @@
-"""Trains image classifiers with JAX and Flax. `python -m flaxcls.main --help` is the way in."""
+"""Trains image classifiers with JAX and Flax.
+
+`python -m flaxcls.main --help` is the way in from a shell; from Python, and in notebooks:
+
+    import flaxcls
+
+    summary = flaxcls.train("digits_cnn", "runs/digits", overrides={"duration": "5 epochs"})
+    classifier = flaxcls.load("runs/digits")
+
+Importing flaxcls takes no time and changes nothing: what follows is loaded when it is used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flaxcls.api import FlaxclsError as FlaxclsError
+    from flaxcls.api import Interrupted as Interrupted
+    from flaxcls.api import Prediction as Prediction
+    from flaxcls.api import Predictor as Predictor
+    from flaxcls.api import StopTraining as StopTraining
+    from flaxcls.api import default_config as default_config
+    from flaxcls.api import evaluate as evaluate
+    from flaxcls.api import load as load
+    from flaxcls.api import load_config as load_config
+    from flaxcls.api import train as train
+
+__all__ = (
+    "FlaxclsError",
+    "Interrupted",
+    "Prediction",
+    "Predictor",
+    "StopTraining",
+    "default_config",
+    "evaluate",
+    "load",
+    "load_config",
+    "train",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from flaxcls import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'flaxcls' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

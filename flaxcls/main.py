@@ -6,17 +6,13 @@ The same command with the same --workdir goes on where the run was. Fields and t
 flaxcls/config/tree.py; recipes are in configs/.
 """
 
-import contextlib
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
 from flaxcls import cli
-from flaxcls.config.fields import fields, update
-from flaxcls.config.recipes import Recipe, load_recipe
+from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
 from flaxcls.runtime import cluster
 from flaxcls.runtime.output import printable
@@ -81,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
     from flaxcls.runs import goodput, metric_log, run_folder
     from flaxcls.runtime import compilation_cache, processes
     from flaxcls.training import train
+    from flaxcls.training.recipe import completed
 
     processes.join(
         FLAGS.coordinator_address,
@@ -93,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
         raise problem
     compilation_cache.enable()
     with processes.explain_lost_peer():
-        config = _adapted(recipe, workdir)
+        config = completed(recipe, workdir)
         workdir = workdir or run_folder.new_folder(FLAGS.config)
         summary = train.train_config(config, workdir, goodput.process_age())
     run_flag = shlex.quote(f"--run={workdir}")
@@ -107,31 +104,6 @@ def main(argv: Sequence[str]) -> int:
         "complete)"
     )
     return 0
-
-
-def _adapted(recipe: Recipe, workdir: Path | None) -> ConfigDict:
-    """The recipe's config with what it leaves to data and devices, as process 0 sees them.
-
-    A run that is resumed keeps what it chose at first: today the devices may be faster.
-    """
-    from flaxcls.build.adapt import adapt
-    from flaxcls.runs import run_folder
-    from flaxcls.runtime import processes
-
-    chosen = None
-    if recipe.adapt and workdir is not None:
-        with contextlib.suppress(run_folder.NoRun):
-            chosen = run_folder.load_config(workdir)
-    if chosen:
-        kept = {name: value for name, value in fields(chosen) if name not in recipe.given}
-        update(recipe.config, kept)
-    said = "" if chosen else adapt(recipe)
-    said, config = processes.from_first([said, dict(fields(recipe.config))])
-    if not processes.is_first():
-        update(recipe.config, config)
-    if said:
-        processes.say(said)
-    return recipe.config
 
 
 if __name__ == "__main__":

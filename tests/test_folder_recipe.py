@@ -4,13 +4,14 @@ import jax
 import pytest
 from PIL import Image
 
-from flaxcls import build, main
+from flaxcls import build
 from flaxcls.build import adapt as build_adapt
 from flaxcls.config import fields, recipes
 from flaxcls.data import pipeline
 from flaxcls.perf import step
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
+from flaxcls.training.recipe import completed
 
 
 @pytest.fixture
@@ -103,10 +104,10 @@ def test_resumed_run_keeps_what_it_chose_though_the_cpu_is_another_one(
     monkeypatch.setattr(step, "step_rate", lambda *_, **__: 5000)
     overrides = [f"data.path={tmp_path}", "mesh.cpu_devices=8"]
     recipe = recipes.load_recipe("configs/folder.py", overrides)
-    again = main._adapted(recipe, workdir)
+    again = completed(recipe, workdir)
     assert fields.changes(first, again) == {} and again.optimizer.name == "muon"
     recipe = recipes.load_recipe("configs/folder.py", [*overrides, "duration=99 epochs"])
-    longer = main._adapted(recipe, workdir)
+    longer = completed(recipe, workdir)
     assert fields.changes(first, longer) == {"duration": (first.duration, "99 epochs")}
     recipe = recipes.load_recipe("configs/folder.py", overrides)
-    assert main._adapted(recipe, workdir / "new").image_size == 64  # a new run may choose
+    assert completed(recipe, workdir / "new").image_size == 64  # a new run may choose

@@ -99,7 +99,7 @@ class Loader:
     def picture(self, image: bytes | np.ndarray, index: int) -> Picture:
         """An example's image, of which nothing but the size is known yet."""
         if not isinstance(image, bytes):
-            return _Decoded(image)
+            return Decoded(image)
         where, channels = self.source.where(index), self.source.image_shape[2]
         return Picture(image, channels, where=where, max_pixels=self.max_pixels)
 
@@ -147,7 +147,7 @@ class Loader:
         return taken, labels, broken
 
 
-class _Decoded:
+class Decoded:
     """Pixels that are there already, as a picture."""
 
     def __init__(self, pixels: np.ndarray):

@@ -1,6 +1,8 @@
 """A trained network as a function from pictures to probabilities; needs the run's folder only."""
 
+import io
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,7 @@ from PIL import Image
 from flaxcls import augment
 from flaxcls.core.metrics import best_of
 from flaxcls.data.decode import Picture, available_cores
+from flaxcls.data.loader import Decoded
 from flaxcls.data.storage import read_picture
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.inference.restored import RestoredRun, restore
@@ -50,13 +53,21 @@ class Predictions(NamedTuple):
     features: np.ndarray  # [N, D]: what the last layer, the head, is given
 
 
+class Prediction(NamedTuple):
+    """What a network says of a picture: its best class, and the probability of every class."""
+
+    name: str
+    probability: float
+    probabilities: dict[str, float]  # the best one first
+
+
 class Predictor:
     """A saved run's network, with all that pictures go through before it.
 
         predictor = Predictor("runs/cats")
-        images = np.stack([predictor.read("a.jpg"), predictor.read("b.jpg")])
-        best = predictor(images).logits.argmax(axis=1)
-        print([predictor.class_names[label] for label in best])
+        print(predictor.predict("a.jpg").name)
+        for prediction in predictor.predict(["a.jpg", array, PIL.Image.open("b.png")]):
+            print(prediction.name, prediction.probability)
 
     Args:
       run: the run's folder.
@@ -111,6 +122,35 @@ class Predictor:
         if self._transform:
             return self._transform(picture, height, ())
         return _stretch(picture.pixels(), height, width)
+
+    def predict(self, pictures: Any) -> Any:
+        """Classifies a picture, or several; returns a Prediction, or a list of them.
+
+        A picture is a file's path, a PIL image or an array, uint8 [H, W] or [H, W, C] with 1, 3 or
+        4 channels, of any size; it becomes what evaluation would show to the network. Raises
+        DataError for a file that can't be read and ValueError for what is no picture.
+        """
+        if _is_picture(pictures):
+            return self.predict([pictures])[0]
+        images = [self._image(picture) for picture in pictures]
+        if not images:
+            return []
+        predictions, results = self(np.stack(images)), []
+        order = np.argsort(-predictions.logits, axis=1, kind="stable").tolist()
+        for labels, shares in zip(order, predictions.probabilities.tolist(), strict=True):
+            ranked = {self.class_names[label]: shares[label] for label in labels}
+            results.append(Prediction(*next(iter(ranked.items())), ranked))
+        return results
+
+    def _image(self, picture: Any) -> np.ndarray:
+        """A picture as evaluation would show it to the network, uint8 [H, W, C]."""
+        if isinstance(picture, (str, os.PathLike)):
+            return self.read(picture)
+        height, width, channels = self.image_shape
+        pixels = _pixels(picture, channels)
+        if self._transform:
+            return self._transform(Decoded(pixels), height, ())
+        return _stretch(pixels, height, width)
 
     def __call__(self, images: np.ndarray) -> Predictions:
         """Classifies any number of images, uint8 [N, *image_shape], as `read` makes them."""
@@ -204,6 +244,38 @@ def _choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) ->
         return "ema" if ema else "eval"
     results = restored.metadata["progress"]["results"]
     return best_of(results, restored.experiment.best_metric) if results else "eval"
+
+
+def _is_picture(value: Any) -> bool:
+    return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) and (
+        getattr(value, "ndim", 3) <= 3
+    )
+
+
+def _pixels(picture: Any, channels: int) -> np.ndarray:
+    """A PIL image or an array as uint8 [H, W, channels]; what is transparent is laid on white."""
+    if not isinstance(picture, Image.Image):
+        array = np.asarray(picture)
+        if array.ndim == 3 and array.shape[2] == 1:
+            array = array[..., 0]
+        shape_fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+        if array.dtype != np.uint8 or not shape_fits or 0 in array.shape:
+            raise ValueError(
+                "a picture must be a path, a PIL image or a uint8 array of shape (H, W) or "
+                f"(H, W, 1, 3 or 4), got {_what(picture)}"
+            )
+        picture = Image.fromarray(array)
+    if picture.mode in ("CMYK", "YCbCr", "LAB", "HSV"):  # which PNG does not have
+        picture = picture.convert("RGB")
+    content = io.BytesIO()  # the way of every picture: orientation, palettes, transparency
+    picture.save(content, "PNG", compress_level=0, exif=picture.getexif())
+    return Picture(content.getvalue(), channels, where="the image").pixels()
+
+
+def _what(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} of shape {value.shape}"
+    return type(value).__name__
 
 
 def _stretch(pixels: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -245,6 +245,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         self._alone = count() == 1
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self  # where Python takes no handlers: who has started the thread gets signals
         # What is ignored stays so, as a hang-up is by nohup; but Ctrl-C, which shells make all that
         # they start in the background ignore, may be sent on purpose.
         ignored = {n for n in SIGNAL_EXIT_CODES if signal.getsignal(n) == signal.SIG_IGN}

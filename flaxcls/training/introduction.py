@@ -6,6 +6,7 @@ from pathlib import Path
 from flaxcls import models
 from flaxcls.build import Before, Experiment
 from flaxcls.config.fields import changes
+from flaxcls.errors import ConfigError
 from flaxcls.runs import run_folder
 from flaxcls.runtime import processes, sharding
 from flaxcls.training.program import Program
@@ -46,3 +47,27 @@ def _changes(before: Before | None, experiment: Experiment) -> Iterator[str]:
     if before:
         for field, (old, new) in changes(before.config, experiment.config).items():
             yield f"config.{field} was {old!r} until now, and is {new!r} from now on"
+
+
+def check_new_length(before: Before, experiment: Experiment, step: int, workdir: Path) -> None:
+    """Says what becomes of the learning rate when a run is made longer after a step.
+
+    ConfigError for a run that is made shorter than it is.
+    """
+    total = experiment.length.total_steps
+    if before.total_steps == total:
+        return
+    if step >= total:  # also at the last step of a shorter run: it was not to be the last one
+        raise ConfigError(
+            f"the run in {workdir} has made {step:,} steps already, "
+            f"{'more than' if step > total else 'as many as'} config.duration = "
+            f"{experiment.config['duration']!r} asks for, {total:,}: it can be made longer, not "
+            "shorter"
+        )
+    if step:
+        processes.say(
+            f"note: after step {step:,} the learning rate would have been "
+            f"{float(before.learning_rate(step)):.3g} and is "
+            f"{float(experiment.learning_rate(step)):.3g}: config.schedule now ends at step "
+            f"{total:,}"
+        )

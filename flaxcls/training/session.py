@@ -17,7 +17,6 @@ from flaxcls.core.state import TrainState
 from flaxcls.errors import (
     SIGNAL_EXIT_CODES,
     CheckpointError,
-    ConfigError,
     DataError,
     DivergedError,
     Interrupted,
@@ -32,6 +31,8 @@ from flaxcls.runtime import compilation_cache, processes
 from flaxcls.runtime.processes import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
 from flaxcls.training.due import Due
+from flaxcls.training.hooks import NO_HOOKS, HookCalls, Hooks
+from flaxcls.training.introduction import check_new_length
 from flaxcls.training.program import Program
 
 _START = {
@@ -60,9 +61,10 @@ class Session:
         program: Program,
         clock: Goodput,
         before: Before | None = None,
+        hooks: Hooks = NO_HOOKS,
     ):
         self._experiment, self._workdir, self._program = experiment, workdir, program
-        self._clock, self._before = clock, before
+        self._clock, self._before, self._hooks = clock, before, HookCalls(hooks)
         self._total_steps = experiment.length.total_steps
         self._progress: dict[str, Any] = dict(_START)
         self.step = 0
@@ -96,8 +98,8 @@ class Session:
         From here on the run is under way: recorded in its folder, logged, watched.
         """
         state = self._restored()
-        if self._before and self._before.total_steps != self._total_steps:
-            self._check_new_length(self._before)
+        if self._before:
+            check_new_length(self._before, self._experiment, self.step, self._workdir)
         self._record()
         self._log = self._stack.enter_context(
             MetricLog(
@@ -135,25 +137,6 @@ class Session:
             raise DataError(f"the training data are not those that {self._workdir} began with")
         self._progress = metadata["progress"]
         return state
-
-    def _check_new_length(self, before: Before) -> None:
-        """What becomes of the learning rate when a run is made longer; it can't be made shorter."""
-        total = self._total_steps
-        # What was not to be the last step can't become it.
-        if self.step > total or self.step == total != before.total_steps:
-            raise ConfigError(
-                f"the run in {self._workdir} has made {self.step:,} steps already, "
-                f"{'more than' if self.step > total else 'as many as'} config.duration = "
-                f"{self._experiment.config['duration']!r} asks for, {total:,}: it can be made "
-                "longer, not shorter"
-            )
-        if self.step:
-            processes.say(
-                f"note: after step {self.step:,} the learning rate would have been "
-                f"{float(before.learning_rate(self.step)):.3g} and is "
-                f"{self._program.learning_rate(self.step):.3g}: "
-                f"config.schedule now ends at step {total:,}"
-            )
 
     def _record(self) -> None:
         """Writes config.json, and goes on with goodput.json."""
@@ -193,7 +176,7 @@ class Session:
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """The batch of each step that is left; those after a rollback are others."""
-        while self.step < self._total_steps:
+        while self.step < self._total_steps and not self._hooks.is_stopped:
             with self._clock.spending("data_wait"):
                 batch = next(self._batches)
             yield batch
@@ -215,8 +198,9 @@ class Session:
             if logs:
                 state = self._log_metrics(state)
             improved = self._evaluate(state) if evaluates else False
-            if self._save_due(self.step, may_wait=not logs) or improved or signal:
-                self._save(state, must=bool(signal))
+            ends = bool(signal) or (logs and self._hooks.end_the_run())
+            if self._save_due(self.step, may_wait=not logs) or improved or ends:
+                self._save(state, must=ends)
         except DivergedError as trouble:
             return self._roll_back(state, trouble)
         if signal:
@@ -225,6 +209,8 @@ class Session:
                 f"command with {shlex.quote(f'--workdir={self._workdir}')} resumes it",
                 SIGNAL_EXIT_CODES[signal],
             )
+        if self._hooks.error:
+            raise self._hooks.error
         return state
 
     @property
@@ -244,6 +230,11 @@ class Session:
         lap = self._clock.lap(self.step - self._logged)
         self._log.training(self.step, self._epoch, row, lap)
         self._logged = self.step
+        steps_per_second, data_wait = lap
+        speed = self._experiment.batch_size * steps_per_second
+        row |= {"images_per_second": speed, "data_wait": data_wait}
+        with self._watchdog.pause():
+            self._hooks.on_log({"step": self.step, "epoch": self._epoch, **row})
         self._clock.write(every=10)
         if failure := self._checkpoints.failure():  # told as soon as it is known
             with self._saving(must=False):
@@ -259,6 +250,8 @@ class Session:
             raise DivergedError(f"the evaluation's loss after step {self.step} is not finite")
         self._log.evaluation(self.step, self._epoch, results)
         self._progress["results"] = results
+        with self._watchdog.pause():
+            self._hooks.on_evaluation({"step": self.step, "epoch": self._epoch, **results})
 
         metric, best = self._experiment.saving.best_metric, self._progress["best"]
         weights = best_of(results, metric)
@@ -336,7 +329,7 @@ class Session:
         self._clock.write()
         steps_per_second, data_wait = self._clock.rate(self.step)
         summary = {
-            "finished": True,
+            "finished": self.step == self._total_steps,
             "step": self.step,
             "seconds": sum(self._clock.totals.values()),
             "goodput": self._clock.numbers(),

@@ -1,5 +1,6 @@
 """Training: `train` tells the whole story."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,18 @@ from flaxcls.runs import run_folder
 from flaxcls.runs.broken_images import broken_images_log
 from flaxcls.runs.goodput import Goodput
 from flaxcls.runtime import processes
+from flaxcls.training.hooks import NO_HOOKS, Hooks
 from flaxcls.training.introduction import introduce
 from flaxcls.training.program import Program
 from flaxcls.training.session import Session
 
 
 def train(
-    experiment: Experiment, workdir: Path, clock: Goodput, before: Before | None = None
+    experiment: Experiment,
+    workdir: Path,
+    clock: Goodput,
+    before: Before | None = None,
+    hooks: Hooks = NO_HOOKS,
 ) -> dict[str, Any]:
     """Trains the run in `workdir`, from its beginning or from its last checkpoint.
 
@@ -26,6 +32,7 @@ def train(
       workdir: the run's folder, the same one in all processes.
       clock: where the seconds go.
       before: what the run was until now, if it is resumed.
+      hooks: what process 0 calls with the metrics.
 
     Returns what summary.json holds. Raises ConfigError, DataError, CheckpointError, DivergedError
     and, when a signal asked the run to end and it has saved itself, Interrupted.
@@ -35,7 +42,7 @@ def train(
     program = Program.open(experiment, broken_images_log(workdir), normalization)
     introduce(experiment, program, workdir, before)
 
-    with Session(experiment, workdir, program, clock, before) as session:
+    with Session(experiment, workdir, program, clock, before, hooks) as session:
         state = session.restore()
         for batch in session.batches():
             state = program.update(state, batch)
@@ -43,11 +50,18 @@ def train(
         return session.finish()
 
 
-def train_config(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[str, Any]:
+def train_config(
+    config: ConfigDict,
+    workdir: Path,
+    age: float = 0.0,
+    *,
+    hooks: Hooks = NO_HOOKS,
+    watched: bool = True,
+) -> dict[str, Any]:
     """Trains what a config means; returns what summary.json holds, and raises, as `train` does.
 
     A run that has finished, and is not to be longer now, is left as it is. `age` are the seconds
-    that the process has taken so far.
+    that the process has taken so far; a run that is `watched` ends the process if it hangs.
     """
     clock = Goodput(age)
     build.check(config)
@@ -58,5 +72,7 @@ def train_config(config: ConfigDict, workdir: Path, age: float = 0.0) -> dict[st
         return finished
     with processes.first_before_others():  # it may have to prepare the data for all
         experiment = build.make_experiment(config, mesh)
+    if not watched:
+        experiment = dataclasses.replace(experiment, hang_after=0)
     before = earlier and build.before(earlier, len(experiment.train.source))
-    return train(experiment, workdir, clock, before)
+    return train(experiment, workdir, clock, before, hooks)
