@@ -54,7 +54,7 @@ def is_path(name: Any) -> bool:
 
 def names(config: Mapping[str, Any]) -> dict[str, str]:
     """The `package.module:Name`s in a config by field, such as "config.model.name"."""
-    named = {f"config.{section}.name": config.get(section) for section in KINDS}
+    named: dict[str, Any] = {f"config.{name}.name": config.get(name) for name in KINDS}
     specs = named.pop("config.augment.name")
     if isinstance(specs, (list, tuple)):
         named |= {f"config.augment[{i}].name": spec for i, spec in enumerate(specs)}
@@ -115,7 +115,7 @@ def import_module(about: str, name: str) -> ModuleType:
                 known = {path.stem for folder in folders for path in folder.glob("*.py")}
                 raise ConfigError(
                     f"{about}, but there is no module {error.name} beside the recipe or installed"
-                    f"{did_you_mean(error.name, known) if known else ''}"
+                    f"{did_you_mean(str(error.name), known) if known else ''}"
                 ) from error
             raise
 
