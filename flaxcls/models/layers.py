@@ -1,6 +1,7 @@
 """What the networks share: convolution, pooling, initialisers and types of options."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -65,6 +66,70 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     On CPU a training step of keras_cnn or torch_convnet takes 2/3 of the time (jax 0.10.2).
     """
     return _windows(x, window).max(axis=(2, 4))
+
+
+def overlapping_max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
+    """The maximum of each `window` x `window` square, `stride` apart, of [B,H,W,C].
+
+    Equals `nn.max_pool` with a padding of `window // 2`, whose gradient XLA:GPU scatters by atomic
+    additions: slow, in another order each time, and refused by `--xla_gpu_deterministic_ops`. On
+    GPUs the gradient here is gathered instead.
+    """
+    gathered = functools.partial(_gathered_max_pool, window=window, stride=stride)
+
+    def scattered(x: jax.Array) -> jax.Array:
+        sides = (window // 2,) * 2
+        return nn.max_pool(x, (window, window), (stride, stride), padding=(sides, sides))
+
+    return lax.platform_dependent(x, cuda=gathered, rocm=gathered, default=scattered)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered_max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
+    return _max_and_position(x, window, stride)[0]
+
+
+def _max_and_position(x: jax.Array, window: int, stride: int) -> tuple[jax.Array, jax.Array]:
+    """The maxima, and which pixel of its window each is, uint8: the first of equal ones."""
+    half, (_, height, width, _) = window // 2, x.shape
+    sides = ((0, 0), (half, half), (half, half), (0, 0))
+    padded = jnp.pad(x, sides, constant_values=-jnp.inf)
+    rows, columns = (-(-(size + 2 * half - window + 1) // stride) for size in (height, width))
+    # One after the other: the window's pixels meet in one fused loop.
+    best = position = None
+    for number, (i, j) in enumerate(itertools.product(range(window), repeat=2)):
+        stop = i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1
+        pixel = padded[:, i : stop[0] : stride, j : stop[1] : stride]
+        if best is None:
+            best, position = pixel, jnp.zeros(pixel.shape, jnp.uint8)
+        else:
+            position = jnp.where(pixel > best, jnp.uint8(number), position)
+            best = jnp.maximum(best, pixel)
+    return best, position
+
+
+def _gathered_max_pool_forward(x: jax.Array, window: int, stride: int):
+    best, position = _max_and_position(x, window, stride)
+    return best, (position, jnp.zeros((0, *x.shape[1:3])))  # the second for its shape alone
+
+
+def _gathered_max_pool_backward(window: int, stride: int, saved, gradient: jax.Array):
+    """Each pixel adds up the gradients of the windows, at most four, whose maximum it is."""
+    position, image = saved
+    half, zero = window // 2, jnp.zeros((), gradient.dtype)
+    total = None
+    for number, start in enumerate(itertools.product(range(window), repeat=2)):
+        own = jnp.where(position == number, gradient, zero)
+        sides = [
+            (i - half, size - (i - half) - (count - 1) * stride - 1, stride - 1)
+            for i, size, count in zip(start, image.shape[1:], own.shape[1:3], strict=True)
+        ]
+        own = lax.pad(own, zero, [(0, 0, 0), *sides, (0, 0, 0)])
+        total = own if total is None else total + own
+    return (total,)
+
+
+_gathered_max_pool.defvjp(_gathered_max_pool_forward, _gathered_max_pool_backward)
 
 
 def average_pool(x: jax.Array, window: int = 2) -> jax.Array:
