@@ -26,16 +26,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-# For `resume`: variables of the environment by setting. {folder} is the setting's own.
+# For `resume`: variables of the environment by setting. {folder} is the setting's own, and
+# {autotuning} writes XLA's choices of kernels in its first run and reads them in the others.
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 SETTINGS = {
     "cache": {},
     "no_cache": NO_CACHE,
     "deterministic": {**NO_CACHE, "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"},
     "pinned": {**NO_CACHE, "XLA_FLAGS": "{autotuning}"},
-    "pinned_deterministic": {
+    "pinned_folder": {
         **NO_CACHE,
-        "XLA_FLAGS": "--xla_gpu_deterministic_ops=true {autotuning}",
+        "XLA_FLAGS": "--xla_gpu_per_fusion_autotune_cache_dir={folder}/autotuning "
+        "--xla_gpu_experimental_autotune_cache_mode=AUTOTUNE_CACHE_MODE_UPDATE",
     },
 }
 RECIPE = """
@@ -45,10 +47,11 @@ from flaxcls.config import default
 def get_config():
     config = default()
     config.batch_size = 32
-    config.duration = "60 steps"
+    config.duration = "120 steps"
     config.log_every = "5 steps"
     config.eval.every = "20 steps"
-    config.checkpoint.every = "5 steps"
+    config.checkpoint.every = "10 steps"
+    config.checkpoint.keep = 100
     config.ema_decay = 0.9
     config.augment = ({"name": "pad_crop", "padding": 4}, {"name": "flip"})
     config.data.name = "fake"
@@ -184,15 +187,17 @@ def resume(folder: Path, setting: str, tiny: bool) -> dict[str, Any]:
     def start(name: str) -> subprocess.Popen:
         use = "load" if choices.exists() else "dump"
         where = "from" if choices.exists() else "to"
+        autotuning = f"--xla_gpu_{use}_autotune_results_{where}={choices}"
         environment = {
-            variable: text.format(autotuning=f"--xla_gpu_{use}_autotune_results_{where}={choices}")
+            variable: text.format(autotuning=autotuning, folder=folder)
             for variable, text in SETTINGS[setting].items()
         }
         environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         arguments = [f"--config={recipe}", f"--workdir={folder / name}", *(TINY if tiny else ())]
         return start_module("flaxcls.main", *arguments, environment=environment)
 
-    def interrupt(name: str, number: signal.Signals) -> None:
+    def interrupt(name: str, number: signal.Signals) -> int:
+        """The exit code of a run that was sent a signal after step 20; it has then been resumed."""
         process = start(name)
         checkpoint = folder / name / "checkpoints" / "20"
         while process.poll() is None and not checkpoint.exists():
@@ -200,22 +205,22 @@ def resume(folder: Path, setting: str, tiny: bool) -> dict[str, Any]:
         process.send_signal(number)
         finish(process)
         finish(start(name), must=True)
+        return process.returncode
 
     started = time.perf_counter()
     finish(start("whole"), must=True)
     whole_seconds = time.perf_counter() - started
     with ThreadPoolExecutor(3) as threads:
-        others = [
-            threads.submit(lambda: finish(start("again"), must=True)),
-            threads.submit(interrupt, "killed", signal.SIGKILL),
-            threads.submit(interrupt, "stopped", signal.SIGTERM),
-        ]
-        for other in others:
-            other.result()
+        again = threads.submit(lambda: finish(start("again"), must=True))
+        killed = threads.submit(interrupt, "killed", signal.SIGKILL)
+        stopped = threads.submit(interrupt, "stopped", signal.SIGTERM)
+        again.result()
+        exit_codes = [killed.result(), stopped.result()]
     whole = saved_arrays(folder / "whole")
     return {
         "setting": setting,
         "first_run_seconds": whole_seconds,
+        "exit_codes": exit_codes,  # -9 and 42: else the signal came too late
         **{
             name: differences(whole, saved_arrays(folder / name))
             for name in ("again", "killed", "stopped")

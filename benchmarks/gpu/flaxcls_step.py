@@ -1,9 +1,9 @@
 """Times flaxcls' compiled training step and its evaluation step on one workload.
 
-    python benchmarks/gpu/flaxcls_step.py NAME [--tiny] [--steps=20] [--rounds=5] [--trace=DIR]
+    python benchmarks/gpu/flaxcls_step.py NAME [--tiny] [--rounds=5] [--trace=DIR]
 
 The step is the real one, as the training loop calls it: it gathers the batch's uint8 images on the
-device, augments, normalises, updates, and adds up the metrics. A round of --steps steps ends when
+device, augments, normalises, updates, and adds up the metrics. A round of steps ends when
 the device has finished; the first round is not counted. The last line is the result as JSON.
 With --trace, a profile of some steps is kept there instead, and its kernels are added up.
 """
@@ -18,14 +18,13 @@ from typing import Any
 import jax
 import kernels
 import recipes
-from workloads import PEAK_FLOPS, WORKLOADS, tiny
+from workloads import PEAK_FLOPS, WORKLOADS, Workload, tiny
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=WORKLOADS)
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trace")
     options = parser.parse_args()
@@ -34,27 +33,28 @@ def main() -> None:
     config = recipes.made_up_config(workload)
     with recipes.trainer(config) as trainer:
         if options.trace:
-            result = profile(trainer, options)
+            result = {"kernels": profile(trainer, options.trace)}
         else:
-            result = {**train(trainer, options, workload), **evaluate(config, trainer, options)}
+            result = train(trainer, workload, options.rounds)
+            result |= evaluate(config, trainer, workload, options.rounds)
     print(json.dumps(result))
 
 
-def train(trainer: Any, options: argparse.Namespace, workload: Any) -> dict[str, Any]:
+def train(trainer: Any, workload: Workload, num_rounds: int) -> dict[str, Any]:
     """Seconds to compile, images/s of each round, peak memory and the share of the card's peak."""
     start = time.perf_counter()
     state = jax.block_until_ready(trainer.init())
     initialised = time.perf_counter() - start
     compiled = trainer.compile()
-    batches = trainer.batches(0, (options.rounds + 1) * options.steps)
+    batches = trainer.batches(0, (num_rounds + 1) * workload.steps)
 
     def round_of_steps() -> None:
         nonlocal state
-        for _ in range(options.steps):
+        for _ in range(workload.steps):
             state = trainer.update(state, next(batches))
         jax.block_until_ready(state)
 
-    rates = rounds(round_of_steps, options, workload.batch_size)
+    rates = rounds(round_of_steps, workload, num_rounds)
     _, metrics = trainer.take_metrics(state)
     device = jax.devices()[0]
     peak = next((f for name, f in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
@@ -74,45 +74,47 @@ def train(trainer: Any, options: argparse.Namespace, workload: Any) -> dict[str,
     }
 
 
-def evaluate(config: Any, trainer: Any, options: argparse.Namespace) -> dict[str, Any]:
+def evaluate(config: Any, trainer: Any, workload: Workload, num_rounds: int) -> dict[str, Any]:
     """Images/s of the evaluation step, on one batch that stays on the device."""
     step, sums, batch = recipes.forward(config)
     variables = trainer.init().variables
 
     def round_of_steps() -> None:
         nonlocal sums
-        for _ in range(options.steps):
+        for _ in range(workload.steps):
             sums = step(variables, sums, batch)
         jax.block_until_ready(sums)
 
-    rates = rounds(round_of_steps, options, config.batch_size)
+    rates = rounds(round_of_steps, workload, num_rounds)
     return {"forward_images_per_second": statistics.median(rates), "forward_rounds": rates}
 
 
-def rounds(work: Callable[[], None], options: argparse.Namespace, batch_size: int) -> list[float]:
+def rounds(work: Callable[[], None], workload: Workload, number: int) -> list[float]:
     """Images/s of every round but the first."""
     rates = []
-    for _ in range(options.rounds + 1):
+    for _ in range(number + 1):
         start = time.perf_counter()
         work()
-        rates.append(options.steps * batch_size / (time.perf_counter() - start))
+        rates.append(workload.steps * workload.batch_size / (time.perf_counter() - start))
     return rates[1:]
 
 
-def profile(trainer: Any, options: argparse.Namespace) -> dict[str, Any]:
+def profile(trainer: Any, folder: str, steps: int = 5) -> dict[str, Any]:
     """What the device does in a step, from a profile of some steps."""
-    steps = min(options.steps, 5)
     state = trainer.init()
     trainer.compile()
     batches = trainer.batches(0, 2 * steps)
-    for _ in range(steps):
-        state = trainer.update(state, next(batches))
-    jax.block_until_ready(state)
-    with jax.profiler.trace(options.trace):
+
+    def some_steps() -> None:
+        nonlocal state
         for _ in range(steps):
             state = trainer.update(state, next(batches))
         jax.block_until_ready(state)
-    return {"kernels": kernels.table(options.trace, steps)}
+
+    some_steps()
+    with jax.profiler.trace(folder):
+        some_steps()
+    return kernels.table(folder, steps)
 
 
 if __name__ == "__main__":

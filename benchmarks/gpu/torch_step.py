@@ -1,6 +1,6 @@
 """Times the peer: torchvision's network in PyTorch, compiled, on one workload.
 
-    python benchmarks/gpu/torch_step.py NAME [--tiny] [--steps=20] [--rounds=5] [--mode=default]
+    python benchmarks/gpu/torch_step.py NAME [--tiny] [--rounds=5] [--mode=default]
 
 channels_last, bfloat16 autocast, torch.compile, cuDNN's benchmark mode and fused SGD. All that it
 does is in its favour: the batch is ready on the device, float32 and normalised, and nothing is
@@ -34,7 +34,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=[n for n, w in WORKLOADS.items() if w.peer])
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mode", default="default", help="torch.compile's; eager: not compiled")
     options = parser.parse_args()
@@ -86,10 +85,10 @@ def measure(
     rates = []
     for _ in range(options.rounds + 1):
         start = time.perf_counter()
-        for _ in range(options.steps):
+        for _ in range(workload.steps):
             step()
         finish()
-        rates.append(options.steps * workload.batch_size / (time.perf_counter() - start))
+        rates.append(workload.steps * workload.batch_size / (time.perf_counter() - start))
     rate = statistics.median(rates[1:])
     return {
         f"{what}_compile_seconds": compiled,
