@@ -58,7 +58,6 @@ def train(trainer: Any, workload: Workload, num_rounds: int) -> dict[str, Any]:
     _, metrics = trainer.take_metrics(state)
     device = jax.devices()[0]
     peak = next((f for name, f in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
-    flops = trainer.lower(trainer.batch(0)).cost_analysis()["flops"] / workload.batch_size
     rate = statistics.median(rates)
     return {
         "batch_size": workload.batch_size,
@@ -68,8 +67,7 @@ def train(trainer: Any, workload: Workload, num_rounds: int) -> dict[str, Any]:
         "train_rounds": rates,
         "train_milliseconds": 1e3 * workload.batch_size / rate,
         "loss": metrics["loss"],
-        "gflop_per_image": flops / 1e9,
-        "share_of_peak": flops * rate / peak if peak else None,
+        "share_of_peak": 6e9 * workload.gmacs * rate / peak if peak else None,
         "peak_gigabytes": (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9,
     }
 

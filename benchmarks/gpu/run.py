@@ -1,9 +1,11 @@
 """Checks flaxcls on an accelerator, then times it beside PyTorch. One command, no network.
 
-    python benchmarks/gpu/run.py --out=DIR [--only=REGEX] [--data=DIR] [--tiny]
+    python benchmarks/gpu/run.py --out=DIR [--only=REGEX] [--data=DIR] [--limit=300]
+        [--tiny]
 
 Correctness comes first, then the times: flaxcls and its peer one after the other, on the same card
-and batch, each in a process of its own. Every part has a time limit and fails alone. --data is
+and batch, each in a process of its own. Every part has a time limit, at most
+--limit seconds, and fails alone. --data is
 where TFDS keeps cifar10; without it nothing is trained to an accuracy. --only runs the parts whose
 names it matches. --tiny is for machines without an accelerator: all parts at sizes whose times mean
 nothing.
@@ -54,6 +56,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="")
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--limit", type=int, default=300, help="seconds a part may take")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     options.out = options.out.absolute()
@@ -65,6 +68,7 @@ def main() -> int:
     results: dict[str, Any] = {}
 
     def carry_out(part: Part) -> None:
+        part = part._replace(limit=min(part.limit, options.limit))
         results[part.name] = run(part, options.out)
         (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
@@ -160,6 +164,8 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         if "kernels" in result:
             kernels = result["kernels"]
             yield f"  {kernels['milliseconds']:.2f} ms in {kernels['launches']:.0f} kernels a step"
+            for kind, (milliseconds, launches) in kernels["kinds"].items():
+                yield f"  {milliseconds:8.3f} ms {launches:5.0f} x {kind}"
             for milliseconds, launches, kernel, operation in kernels["top"]:
                 yield f"  {milliseconds:8.3f} ms {launches:5.0f} x {kernel[:70]} {operation}"
 
