@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-
 # Kinds of kernels, the first whose words a name has.
 KINDS = {
     "convolution or product": r"xmma|cutlass|nvjet|cudnn|gemm|conv|nhwc|nchw",
