@@ -4,7 +4,7 @@
         [--setting=NAME]
 
 commands     the commands that a user starts with: train digits_cnn, evaluate, predict.
-against_cpu  one update of ResNet-50, computed here and on the CPU from the same state: how far the
+against_cpu  one update of ResNet-20, computed here and on the CPU from the same state: how far the
              parameters' change is from the CPU's in float32, relative, in several precisions.
 resume       a run that is killed and then resumed, against one that is left alone: whether every
              array of the last checkpoint is bitwise the same.
@@ -128,8 +128,7 @@ def against_cpu(tiny: bool) -> dict[str, Any]:
     import recipes
     from workloads import Workload
 
-    size, classes, batch = (32, 10, 4) if tiny else (64, 100, 32)
-    workload = Workload("imagenet_resnet50", size, classes, batch, steps=1, gmacs=0)
+    workload = Workload("cifar10_resnet20", 32, 10, 4 if tiny else 64, steps=1, gmacs=0)
     here, cpu = jax.devices()[0], jax.devices("cpu")[0]
     before = loss = None
 

@@ -36,7 +36,6 @@ TESTS = (
     *(f"tests/test_{name}.py" for name in ("losses", "metrics", "optim")),
     "tests/models/test_layers.py",
 )
-PROFILED = ("resnet50", "cifar_resnet18_128", "resnet50_a3")
 
 
 class Part(NamedTuple):
@@ -100,12 +99,10 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         command = (sys.executable, str(HERE / "tests.py"), *TESTS)
         yield Part("tests", command, 200, alone=False)
     for name, workload in WORKLOADS.items():
-        yield Part(f"flaxcls_{name}", script("flaxcls_step", name, *brief), 240)
+        trace = f"--trace={options.out / 'traces' / name}"
+        yield Part(f"flaxcls_{name}", script("flaxcls_step", name, trace, *brief), 240)
         if workload.peer:
             yield Part(f"torch_{name}", script("torch_step", name, *brief), 240)
-    for name in PROFILED:
-        trace = f"--trace={options.out / 'traces' / name}"
-        yield Part(f"kernels_{name}", script("flaxcls_step", name, trace, *brief), 200)
     if options.data:
         command = script("accuracy", f"--data={options.data}")
         yield Part("cifar10_quick", command, 300)
@@ -118,9 +115,7 @@ def run(part: Part, out: Path) -> dict[str, Any]:
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
     environment["PYTHONUNBUFFERED"] = "1"
-    if part.alone:  # the same step is timed and profiled: compiled once
-        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(out / "compiled"))
-    else:
+    if not part.alone:
         environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     log, start = out / f"{part.name}.log", time.perf_counter()
     with log.open("wb") as file:
