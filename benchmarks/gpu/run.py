@@ -1,17 +1,16 @@
 """Checks flaxcls on an accelerator, then times it beside PyTorch. One command, no network.
 
-    python benchmarks/gpu/run.py --out=DIR [--only=REGEX] [--data=DIR] [--limit=300]
-        [--tiny]
+    python benchmarks/gpu/run.py --out=DIR [--only=REGEX] [--data=DIR] [--limit=300] [--tiny]
 
 Correctness comes first, then the times: flaxcls and its peer one after the other, on the same card
-and batch, each in a process of its own. Every part has a time limit, at most
---limit seconds, and fails alone. --data is
-where TFDS keeps cifar10; without it nothing is trained to an accuracy. --only runs the parts whose
-names it matches. --tiny is for machines without an accelerator: all parts at sizes whose times mean
-nothing.
+and batch, each in a process of its own. Every part has a time limit, of at most --limit seconds,
+and fails alone. --only runs the parts whose names it matches. --data is where TFDS keeps cifar10;
+without it nothing is trained to an accuracy. --tiny is for machines without an accelerator: all
+parts at sizes whose times mean nothing.
 
-DIR gets results.json, which is complete after every part, and what each part has printed. A short
-table is printed last. The exit code is 1 if a part failed.
+DIR, a new folder, gets results.json, which is complete after every part, and what each part has
+printed. A short table is printed last. The exit code is 1 if a part failed. The peer needs torch
+and torchvision.
 """
 
 import argparse
@@ -71,7 +70,8 @@ def main() -> int:
         results[part.name] = run(part, options.out)
         (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
-    with ThreadPoolExecutor(8) as threads:
+    # Not all at once: XLA chooses kernels by timing them, and waits long on a crowded device.
+    with ThreadPoolExecutor(3) as threads:
         list(threads.map(carry_out, [part for part in chosen if not part.alone]))
     for part in chosen:
         if part.alone:
