@@ -1,6 +1,6 @@
 """The only file of the kit that knows flaxcls from within: a workload's Trainer and its pieces."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from jax.sharding import AxisType, Mesh
 from workloads import Workload
 
 from flaxcls import augment, build, cli, losses
+from flaxcls.models.layers import convolve as convolve
+from flaxcls.models.layers import overlapping_max_pool as overlapping_max_pool
 from flaxcls.step import make_eval_step, zero_metrics
 from flaxcls.trainer import Trainer, mesh_for
 
@@ -44,6 +46,11 @@ def trainer(config: Any, mesh: Mesh | None = None) -> Trainer:
     """A run's data on the devices and its compiled functions; on all devices, or those given."""
     mesh = mesh or mesh_for(config)
     return Trainer(config, build.plan(config, mesh), mesh)
+
+
+def augmentation(specs: Sequence[Mapping[str, Any]]) -> Callable:
+    """`(key, batch) -> batch`, normalised by some mean and standard deviation."""
+    return augment.build(specs, mean=(0.5,) * 3, std=(0.25,) * 3)
 
 
 def mesh_of_one(device: jax.Device) -> Mesh:

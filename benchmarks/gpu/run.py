@@ -103,6 +103,7 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         yield Part(f"flaxcls_{name}", script("flaxcls_step", name, trace, *brief), 240)
         if workload.peer:
             yield Part(f"torch_{name}", script("torch_step", name, *brief), 240)
+    yield Part("pieces", script("pieces"), 120)
     if options.data:
         command = script("accuracy", f"--data={options.data}")
         yield Part("cifar10_quick", command, 300)
