@@ -4,7 +4,8 @@
 
 The stem of an ImageNet ResNet is that of 256 images of 224 pixels in bfloat16: its convolution with
 the kernel's gradient, and max-pool's gradient. The augmentations, normalising included, have 1,024
-uint8 images of 160 pixels. Milliseconds, the median of five rounds of ten calls. The last line is the result as JSON.
+uint8 images of 160 pixels. Milliseconds, the median of five rounds of ten calls. The last line
+is the result as JSON.
 """
 
 import argparse
