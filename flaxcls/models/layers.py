@@ -1,6 +1,7 @@
 """What the networks share: convolution, pooling, initialisers and types of options."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -20,19 +21,26 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> ja
     convolution (jax 0.10.2, 2 cores without AMX): 3x3 of 3 -> 32 channels 1.4 to 2.0 times as
     fast, 2x2 of 3 -> 24 2.3 to 2.7 times; 3 -> 64 is 0.9 to 1.1, and 24 -> 64, 64 -> 64, 128 ->
     128 and 256 -> 256 are 0.4 to 0.9, so those are left alone.
+
+    On GPU the 7x7 stem of an ImageNet ResNet in bfloat16 works on blocks of 2x2 pixels. Forward and
+    kernel gradient of 256 images of 224 pixels take 1.64 instead of 3.04 ms (H200, jax 0.11.2).
     """
-    convolution = functools.partial(
-        lax.conv_general_dilated, window_strides=strides, padding=padding, **options
-    )
+    convolution = functools.partial(lax.conv_general_dilated, **options)
+    as_given = functools.partial(convolution, window_strides=strides, padding=padding)
     height, width, inputs, outputs = kernel.shape
-    few = inputs == x.shape[-1] <= 3 and outputs <= 32
     dilated = {*options["lhs_dilation"], *options["rhs_dilation"]} != {1}
-    if not few or dilated or set(strides) != {1}:
-        return convolution(x, kernel)
+    if dilated or inputs != x.shape[-1] or inputs > 3:
+        return as_given(x, kernel)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding)
-    matmul = functools.partial(_convolve_by_matmul, padding=padding)
-    return lax.platform_dependent(x, kernel, cpu=matmul, default=convolution)
+    if set(strides) == {1} and outputs <= 32:
+        matmul = functools.partial(_convolve_by_matmul, padding=padding)
+        return lax.platform_dependent(x, kernel, cpu=matmul, default=as_given)
+    is_stem = (height, width, *strides) == (7, 7, 2, 2) and {*map(tuple, padding)} == {(3, 3)}
+    if is_stem and x.dtype == jnp.bfloat16 and not (x.shape[1] % 2 or x.shape[2] % 2):
+        blocks = functools.partial(_convolve_blocks, convolution)
+        return lax.platform_dependent(x, kernel, cuda=blocks, rocm=blocks, default=as_given)
+    return as_given(x, kernel)
 
 
 def convolve_fixed(x: jax.Array, kernel: jax.Array, *args, **options) -> jax.Array:
@@ -52,6 +60,20 @@ def _convolve_by_matmul(x: jax.Array, kernel: jax.Array, padding) -> jax.Array:
     return y.reshape(-1, rows, columns, outputs)
 
 
+def _convolve_blocks(convolution: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array):
+    """7x7 with stride 2 and padding 3 as 4x4 with stride 1 on blocks of 2x2 pixels.
+
+    The blocks' pixels are channels: four times as many, which fill the matrix units better. The
+    first block reaches a pixel further than the window; its weights there are zero.
+    """
+    batch, rows, columns, channels = x.shape
+    x = x.reshape(batch, rows // 2, 2, columns // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(batch, rows // 2, columns // 2, 4 * channels)
+    kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(4, 2, 4, 2, channels, -1)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(4, 4, 4 * channels, -1)
+    return convolution(x, kernel, window_strides=(1, 1), padding=((2, 1), (2, 1)))
+
+
 # `nn.Conv` with the same parameters, otherwise computed.
 Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 FixedConv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve_fixed)
@@ -65,6 +87,70 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     On CPU a training step of keras_cnn or torch_convnet takes 2/3 of the time (jax 0.10.2).
     """
     return _windows(x, window).max(axis=(2, 4))
+
+
+def overlapping_max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
+    """The maximum of each `window` x `window` square, `stride` apart, of [B,H,W,C].
+
+    Equals `nn.max_pool` with a padding of `window // 2`. On GPUs the gradient is not scattered, as
+    XLA does it, by additions in an order that may change, but gathered: 1.63 instead of 2.25 ms for
+    256 images of 112 pixels and 64 channels in bfloat16 (H200, jax 0.11.2).
+    """
+    gathered = functools.partial(_gathered_max_pool, window=window, stride=stride)
+
+    def scattered(x: jax.Array) -> jax.Array:
+        sides = (window // 2,) * 2
+        return nn.max_pool(x, (window, window), (stride, stride), padding=(sides, sides))
+
+    return lax.platform_dependent(x, cuda=gathered, rocm=gathered, default=scattered)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered_max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
+    return _max_and_position(x, window, stride)[0]
+
+
+def _max_and_position(x: jax.Array, window: int, stride: int) -> tuple[jax.Array, jax.Array]:
+    """The maxima, and which pixel of its window each is, uint8: the first of equal ones."""
+    half, (_, height, width, _) = window // 2, x.shape
+    sides = ((0, 0), (half, half), (half, half), (0, 0))
+    padded = jnp.pad(x, sides, constant_values=-jnp.inf)
+    rows, columns = (-(-(size + 2 * half - window + 1) // stride) for size in (height, width))
+    # One after the other: the window's pixels meet in one fused loop.
+    best = position = None
+    for number, (i, j) in enumerate(itertools.product(range(window), repeat=2)):
+        stop = i + (rows - 1) * stride + 1, j + (columns - 1) * stride + 1
+        pixel = padded[:, i : stop[0] : stride, j : stop[1] : stride]
+        if best is None:
+            best, position = pixel, jnp.zeros(pixel.shape, jnp.uint8)
+        else:
+            position = jnp.where(pixel > best, jnp.uint8(number), position)
+            best = jnp.maximum(best, pixel)
+    return best, position
+
+
+def _gathered_max_pool_forward(x: jax.Array, window: int, stride: int):
+    best, position = _max_and_position(x, window, stride)
+    return best, (position, jnp.zeros((0, *x.shape[1:3])))  # the second for its shape alone
+
+
+def _gathered_max_pool_backward(window: int, stride: int, saved, gradient: jax.Array):
+    """Each pixel adds up the gradients of the windows, at most four, whose maximum it is."""
+    position, image = saved
+    half, zero = window // 2, jnp.zeros((), gradient.dtype)
+    total = None
+    for number, start in enumerate(itertools.product(range(window), repeat=2)):
+        own = jnp.where(position == number, gradient, zero)
+        sides = [
+            (i - half, size - (i - half) - (count - 1) * stride - 1, stride - 1)
+            for i, size, count in zip(start, image.shape[1:], own.shape[1:3], strict=True)
+        ]
+        own = lax.pad(own, zero, [(0, 0, 0), *sides, (0, 0, 0)])
+        total = own if total is None else total + own
+    return (total,)
+
+
+_gathered_max_pool.defvjp(_gathered_max_pool_forward, _gathered_max_pool_backward)
 
 
 def average_pool(x: jax.Array, window: int = 2) -> jax.Array:

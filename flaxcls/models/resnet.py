@@ -14,6 +14,7 @@ from flaxcls.models.layers import (
     Conv,
     batch_norm,
     he_normal_fan_out,
+    overlapping_max_pool,
     title,
     torch_kernel_init,
 )
@@ -106,7 +107,7 @@ class ResNet(nn.Module, kw_only=True):
         if self.stem == "imagenet":
             x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(x)
             x = nn.relu(norm(name="norm1")(x))
-            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+            x = overlapping_max_pool(x)
         else:
             x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
             x = nn.relu(norm(name="norm1")(x))

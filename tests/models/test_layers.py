@@ -1,5 +1,8 @@
 """Layers against Flax's own, and initialisers against their definitions."""
 
+import functools
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -33,6 +36,61 @@ def test_equal_maxima_share_the_gradient_of_max_pool():
     x = jnp.array([[1.0, 3.0], [3.0, 0.0]])[None, :, :, None]
     gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
     np.testing.assert_array_equal(gradient[0, :, :, 0], [[0.0, 0.5], [0.5, 0.0]])
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 7, 9, 2), (1, 5, 4, 1)])
+@pytest.mark.parametrize("pool", [layers.overlapping_max_pool, layers._gathered_max_pool])
+def test_overlapping_max_pool_and_its_gradient_equal_flax(pool, shape):
+    x = jnp.round(2 * normal(0, *shape))  # with equal maxima, of which the first has the gradient
+
+    def reference(x):
+        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+    expected, expected_pullback = jax.vjp(reference, x)
+    actual, pullback = jax.vjp(lambda x: pool(x, 3, 2), x)
+    np.testing.assert_array_equal(actual, expected)
+    cotangent = normal(1, *expected.shape)
+    np.testing.assert_allclose(pullback(cotangent)[0], expected_pullback(cotangent)[0], rtol=1e-5)
+
+
+def test_overlapping_max_pool_scatters_no_gradient_on_gpus():
+    gradient = jax.jit(jax.grad(lambda x: layers.overlapping_max_pool(x).sum()))
+    x = jnp.zeros((2, 8, 8, 3))
+    modules = {
+        platform: jax.export.export(gradient, platforms=[platform])(x).mlir_module()
+        for platform in ("cuda", "tpu")
+    }
+    assert "stablehlo.select_and_scatter" in modules["tpu"]
+    assert not re.search(r"stablehlo\.(select_and_)?scatter", modules["cuda"])
+
+
+@pytest.mark.parametrize("size", [(16, 12), (14, 18)])
+def test_convolution_of_blocks_equals_the_stem_and_its_gradients(size):
+    x, kernel = normal(0, 2, *size, 3), normal(1, 7, 7, 3, 4)
+    numbers = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    convolution = functools.partial(jax.lax.conv_general_dilated, **numbers)
+
+    def stem(x, kernel):
+        return convolution(x, kernel, window_strides=(2, 2), padding=((3, 3), (3, 3)))
+
+    expected, expected_pullback = jax.vjp(stem, x, kernel)
+    actual, pullback = jax.vjp(functools.partial(layers._convolve_blocks, convolution), x, kernel)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+    cotangent = normal(2, *expected.shape)
+    for one, other in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "blocks"),
+    [("cuda", "bfloat16", True), ("cuda", "float32", False), ("tpu", "bfloat16", False)],
+)
+def test_only_the_stem_in_bfloat16_on_gpus_works_on_blocks(platform, dtype, blocks):
+    module = layers.Conv(8, (7, 7), 2, padding=3, dtype=jnp.dtype(dtype))
+    apply = jax.jit(lambda x: module.init_with_output(jax.random.key(0), x)[0])
+    x = jnp.zeros((2, 16, 16, 3))
+    text = jax.export.export(apply, platforms=[platform])(x).mlir_module()
+    assert (f"tensor<4x4x12x8x{'bf16' if dtype == 'bfloat16' else 'f32'}>" in text) is blocks
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""The only file of the kit that knows flaxcls from within: a workload's Program and its pieces."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from workloads import Workload
+
+from flaxcls import augment, build, cli
+from flaxcls.config.fields import update
+from flaxcls.core.step import make_eval_step, zero_metrics
+from flaxcls.models.layers import convolve as convolve
+from flaxcls.models.layers import overlapping_max_pool as overlapping_max_pool
+from flaxcls.training.program import Program
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def made_up_config(workload: Workload, **changes: Any) -> Any:
+    """The recipe's config with made-up images, which lie on the device; nothing is cropped."""
+    config = cli.load_config(str(CONFIGS / f"{workload.recipe}.py"), [])
+    config.batch_size = workload.batch_size
+    size, classes = workload.image_size, workload.num_classes
+    config = build.on_fake_data(config, image_size=size, num_classes=classes)
+    config.input.mode = "resident"
+    config.duration = "1000 steps"
+    if config.schedule.name == "one_cycle":
+        config.schedule.peak = "100 steps"
+    update(config, {**workload.overrides, **changes})
+    build.check(config)
+    return config
+
+
+def program(config: Any, mesh: Mesh | None = None) -> Program:
+    """A run's data on the devices and its compiled functions; on all devices, or those given."""
+    return Program.open(build.make_experiment(config, mesh or build.mesh(config)))
+
+
+def augmentation(specs: Sequence[Mapping[str, Any]]) -> Callable:
+    """`(key, batch) -> batch`, normalised by some mean and standard deviation."""
+    return augment.build(specs, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def mesh_of_one(device: jax.Device) -> Mesh:
+    """A mesh of that device alone."""
+    axes = ("data", "fsdp")
+    return jax.make_mesh((1, 1), axes, devices=[device], axis_types=(AxisType.Auto,) * 2)
+
+
+def forward(config: Any) -> tuple[Any, Any, Mapping[str, jax.Array]]:
+    """`(evaluate, sums, batch)`: `sums = evaluate(variables, sums, batch)` evaluates a batch."""
+    experiment = build.make_experiment(config, build.mesh(config))
+    count, (height, width, channels) = config.batch_size, config.data.image_shape
+    mean = std = (0.5,) * channels
+    evaluate = jax.jit(
+        make_eval_step(
+            experiment.network,
+            experiment.loss.likelihood,
+            lambda images: augment.normalize(images, mean, std),
+        ),
+        donate_argnums=1,
+    )
+    images = np.random.default_rng(0).integers(0, 256, (count, height, width, channels), np.uint8)
+    batch = {
+        "image": jnp.asarray(images),
+        "label": jnp.arange(count) % config.data.num_classes,
+        "mask": jnp.ones(count),
+    }
+    return evaluate, zero_metrics(config.data.num_classes), batch

@@ -1,0 +1,68 @@
+"""The kit of benchmarks/gpu runs on a CPU, at sizes that mean nothing."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KIT = ROOT / "benchmarks" / "gpu"
+
+
+@pytest.fixture
+def run_kit(start_python, tmp_path):
+    """Runs the kit's one command: its exit code, its results by part, and what it printed."""
+
+    def run(*arguments):
+        out = tmp_path / "out"
+        process = start_python(KIT / "run.py", "--tiny", f"--out={out}", *arguments)
+        stdout, stderr = process.communicate(timeout=300)
+        assert "Traceback" not in stderr, stderr
+        return process.returncode, json.loads((out / "results.json").read_text()), stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_kit_times_and_profiles_a_training_step(run_kit):
+    code, results, stdout = run_kit("--only=^about$|^pieces$|^flaxcls_cifar_resnet18_128$")
+    assert code == 0, stdout
+    assert results["about"]["result"]["platform"] == "cpu"
+    assert {"convolution_flaxcls", "max_pool_flaxcls", "a3"} <= results["pieces"]["result"].keys()
+    step = results["flaxcls_cifar_resnet18_128"]["result"]
+    assert step["train_milliseconds"] > 0 and len(step["train_rounds"]) == 2
+    assert step["forward_images_per_second"] > 0 and len(step["forward_rounds"]) == 2
+    kernels = step["kernels"]
+    total = sum(milliseconds for milliseconds, _ in kernels["kinds"].values())
+    assert total == pytest.approx(kernels["milliseconds"]) and kernels["launches"] > 10
+    assert "flaxcls_cifar_resnet18_128 [ok" in stdout and " kernels a step" in stdout
+
+
+def test_part_that_takes_too_long_is_stopped_and_fails_the_kit(run_kit):
+    code, results, stdout = run_kit("--only=^flaxcls_resnet50$", "--limit=1")
+    assert code == 1
+    assert results["flaxcls_resnet50"]["status"] == "stopped after 1 s"
+    assert "stopped after 1 s" in stdout
+
+
+def test_every_workload_names_a_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(str(KIT))
+    from workloads import WORKLOADS
+
+    for name, workload in WORKLOADS.items():
+        assert (ROOT / "configs" / f"{workload.recipe}.py").is_file(), name
+    sys.modules.pop("workloads")
+
+
+def test_what_two_checkpoints_differ_in_is_told(monkeypatch):
+    monkeypatch.syspath_prepend(str(KIT))
+    from correctness import differences
+
+    first = {"params/kernel": [1.0, 2.0], "step": 3}
+    assert differences(first, first)["same"]
+    other = {"params/kernel": [1.0, 2.5], "step": 3}
+    found = differences(first, other)
+    assert (found["same"], found["different"], found["largest_difference"]) == (False, 1, 0.5)
+    assert not differences(first, {"step": 3})["same"]
+    sys.modules.pop("correctness")
