@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import time
@@ -182,14 +183,25 @@ def test_options_of_what_the_user_replaces_are_dropped_and_said(tmp_path):
     assert "momentum" not in recipe.config.optimizer
     assert "boundaries" not in recipe.config.schedule
 
-    recipe = recipes.load_recipe(str(path), ["optimizer.name=adamw", "optimizer.momentum=0.5"])
-    assert adapt(recipe) == "" and recipe.config.optimizer.momentum == 0.5  # an error later on
+    with pytest.raises(ConfigError, match="config.optimizer.momentum is not used by adamw"):
+        load(path, "optimizer.name=adamw", "optimizer.momentum=0.5")
     recipe = recipes.load_recipe(str(path), ["optimizer.name=lars"])
     assert "momentum" not in adapt(recipe) and recipe.config.optimizer.momentum == 0.9
     recipe = recipes.load_recipe(str(path), ["batch_size=3"])
     assert adapt(recipe) == ""
     with pytest.raises(ConfigError, match="did you mean 'adamw'"):
         load(path, "optimizer.name=admw")
+
+
+def test_option_that_a_recipe_misspells_is_found_in_it(tmp_path):
+    path = tmp_path / "recipe.py"
+    path.write_text(RECIPE_OF_THE_USER.replace("config.model.widths", "config.model.widhts"))
+    line = path.read_text().splitlines().index("    config.model.widhts = (3,)") + 1
+    sentence = f"{path}, line {line}: config.model.widhts is not used by "
+    with pytest.raises(ConfigError, match=re.escape(sentence)):
+        load(path)
+    with pytest.raises(ConfigError, match="^config.model.widht is not used by "):
+        load(path, "model.widhts=None", "model.widht=3")
 
 
 @pytest.mark.parametrize("flag", ["workdir", "run"])

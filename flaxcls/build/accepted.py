@@ -74,6 +74,14 @@ SECTIONS = {
 }
 
 
+class UnusedOption(ConfigError):
+    """An option that the thing named does not take; `field` is such as "model.width"."""
+
+    def __init__(self, field: str, sentence: str):
+        super().__init__(f"config.{field} {sentence}")
+        self.field = field
+
+
 def check(config: ConfigDict) -> None:
     """ConfigError for an unknown name, and for an option that the thing named does not take.
 
@@ -89,7 +97,7 @@ def check(config: ConfigDict) -> None:
         for option in options_of(get(config, where), *section.own):
             if option not in known:
                 suggestion = did_you_mean(option, {*known, *section.own})
-                raise ConfigError(f"config.{where}.{option} is not used by {name}{suggestion}")
+                raise UnusedOption(f"{where}.{option}", f"is not used by {name}{suggestion}")
 
 
 def drop_unused(config: ConfigDict, given: Iterable[str]) -> Iterator[str]:
