@@ -17,7 +17,7 @@ def completed(recipe: Recipe, workdir: Path | None) -> ConfigDict:
 
     A run that is resumed keeps what it chose at first: today the devices may be faster.
     """
-    chosen = None
+    before, chosen = dict(fields(recipe.config)), None
     if recipe.adapt and workdir is not None:
         with contextlib.suppress(run_folder.NoRun):
             chosen = run_folder.load_config(workdir)
@@ -25,9 +25,15 @@ def completed(recipe: Recipe, workdir: Path | None) -> ConfigDict:
         kept = {name: value for name, value in fields(chosen) if name not in recipe.given}
         update(recipe.config, kept)
     said = "" if chosen else adapt(recipe)
-    said, config = processes.from_first([said, dict(fields(recipe.config))])
+    after = dict(fields(recipe.config))
+    changed = {
+        name: after.get(name)
+        for name in before.keys() | after.keys()
+        if before.get(name) != after.get(name)
+    }
+    said, changed = processes.from_first([said, changed])
     if not processes.is_first():
-        update(recipe.config, config)
+        update(recipe.config, changed)
     if said:
         processes.say(said)
     return recipe.config

@@ -259,7 +259,7 @@ def test_recipe_that_adapts_to_its_pictures_trains_in_two_processes(tmp_path, pi
 CRASH = """
 from flaxcls.runtime import processes
 from flaxcls.training import session
-log = session.Session.log
+log = session.Session._log_metrics
 
 
 def crashing(self, *arguments):
@@ -268,7 +268,7 @@ def crashing(self, *arguments):
     return log(self, *arguments)
 
 
-session.Session.log = crashing
+session.Session._log_metrics = crashing
 """
 
 
