@@ -275,7 +275,7 @@ def test_folder_or_link_of_another_user_is_refused(compile_in_process, tmp_path,
 
 def test_entries_used_longest_ago_go_when_there_are_too_many_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
-    monkeypatch.setattr(compilation_cache, "_is_whole", lambda entry: True)
+    monkeypatch.setattr(compilation_cache, "_is_intact", lambda entry: True)
     for age, name in enumerate(("new", "middle", "old")):
         path = tmp_path / f"{name}-cache"
         path.write_bytes(bytes(100))

@@ -368,7 +368,7 @@ def test_broken_images_are_reported_up_to_the_allowed_share(make_input, mode):
         pass
     assert sorted(said) == [
         f"example {index} of pictures 'train' is not a readable image (40 bytes); "
-        "another image takes its place"
+        "another image replaces it"
         for index in (3, 4)
     ]
     with pytest.raises(DataError, match="2 of 24 training images can't be read"):

@@ -260,7 +260,7 @@ def test_what_mlflow_lacks_without_an_address_is_told(tmp_path, monkeypatch):
     said = []
     Trackers(["mlflow"], tmp_path, {"seed": 0}, said.append).close("finished")
     (sentence,) = said
-    assert "training goes on (OSError: set MLFLOW_TRACKING_URI, such as http://" in sentence
+    assert "training continues (OSError: set MLFLOW_TRACKING_URI, such as http://" in sentence
 
 
 CLIENTS = {
@@ -318,7 +318,7 @@ def test_signals_to_all_processes_of_a_run_do_not_end_its_services(tmp_path, sto
 
 
 @pytest.mark.parametrize("content", [None, "[]", "{", '{"id": "\' OR 1"}', '{"id": 3}'])
-def test_id_is_kept_and_a_damaged_one_made_anew(tmp_path, content):
+def test_id_is_kept_and_a_damaged_one_made_again(tmp_path, content):
     path = tmp_path / "trackers.json"
     if content is not None:
         path.write_text(content)

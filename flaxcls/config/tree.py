@@ -78,7 +78,7 @@ def default() -> ConfigDict:
 
     config.loss = _open()
     config.loss.name = "softmax_cross_entropy"
-    config.loss.label_smoothing = 0.0  # share of a target given to all classes alike
+    config.loss.label_smoothing = 0.0  # share of a target spread evenly over the classes
     config.loss.class_weights = None  # "balanced", or a number a class
 
     config.optimizer = _open()  # besides the rule's own options, those of flaxcls/core/optim.py
@@ -100,7 +100,7 @@ def default() -> ConfigDict:
     config.eval.crop.name = None  # center_crop, resize, pad
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = "1 epochs"  # or a time, looked at at log steps: "10 minutes"
+    config.checkpoint.every = "1 epochs"  # or a time, checked at log steps: "10 minutes"
     config.checkpoint.keep = 2  # newest ones; the best one is kept besides
     config.checkpoint.best_metric = "accuracy"  # accuracy, accuracy_top5, loss
     config.checkpoint.on_error = "continue"  # until the next one is due; or stop

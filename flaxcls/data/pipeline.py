@@ -90,7 +90,7 @@ class Pipeline:
 
     @property
     def is_resident(self) -> bool:
-        """Whether the split is decoded once and lies on the devices."""
+        """Whether the split is decoded once and kept on the devices."""
         if self.is_changing or self.options.mode != "auto":
             return self.options.mode == "resident" and not self.is_changing
         return len(self.source) * int(np.prod(self.image_shape())) <= RESIDENT_BYTES
@@ -103,8 +103,8 @@ class Pipeline:
     def open(self, report: Callable[[str], None] = print, rows: Rows | None = None) -> Input:
         """The batches, or some `rows` of each; decodes the split now if it is resident.
 
-        `report` is told about broken images of training, which others replace; in evaluation one
-        is an error.
+        `report` gets a sentence about each broken image of training, which another one replaces; in
+        evaluation it is an error.
         """
         broken = progress = None
         if self.order is not None:
@@ -183,12 +183,12 @@ class DatasetSummary(NamedTuple):
 
 
 def summarize(source: Source, count: int = 300) -> DatasetSummary:
-    """Looks at the headers of some pictures; for the recipes that adapt to their data."""
+    """Reads the headers of some pictures; for the recipes that adapt to their data."""
     loader, sides = Loader(source), []
     for index in evenly_spaced(len(source), count):
         try:
             picture = loader.picture(source[index].image, index)
-        except DataError:  # whoever reads it tells
+        except DataError:  # reported when it is read
             continue
         sides.append(min(picture.height, picture.width))
     if not sides:

@@ -15,7 +15,7 @@ from flaxcls.data.order import Batch, Order, Shapes, batch_shapes, evaluation_ba
 
 
 class Resident:
-    """Batches of a split that lies whole on the device.
+    """Batches of a split that is kept on the devices.
 
     Args:
       images, labels: uint8 [N, H, W, C] and int [N].
@@ -23,7 +23,7 @@ class Resident:
       rows: which rows of a batch of a size are this process's; None: all.
 
     Attributes:
-      arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, to be placed on the devices and
+      arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, to be put on the devices and
         given to `gather`.
     """
 

@@ -47,11 +47,11 @@ class Stream:
       image_size: of the batch of a step, in pixels a side; a constant function mostly.
       workers: who decodes.
       rows: which rows of a batch of a size this process reads; None: all.
-      broken: is told about unreadable images, which are replaced in training by their next
-        neighbour; in evaluation nothing ever is.
+      broken: records unreadable images, which are replaced in training by their next neighbour;
+        in evaluation nothing ever is.
     """
 
-    arrays: Any = {}  # what lies on the devices all the time: nothing
+    arrays: Any = {}  # what is kept on the devices: nothing
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Stream:
         """This process's rows of the training batch `step`, counted from 0.
 
         "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B], and "broken" int32 [B],
-        which is 1 where another example took the place of an unreadable one.
+        which is 1 where another example replaced an unreadable one.
 
         Raises:
           DataError: an image is unreadable, or more are than `broken` allows.
@@ -162,7 +162,7 @@ class Stream:
                 batch.abandon()
 
     def _start(self, batch: "_Ahead") -> None:
-        """Begins the work on a batch, or begins it again with other workers."""
+        """Starts the work on a batch, or restarts it with other workers."""
         while True:
             try:
                 if self._pool is None:
@@ -174,7 +174,7 @@ class Stream:
                 self._use_threads(str(error))
 
     def _finish(self, ahead: "collections.deque[_Ahead]") -> tuple:
-        """The first batch, which leaves; work that has lost its workers is begun again."""
+        """The first batch, which leaves; work that has lost its workers is restarted."""
         while True:
             if lost := [batch for batch in ahead if batch.pool is not self._pool]:
                 self._start(lost[0])
@@ -209,7 +209,7 @@ class Stream:
         )
 
     def _restart(self, pool: Pool, error: BrokenProcessPool) -> None:
-        """Ends workers one of which has died, so that new ones begin; not too often."""
+        """Ends workers one of which has died, so that new ones start; not too often."""
         if pool is not self._pool:  # done already, for other batches
             return
         self.close()
@@ -217,7 +217,10 @@ class Stream:
         died = "a process that decodes images has died; the system may have run out of memory"
         if self._restarts > RESTARTS:
             raise WorkersError(f"{died}: it is the {self._restarts}th time") from error
-        say(f"flaxcls: {died}: new ones begin ({self._restarts} of {RESTARTS} times)", error=True)
+        say(
+            f"flaxcls: {died}: the workers are restarted ({self._restarts} of {RESTARTS} times)",
+            error=True,
+        )
 
     def _shape(self, size: int | None) -> tuple[int, int, int]:
         height, width, channels = self.loader.source.image_shape

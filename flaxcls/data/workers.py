@@ -34,7 +34,7 @@ class Workers(NamedTuple):
 
 
 class Work:
-    """A batch under way; `release` is called once when nobody waits for its images any more."""
+    """A batch under way; `release` is called once, when its images are no longer needed."""
 
     def __init__(
         self,

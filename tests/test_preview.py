@@ -154,13 +154,15 @@ def test_file_is_written_for_any_count(recipe, tmp_path, run_main, capsys):
 
     for count in (1, 10, 99):
         out = tmp_path / f"{count}.png"
-        preview.main(["show", f"--config={recipe}", f"--out={out}", f"--count={count}", "--step=2"])
+        preview.main(
+            ["preview", f"--config={recipe}", f"--out={out}", f"--count={count}", "--step=2"]
+        )
         shown = min(count, 16)
         assert f"{shown} of the 16 examples of batch 2" in capsys.readouterr().out
         with Image.open(out) as picture:
             assert picture.height > -(-shown // 8) * 3 * 192
             assert picture.width > min(shown, 8) * 192
-    result = run_main("show", "--help", module="flaxcls.data")
+    result = run_main("preview", "--help", module="flaxcls.data")
     assert result.returncode == 0 and "--out=grid.png" in result.stdout and result.seconds < 3
 
 
@@ -176,4 +178,4 @@ def test_file_is_written_for_any_count(recipe, tmp_path, run_main, capsys):
 )
 def test_wrong_usage_is_told_in_one_sentence(recipe, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        preview.main(["show", *(text.format(recipe=recipe) for text in arguments)])
+        preview.main(["preview", *(text.format(recipe=recipe) for text in arguments)])
