@@ -106,13 +106,11 @@ FORMATS: dict[str, Callable[[Guarded, Sequence[str], int], Write]] = {
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
 flags.DEFINE_integer("topk", 5, "How many classes.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_enum("format", "table", FORMATS, "Of the result.", flag_values=FLAGS)
+flags.DEFINE_enum("format", "table", FORMATS, "Format of the result.", flag_values=FLAGS)
 flags.DEFINE_string("features", None, "A file for the features, .npz.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool(
-    "ema", None, "The average of the parameters, or not; the better one.", flag_values=FLAGS
-)
-flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -51,7 +51,7 @@ def restored(checkpoints, step, tree):
     return checkpoints.state(step, shapes, sharding.shardings(MESH, shapes))
 
 
-def test_state_and_facts_come_back_bitwise_and_placed(tmp_path):
+def test_state_and_metadata_come_back_bitwise_and_placed(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     save(checkpoints, 7)
     checkpoints.close()
@@ -106,7 +106,7 @@ def test_newest_and_best_are_kept(tmp_path):
     again.close()
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_what_is_not_there_is_reported(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     with pytest.raises(ConfigError, match="there is no checkpoint in"):
         checkpoints.find("last")
@@ -136,7 +136,7 @@ FILES = ("facts/metadata", "state/_METADATA", "state/manifest.ocdbt")
 
 
 def restored_newest(folder, tree=None, directory="checkpoints"):
-    """Step, state and facts, or None, and what was said."""
+    """Step, state and metadata, or None, and what was said."""
     said = []
     shapes = shapes_of(state_of(0) if tree is None else tree)
     with Checkpoints(folder / directory) as checkpoints:
@@ -479,7 +479,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
-def test_too_little_space_is_told_before_saving(run, monkeypatch):
+def test_too_little_space_is_reported_before_saving(run, monkeypatch):
     needed = 2**20 + 2 * 2**17
     usage = shutil.disk_usage(run)
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
@@ -506,7 +506,7 @@ def test_what_the_last_checkpoint_took_is_needed_again(tmp_path, monkeypatch):
             checkpoints.save(2, state_of(1), facts)
 
 
-def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_at_once(tmp_path):
     (tmp_path / "c").write_text("a file where the folder should be")
     with Checkpoints(tmp_path / "c") as checkpoints:
         with pytest.raises(CheckpointError, match="of step 1 not saved: .*/c can't be written: "):
@@ -517,7 +517,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_told_at_once(run):
+def test_a_read_only_folder_is_reported_at_once(run):
     (run / "checkpoints").chmod(0o555)
     try:
         with Checkpoints(run / "checkpoints") as checkpoints:
@@ -528,7 +528,7 @@ def test_a_read_only_folder_is_told_at_once(run):
         (run / "checkpoints").chmod(0o755)
 
 
-def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_reported_once(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 

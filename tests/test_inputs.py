@@ -81,8 +81,8 @@ def test_image_size_is_none_a_number_or_a_schedule():
         assert seen == [32, 32, 48, 48, 40, 40, 64, 64]
         assert inputs.eval_image_size(config_with(image_size=given)) == 64
         assert sizes.describe() == (
-            "; images of 32 pixels a side, 48 from step 20 on, 40 from step 45 on, 64 from step 50 "
-            "on (the step is compiled for each)"
+            "; images of 32 pixels per side, 48 from step 20 on, 40 from step 45 on, 64 from step "
+            "50 on (the step is compiled for each)"
         )
 
 

@@ -166,7 +166,7 @@ class _Decoded:
 def _different_sizes(source: Source, first: tuple, second: tuple) -> ConfigError:
     return ConfigError(
         f"{source.name} has images of different sizes ({tuple(first)} and {tuple(second)}): "
-        "config.image_size must say what they are made"
+        "set config.image_size to resize them"
     )
 
 

@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
         later = zip(self.sizes[1:], self.begins[1:], strict=True)
         changes = "".join(f", {size} from step {begin:,} on" for size, begin in later)
         compiled = " (the step is compiled for each)" if changes else ""
-        return f"; images of {self.sizes[0]} pixels a side{changes}{compiled}"
+        return f"; images of {self.sizes[0]} pixels per side{changes}{compiled}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Pipeline:
 
 
 def statistics(data: Input, as_evaluated: Pipeline) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation a channel of training images, in units of [0, 1].
+    """Mean and standard deviation per channel of training images, in units of [0, 1].
 
     A streamed split is not decoded only for that: SAMPLE of its images, as evaluation would see
     them, stand for it.

@@ -29,7 +29,7 @@ class Evaluator:
       loss: what the metric "loss" is the mean of.
       data: every example once, as a Pipeline without an order opens it.
       batch_size: examples at a time; rounded up to a multiple of the devices.
-      mean, std: the run's normalisation, one number a channel.
+      mean, std: the run's normalisation, one number per channel.
       objective: the loss that is trained for, if it is another one; then a metric too.
     """
 

@@ -91,7 +91,7 @@ def _end_to_end(
         rate = statistics.median(rates)
         per_core = rate / available_cores()
         write_result(
-            f"that is {per_core:,.0f} images/s a core\n"
+            f"that is {per_core:,.0f} images/s per core\n"
             f"peak memory of the process: {peaks[0]:,.0f} MiB after {effort.steps:,} batches, "
             f"{peaks[-1]:,.0f} MiB after {effort.steps * len(peaks):,}"
         )

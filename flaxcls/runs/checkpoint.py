@@ -54,7 +54,7 @@ class Checkpoints(CheckpointReader):
     """The checkpoints in one folder, which all processes share; all of them make the same calls.
 
     Args:
-      directory: holds one folder a step; made when the first one is saved.
+      directory: holds one folder per step; made when the first one is saved.
       keep: how many of the newest are kept; the best one is kept besides.
     """
 

@@ -57,7 +57,7 @@ class CheckpointMismatch(ConfigError):
 
 
 class CheckpointReader:
-    """The checkpoints in a folder, one folder a step; changes nothing there.
+    """The checkpoints in a folder, one folder per step; changes nothing there.
 
     Args:
       directory: of the checkpoints.
@@ -112,7 +112,7 @@ class CheckpointReader:
             self._has_manifest.clear()
         raise CheckpointError(
             f"no checkpoint in {self._directory} is kept for long enough to be read: a larger "
-            "config.checkpoint.keep or config.checkpoint.every would do"
+            "config.checkpoint.keep or config.checkpoint.every would help"
         )
 
     def _is_changing(self, which: str, seen: list[int]) -> bool:

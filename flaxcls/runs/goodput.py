@@ -31,7 +31,7 @@ NAMES = {  # as a sentence says them
     "lost": "lost",
     "down": "down",
 }
-_ENDLESS = 1e11  # seconds: more than since 1970, some 3,000 years
+_MOST_SECONDS = 1e11  # seconds: more than since 1970, some 3,000 years
 
 
 class Goodput:
@@ -99,7 +99,7 @@ class Goodput:
         return dict(self._totals)
 
     def lap(self, steps: int) -> tuple[float, float]:
-        """Ends a stretch of `steps` steps: its steps a second and share of time spent waiting."""
+        """Ends a stretch of `steps` steps: its steps per second and share of time spent waiting."""
         before = self._lap
         self._begin_lap()
         return _rate(steps, {name: self._lap[name] - before[name] for name in self._lap})
@@ -175,7 +175,7 @@ def _read(path: Path | None) -> _File:
         content = read_json(path) if path else {}
         seconds = _totals(content["seconds"])
         found = _File(seconds, int(content["restarts"]), float(content["last_sign_of_life"]))
-        if all(0 <= number < _ENDLESS for number in (*seconds.values(), *found[1:])):
+        if all(0 <= number < _MOST_SECONDS for number in (*seconds.values(), *found[1:])):
             return found
     except (ConfigError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         pass
@@ -198,7 +198,7 @@ def _totals(saved: Mapping[str, float] | Any) -> dict[str, float]:
 
 
 def _rate(steps: int, seconds: Mapping[str, float]) -> tuple[float, float]:
-    """Steps a second, and the share of the time that waited for data."""
+    """Steps per second, and the share of the time that waited for data."""
     training = seconds["step"] + seconds["data_wait"]
     return (steps / training, seconds["data_wait"] / training) if training else (0.0, 0.0)
 

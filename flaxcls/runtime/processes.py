@@ -95,11 +95,11 @@ class _Joining:
         self._thread = threading.Thread(target=self._run, name="flaxcls-join", daemon=True)
 
     def wait(self, patience: int) -> None:
-        global _waits_in_vain
+        global _join_timed_out
         self._thread.start()
         self._thread.join(patience)
         if self._thread.is_alive():
-            _waits_in_vain = True
+            _join_timed_out = True
             state = distributed.global_state
             raise ProcessesError(
                 f"after {patience} s not all processes have found each other: process "
@@ -132,7 +132,7 @@ class _Joining:
             self._error = error
 
 
-_waits_in_vain = False  # a thread that can't be ended
+_join_timed_out = False  # a thread that can't be ended
 
 
 def count() -> int:
@@ -314,7 +314,7 @@ def leave(code: int, sentence: str = "") -> None:
     If it fails, all others end with the same code, and process 0 says the `sentence`. What all come
     to at the same step (done, diverged, asked to end) each process ends with by itself.
     """
-    if _waits_in_vain:
+    if _join_timed_out:
         output.say(sentence, error=True)
         os._exit(code)
     if not jax.distributed.is_initialized():

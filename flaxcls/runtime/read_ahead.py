@@ -1,4 +1,4 @@
-"""Work in threads that is begun before it is needed, in order and within bounds."""
+"""Work in threads that is started before it is needed, in order and within bounds."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ def in_order(
     """`function` of every item, in order, computed in threads before it is asked for.
 
     The items are taken in the caller's thread. What `function` raises is raised in its turn. When
-    the iterator is closed, what has not been begun is cancelled and the threads end.
+    the iterator is closed, what has not been started is cancelled and the threads end.
 
     Args:
       threads: how many compute.

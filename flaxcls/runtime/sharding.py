@@ -31,7 +31,7 @@ SMALLEST_TO_SPLIT = 2**14  # elements; below this the gather costs more than the
 
 
 def cpu_devices(batch_size: int, num_processes: int = 1) -> int:
-    """How many host devices serve a CPU best: one a core, at most 8, and a divisor of the batch.
+    """How many host devices serve a CPU best: one per core, at most 8, and a divisor of the batch.
 
     Several processes are taken to be on one machine: clusters of CPUs are for tests.
 

@@ -19,8 +19,8 @@ class RunData:
 
     Attributes:
       train, evaluation: the batches.
-      mean, std: what images are normalised by, a number a channel.
-      class_weights: of the loss, a number a class; None: all 1.
+      mean, std: what images are normalised by, one per channel.
+      class_weights: of the loss, one per class; None: all 1.
       first_images: what a network may use before its first step, uint8 [N, H, W, C].
 
     Args:

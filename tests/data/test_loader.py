@@ -221,7 +221,7 @@ def test_materialize_replaces_broken_images_where_that_is_allowed(broken_ones):
 
 def test_images_of_different_sizes_are_refused():
     examples = [(random_images(2, 2, 3), 0), (random_images(2, 3, 3), 0)]
-    message = r"different sizes \(\(2, 2, 3\) and \(2, 3, 3\)\): config.image_size must say"
+    message = r"different sizes \(\(2, 2, 3\) and \(2, 3, 3\)\): set config.image_size"
     with pytest.raises(ConfigError, match=message):
         materialize(Listed(examples))
 

@@ -119,7 +119,7 @@ def lines_of(process, path):
 
 
 @pytest.mark.slow
-def test_full_disk_is_told_and_training_continues_until_there_is_room_again(
+def test_full_disk_is_reported_and_training_continues_until_there_is_room_again(
     tmp_path, recipe, start_main, run_folder, wait_until
 ):
     run, output = run_folder(tmp_path / "run"), tmp_path / "output"

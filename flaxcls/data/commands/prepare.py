@@ -46,11 +46,11 @@ _JPEG_SIDE = 65500  # pixels at most, as libjpeg has it
 FLAGS = define_flags()
 flags.DEFINE_string("out", None, "A folder for prepared data sets.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "name", None, "The new data set's name; the source's and the side.", flag_values=FLAGS
+    "name", None, "Name of the new data set; the source's and the side.", flag_values=FLAGS
 )
-flags.DEFINE_integer("short_side", 256, "Pixels.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("short_side", 256, "Most pixels of it.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
-    "quality", 90, "Of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=FLAGS
+    "quality", 90, "Quality of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=FLAGS
 )
 
 
@@ -218,7 +218,7 @@ def prepare(
 
 
 def _check_class_names(names: Sequence[str]) -> None:
-    """TFDS keeps them in a text file, a name a line."""
+    """TFDS keeps them in a text file, one name per line."""
     for name in names:
         if name.encode(errors="ignore").decode().splitlines() != [name.strip()]:
             raise ConfigError(f"the class {name!r} can't be written: TFDS has names of one line")

@@ -34,7 +34,7 @@ flags.DEFINE_string("out", None, "The picture's file, such as grid.png.", flag_v
 flags.DEFINE_integer("count", 8, "How many examples.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("step", 0, "Which batch.", lower_bound=0, flag_values=FLAGS)
 
-_TILE = 192  # pixels a side that smaller images are enlarged to, at most
+_TILE = 192  # pixels per side that smaller images are enlarged to, at most
 _COLUMNS = 8  # examples beside each other; more go below
 _MARGIN, _CAPTION, _TITLE = 6, 20, 84  # pixels: between tiles, below a tile, left of a row
 
