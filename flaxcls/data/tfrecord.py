@@ -113,14 +113,14 @@ def record_offsets(path: str) -> np.ndarray:
     (~/.cache/flaxcls), until the file is written again.
     """
     version = np.array(size_and_version(path))
-    indices = _index_paths(path)
-    for index in indices:
-        offsets = _load_index(index, version)
+    index_paths = _index_paths(path)
+    for index_path in index_paths:
+        offsets = _load_index(index_path, version)
         if offsets is not None:
             return offsets
     offsets = _scan(path, size=int(version[0]))
-    for index in indices:
-        if _store_index(index, np.concatenate([version, offsets])):
+    for index_path in index_paths:
+        if _store_index(index_path, np.concatenate([version, offsets])):
             break
     return offsets
 

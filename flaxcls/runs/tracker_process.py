@@ -77,9 +77,7 @@ class Mlflow:
 
     def __init__(self, run: Mapping[str, Any]):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; else minutes pass
-        os.environ.setdefault(
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"
-        )  # before a failure is reported
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # before a request fails
         if not os.environ.get("MLFLOW_TRACKING_URI") and not importlib.util.find_spec("sqlalchemy"):
             # MLflow's default, a database in a file, is not part of mlflow-skinny.
             raise OSError("set MLFLOW_TRACKING_URI, such as http://HOST:5000")

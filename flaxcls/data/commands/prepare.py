@@ -48,7 +48,7 @@ flags.DEFINE_string("out", None, "A folder for prepared data sets.", flag_values
 flags.DEFINE_string(
     "name", None, "Name of the new data set; the source's and the side.", flag_values=FLAGS
 )
-flags.DEFINE_integer("short_side", 256, "Most pixels of it.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("short_side", 256, "Pixels at most.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
     "quality", 90, "Quality of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=FLAGS
 )
