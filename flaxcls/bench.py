@@ -5,10 +5,10 @@
 
 step     seconds of reading the data and of compiling, and the images/s of each round of --steps
          steps with its input; a round ends when the devices have finished.
-input    images/s that the streaming input decodes, all in all and a core; where the time goes; the
+input    images/s that the streaming input decodes, in total and per core; where the time goes; the
          decoder alone on the same bytes; and what a training loop waits for data whose model is
          --busy as fast as the input (0.8: the model is the bottleneck by a fifth).
-augment  milliseconds a batch of every augmentation, each compiled alone.
+augment  milliseconds per batch of every augmentation, each compiled alone.
 
 Rounds are --rounds; one more comes first and is not counted. --json=FILE gets the figures with
 their units, the config, versions and devices.
@@ -28,8 +28,8 @@ from flaxcls.runtime.output import printable
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
-flags.DEFINE_integer("steps", 20, "Steps a round.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_integer("rounds", 5, "Rounds that count.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("steps", 20, "Steps per round.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("rounds", 5, "Measured rounds.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("busy", 0.8, "Speed of the model over the input's.", flag_values=FLAGS)
 flags.DEFINE_string("json", None, "A file for all figures.", flag_values=FLAGS)
 

@@ -1,4 +1,4 @@
-"""What the commands share: reading flags and recipes, saying errors in one sentence, exit codes."""
+"""What the commands share: reading flags and recipes, reporting errors, exit codes."""
 
 import importlib
 import os
@@ -23,7 +23,7 @@ COMMANDS = {
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",
-    "data show": "flaxcls.data.commands.preview",
+    "data preview": "flaxcls.data.commands.preview",
     "bench": "flaxcls.bench",
 }
 
@@ -91,7 +91,7 @@ def local_folder(flag: str, text: str) -> Path:
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command and exits: its own code, or that of the error, told in one sentence.
+    """Runs a command and exits: its own code, or that of the error, reported in one sentence.
 
     A signal to end ends the process at once, unless `main` takes it over while it has something to
     save: Python's KeyboardInterrupt becomes an ImportError or a crash inside of JAX's native code.

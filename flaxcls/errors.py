@@ -9,7 +9,7 @@ SIGNAL_EXIT_CODES = {  # of being asked to end: Ctrl-C, a scheduler, a connectio
     for name, code in {"SIGINT": 130, "SIGTERM": 42, "SIGHUP": 42, "SIGUSR1": 42}.items()
     if hasattr(signal, name)  # Windows has the first two
 }
-HUNG_EXIT_CODE = 44  # of a process that the watchdog ends: there is nobody left to raise anything
+HUNG_EXIT_CODE = 44  # of a process that the watchdog ends: nothing is raised
 
 
 class FlaxclsError(Exception):
@@ -19,7 +19,7 @@ class FlaxclsError(Exception):
 
 
 class ConfigError(FlaxclsError):
-    """The config or the command line asks for something that can't be."""
+    """The config or the command line asks for something impossible."""
 
     exit_code = 2
 
@@ -49,7 +49,7 @@ class CheckpointError(FlaxclsError):
 
 
 class WorkersError(FlaxclsError):
-    """Processes that decode images die again and again; a restart of the run may mend it."""
+    """Processes that decode images keep dying; restarting the run may help."""
 
 
 class OutputError(FlaxclsError):
@@ -59,7 +59,7 @@ class OutputError(FlaxclsError):
 
 
 class ProcessesError(FlaxclsError):
-    """One of several processes has ended, so that the others can't go on."""
+    """One of several processes has ended, so that the others can't continue."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

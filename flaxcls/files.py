@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON in them."""
+"""Files that are written atomically, and JSON in them."""
 
 import contextlib
 import json
@@ -15,15 +15,15 @@ from flaxcls.errors import ConfigError
 def atomic_write(
     path: Path, mode: str = "wb", *, fsync: bool = False, shared: bool = False
 ) -> Iterator[IO]:
-    """Opens a temporary file, NAME.tmp, which takes the place of `path` when the block ends.
+    """Opens a temporary file, NAME.tmp, which replaces `path` when the block ends.
 
     If the block or writing raises, `path` is as it was and the temporary is removed; a process that
     is killed leaves the temporary, and the next one writes over it.
 
     Args:
-      path: where the content shall be; its folder exists.
+      path: the file to write; its folder exists.
       mode: as `open` takes it, to write.
-      fsync: whether the content is on the disk, safe from a power cut, before it takes its place.
+      fsync: whether the content is on the disk, safe from a power cut, before it replaces `path`.
       shared: whether several processes may write `path` at the same time: each has a temporary with
         a name of its own, and the last one wins.
 
@@ -46,7 +46,7 @@ def atomic_write(
 
 
 def write_json(path: Path, content: Any, *, fsync: bool = False) -> None:
-    """Writes a JSON file whole or not at all; see `atomic_write`."""
+    """Writes a JSON file atomically; see `atomic_write`."""
     text = json.dumps(content, indent=2) + "\n"
     with atomic_write(path, "w", fsync=fsync) as file:
         file.write(text)

@@ -14,8 +14,8 @@ files:
 --features=FILE.npz is given the inputs of the network's last layer besides: `features`, float32
 [N, D], and `files`, the N names.
 
-Files that can't be read are named on standard error and left out; the exit code is 45 then. It is
-46 if the result can't be written, as where its reader has gone. Control characters in the names of
+Files that can't be read are named on standard error and skipped; the exit code is 45 then. It is 46
+if the result can't be written, as where its reader has gone. Control characters in the names of
 files and classes are escaped in a table; csv and jsonl have the exact names.
 """
 
@@ -106,13 +106,11 @@ FORMATS: dict[str, Callable[[Guarded, Sequence[str], int], Write]] = {
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
 flags.DEFINE_integer("topk", 5, "How many classes.", lower_bound=1, flag_values=FLAGS)
-flags.DEFINE_enum("format", "table", FORMATS, "Of the result.", flag_values=FLAGS)
+flags.DEFINE_enum("format", "table", FORMATS, "Format of the result.", flag_values=FLAGS)
 flags.DEFINE_string("features", None, "A file for the features, .npz.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool(
-    "ema", None, "The average of the parameters, or not; the better one.", flag_values=FLAGS
-)
-flags.DEFINE_integer("batch_size", 64, "Images at a time.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -239,7 +237,7 @@ def _writing(path: str) -> Iterator[None]:
 
 
 def _save(path: Path, rows: IO[bytes], names: Sequence[str]) -> None:
-    """Makes an .npz file, whole or not at all, of the float32 numbers in `rows`, and the names."""
+    """Writes the float32 values in `rows` and the names as an .npz file, atomically."""
     shape = (len(names), rows.tell() // (4 * len(names)))
     rows.seek(0)
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive:

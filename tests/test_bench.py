@@ -40,7 +40,7 @@ def test_input_is_timed_by_its_parts_and_as_a_whole(run_main, recipe, tmp_path):
     assert result.returncode == 0, result.stderr
     shares = [int(share) for share in re.findall(r"(\d+) %(?:,|$)", result.stdout, re.MULTILINE)]
     assert 97 <= sum(shares[:4]) <= 103  # read, decode, crop and resize, transfer
-    for expected in ("decoder alone", "images/s a core", "peak memory", "of the time"):
+    for expected in ("decoder alone", "images/s per core", "peak memory", "of the time"):
         assert expected in result.stdout
     figures = json.loads(report.read_text())["figures"]
     units = {name: figure["unit"] for name, figure in figures.items()}

@@ -51,7 +51,7 @@ def restored(checkpoints, step, tree):
     return checkpoints.state(step, shapes, sharding.shardings(MESH, shapes))
 
 
-def test_state_and_facts_come_back_bitwise_and_placed(tmp_path):
+def test_state_and_metadata_come_back_bitwise_and_placed(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     save(checkpoints, 7)
     checkpoints.close()
@@ -106,7 +106,7 @@ def test_newest_and_best_are_kept(tmp_path):
     again.close()
 
 
-def test_what_is_not_there_is_told(tmp_path):
+def test_what_is_not_there_is_reported(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c")
     with pytest.raises(ConfigError, match="there is no checkpoint in"):
         checkpoints.find("last")
@@ -136,7 +136,7 @@ FILES = ("facts/metadata", "state/_METADATA", "state/manifest.ocdbt")
 
 
 def restored_newest(folder, tree=None, directory="checkpoints"):
-    """Step, state and facts, or None, and what was said."""
+    """Step, state and metadata, or None, and what was said."""
     said = []
     shapes = shapes_of(state_of(0) if tree is None else tree)
     with Checkpoints(folder / directory) as checkpoints:
@@ -175,14 +175,14 @@ def assert_goes_back(run, problem):
     assert result[0] == 4 and result[2]["names"] == ["a", "b"]
     jax.tree.map(np.testing.assert_array_equal, result[1], state_of(4))
     [sentence] = said
-    assert sentence.startswith("the checkpoint of step 8 is ") and problem in sentence
+    assert sentence.startswith("the checkpoint of step 8 ") and problem in sentence
     assert sentence.endswith(f"; it is moved to {run / 'quarantine/8'}")
     assert (run / "quarantine/8").is_dir()
     with Checkpoints(run / "checkpoints") as checkpoints:
         assert checkpoints.steps() == [4]
 
 
-def test_newest_step_is_restored_when_it_is_whole(run):
+def test_newest_step_is_restored_when_it_is_intact(run):
     result, said = restored_newest(run)
     assert result[0] == 8 and said == [] and not (run / "quarantine").exists()
     jax.tree.map(np.testing.assert_array_equal, result[1], state_of(8))
@@ -335,12 +335,12 @@ def test_symbolic_links_are_not_followed(run, linked, with_manifest):
     assert (run / "elsewhere").exists()
 
 
-def test_the_run_begins_anew_when_nothing_is_whole(run):
+def test_the_run_starts_from_scratch_when_nothing_is_intact(run):
     for step in (4, 8):
         flip(run / f"checkpoints/{step}/facts/metadata", 3)
     result, said = restored_newest(run)
     assert result is None and len(said) == 3
-    assert said[-1] == "no checkpoint is left: the run begins anew"
+    assert said[-1] == "no checkpoint is left: the run starts from scratch"
     assert sorted(path.name for path in (run / "quarantine").iterdir()) == ["4", "8"]
     with Checkpoints(run / "checkpoints") as checkpoints:
         save(checkpoints, 2)
@@ -382,11 +382,11 @@ DIFFERENCE = {
 
 
 @pytest.mark.parametrize("other", OTHER)
-def test_arrays_of_other_code_are_named_and_nothing_is_moved(run, other):
+def test_arrays_that_do_not_match_are_named_and_nothing_is_moved(run, other):
     before = files_of(run)
     with pytest.raises(ConfigError) as error:
         restored_newest(run, OTHER[other](state_of(0)))
-    assert str(error.value) == (f"the checkpoint of step 8 is from other code: {DIFFERENCE[other]}")
+    assert str(error.value) == (f"the checkpoint of step 8 does not match: {DIFFERENCE[other]}")
     assert files_of(run) == before
 
 
@@ -397,7 +397,7 @@ def test_an_older_step_that_fits_is_taken(run, other):
     with Checkpoints(run / "checkpoints", keep=5) as checkpoints:
         facts = {"progress": {"best": {}}}
         checkpoints.save(8, state, facts)
-    assert_goes_back(run, "from other code: ")
+    assert_goes_back(run, "does not match: ")
 
 
 def test_a_part_is_compared_too(run):
@@ -408,7 +408,7 @@ def test_a_part_is_compared_too(run):
             {"step": jnp.zeros(1, jnp.int32)},
             {"st": jnp.ones(1)},
         ):
-            with pytest.raises(ConfigError, match="of step 8 is from other code: st"):
+            with pytest.raises(ConfigError, match="of step 8 does not match: st"):
                 restored(checkpoints, 8, part)
 
 
@@ -437,7 +437,7 @@ def test_a_failing_device_moves_no_checkpoint(run, monkeypatch):
 
     monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", confused)
     with pytest.raises(
-        CheckpointError, match="step 8 is whole but can't be read: what is this[?]$"
+        CheckpointError, match="step 8 is intact but can't be read: what is this[?]$"
     ):
         restored_newest(run)
     assert not (run / "quarantine").exists()
@@ -479,7 +479,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
-def test_too_little_space_is_told_before_saving(run, monkeypatch):
+def test_too_little_space_is_reported_before_saving(run, monkeypatch):
     needed = 2**20 + 2 * 2**17
     usage = shutil.disk_usage(run)
     with Checkpoints(run / "checkpoints", keep=1) as checkpoints:
@@ -506,7 +506,7 @@ def test_what_the_last_checkpoint_took_is_needed_again(tmp_path, monkeypatch):
             checkpoints.save(2, state_of(1), facts)
 
 
-def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported_at_once(tmp_path):
     (tmp_path / "c").write_text("a file where the folder should be")
     with Checkpoints(tmp_path / "c") as checkpoints:
         with pytest.raises(CheckpointError, match="of step 1 not saved: .*/c can't be written: "):
@@ -517,7 +517,7 @@ def test_a_folder_that_cannot_be_written_is_told_at_once(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_told_at_once(run):
+def test_a_read_only_folder_is_reported_at_once(run):
     (run / "checkpoints").chmod(0o555)
     try:
         with Checkpoints(run / "checkpoints") as checkpoints:
@@ -528,7 +528,7 @@ def test_a_read_only_folder_is_told_at_once(run):
         (run / "checkpoints").chmod(0o755)
 
 
-def test_a_failure_in_the_background_is_told_once(tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_reported_once(tmp_path, monkeypatch):
     def fail(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -680,7 +680,7 @@ def test_all_processes_go_the_same_way(tmp_path):
         assert lines == [
             "2 (128, 64) {2.0}",
             f"{1 - index} [1, 2]",
-            "the checkpoint of step 2 is from other code: w is float32[512, 64] and should be "
+            "the checkpoint of step 2 does not match: w is float32[512, 64] and should be "
             "int32[512, 64]",
             "True True",
             "[1, 2, 4] True",

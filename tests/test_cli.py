@@ -83,7 +83,7 @@ def test_last_override_of_a_field_counts(recipe):
         ("seed", "--config.seed needs a value, as in --config.seed=VALUE"),
     ],
 )
-def test_wrong_override_is_told_in_one_sentence(recipe, override, message):
+def test_wrong_override_is_reported_in_one_sentence(recipe, override, message):
     with pytest.raises(ConfigError) as error:
         load(recipe, override)
     assert str(error.value).startswith(message)
@@ -113,7 +113,7 @@ def test_wrong_override_is_told_in_one_sentence(recipe, override, message):
         ),
     ],
 )
-def test_wrong_recipe_is_told_in_one_sentence_with_its_line(tmp_path, text, message):
+def test_wrong_recipe_is_reported_in_one_sentence_with_its_line(tmp_path, text, message):
     path = tmp_path / "wrong.py"
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
@@ -122,7 +122,7 @@ def test_wrong_recipe_is_told_in_one_sentence_with_its_line(tmp_path, text, mess
     assert len(str(error.value).splitlines()) == 1 and len(str(error.value)) < 300
 
 
-def test_missing_recipe_is_told_with_the_closest_one(recipe):
+def test_missing_recipe_is_reported_with_the_closest_one(recipe):
     with pytest.raises(
         ConfigError, match=r"no config file .*/tinny\.py, did you mean '.*/tiny\.py'"
     ):

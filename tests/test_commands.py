@@ -52,7 +52,7 @@ def test_list_that_cannot_be_written_is_an_error():
     [
         ("trian --config=digits_cnn", "'trian' is not a command, did you mean 'train'?"),
         ("--config=digits_cnn", "'--config=digits_cnn' is not a command; known: bench, data, "),
-        ("data", "a command is missing; known: check, prepare, show"),
+        ("data", "a command is missing; known: check, prepare, preview"),
         ("data chek", "'chek' is not a command, did you mean 'check'?"),
         ("train", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
         ("train --confg=x", "Unknown command line flag 'confg'. Did you mean: config ?"),

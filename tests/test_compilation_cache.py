@@ -171,7 +171,7 @@ def break_all(folder):
         path.chmod(0o400)  # as those that have been found whole
 
 
-def test_damaged_entries_are_told_in_one_sentence_and_replaced(compile_in_process):
+def test_damaged_entries_are_reported_in_one_sentence_and_replaced(compile_in_process):
     cold, error = compile_in_process(SEVERAL)
     assert error == ""
     compile_in_process(SEVERAL)  # finds them whole, and does not look again
@@ -184,7 +184,7 @@ def test_damaged_entries_are_told_in_one_sentence_and_replaced(compile_in_proces
     assert healed["hits"] == len(entries(cold["folder"])) >= 4 and error == ""
 
 
-def test_damaged_entries_that_cannot_be_replaced_are_told_in_one_sentence(
+def test_damaged_entries_that_cannot_be_replaced_are_reported_in_one_sentence(
     compile_in_process, environment, tmp_path
 ):
     folder = tmp_path / "read only"
@@ -205,7 +205,7 @@ def test_damaged_entries_that_cannot_be_replaced_are_told_in_one_sentence(
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_full_disk_is_told_in_one_sentence(compile_in_process):
+def test_full_disk_is_reported_in_one_sentence(compile_in_process):
     full = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n" + SEVERAL
     said, error = compile_in_process(full)
     (sentence,) = error.splitlines()
@@ -275,7 +275,7 @@ def test_folder_or_link_of_another_user_is_refused(compile_in_process, tmp_path,
 
 def test_entries_used_longest_ago_go_when_there_are_too_many_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(compilation_cache, "MAX_BYTES", 250)
-    monkeypatch.setattr(compilation_cache, "_is_whole", lambda entry: True)
+    monkeypatch.setattr(compilation_cache, "_is_intact", lambda entry: True)
     for age, name in enumerate(("new", "middle", "old")):
         path = tmp_path / f"{name}-cache"
         path.write_bytes(bytes(100))

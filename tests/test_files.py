@@ -92,7 +92,7 @@ def test_json_that_cannot_be_written_leaves_the_file(tmp_path):
     assert read_json(path) == {"a": [1, 2]} and os.listdir(tmp_path) == ["file.json"]
 
 
-def test_what_is_no_object_of_json_is_told(tmp_path):
+def test_what_is_no_object_of_json_is_reported(tmp_path):
     path = tmp_path / "file.json"
     assert read_json(path) is None
     for text, sentence in (("[1]", "holds list instead"), ("{", "not readable as JSON")):

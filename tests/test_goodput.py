@@ -16,7 +16,7 @@ DAY = 86400.0
 
 
 class Time:
-    """Stands for the module `time`: it goes on only when told to."""
+    """Stands for the module `time`: it advances only when asked to."""
 
     def __init__(self):
         self.monotonic_seconds, self.unix_seconds = 1000.0, 1.7e9

@@ -81,8 +81,8 @@ def test_image_size_is_none_a_number_or_a_schedule():
         assert seen == [32, 32, 48, 48, 40, 40, 64, 64]
         assert inputs.eval_image_size(config_with(image_size=given)) == 64
         assert sizes.describe() == (
-            "; images of 32 pixels a side, 48 from step 20 on, 40 from step 45 on, 64 from step 50 "
-            "on (the step is compiled for each)"
+            "; images of 32 pixels per side, 48 from step 20 on, 40 from step 45 on, 64 from step "
+            "50 on (the step is compiled for each)"
         )
 
 
@@ -368,7 +368,7 @@ def test_broken_images_are_reported_up_to_the_allowed_share(make_input, mode):
         pass
     assert sorted(said) == [
         f"example {index} of pictures 'train' is not a readable image (40 bytes); "
-        "another image takes its place"
+        "another image replaces it"
         for index in (3, 4)
     ]
     with pytest.raises(DataError, match="2 of 24 training images can't be read"):

@@ -73,7 +73,7 @@ def test_recipe_in_a_wheel_is_found_by_its_name(installed, tmp_path):
 def test_console_script_is_the_package(installed, tmp_path):
     script = run(installed, tmp_path, installed / "bin" / "flaxcls")
     module = run(installed, tmp_path, sys.executable, "-m", "flaxcls")
-    assert script.returncode == 0 and "\n  data show " in script.stdout
+    assert script.returncode == 0 and "\n  data preview " in script.stdout
     assert script.stdout == module.stdout
     for words in (("data", "chek"), ("train", "--config=digits_cn")):
         script = run(installed, tmp_path, installed / "bin" / "flaxcls", *words)

@@ -34,7 +34,7 @@ def test_a_folder_is_as_it_was_written(folder):
     assert not list(folder.glob("*.tmp"))
 
 
-def test_the_bytes_of_the_listed_files_are_told(folder):
+def test_the_bytes_of_the_listed_files_are_reported(folder):
     assert manifest.write(folder) == 3_000_002
     assert manifest.write(folder, ["facts"]) == 3_000_000
 

@@ -334,7 +334,7 @@ def test_frozen_parameters_never_move_and_have_no_state(name):
         is_frozen = path.startswith("conv1/") or "scale" in path
         assert np.array_equal(trained[path], value) == is_frozen, path
     assert not [path for path in flat(optimizer.init(PARAMS)) if "conv1" in path or "scale" in path]
-    assert "frozen: 3 arrays, 80 numbers: conv1/bias, conv1/kernel, norm1/scale" in text
+    assert "frozen: 3 arrays, 80 parameters: conv1/bias, conv1/kernel, norm1/scale" in text
 
 
 def test_frozen_parameters_take_no_part_in_the_clipping():
@@ -429,14 +429,14 @@ def test_the_description_has_a_line_a_group():
         frozen="^norm1/scale",
     )
     assert text.split("\n") == [
-        "sgd, weight decay 0.0005 (l2): 2 arrays, 96 numbers: conv1/kernel, hidden/kernel",
-        "sgd, weight decay 0.0005 (l2), learning rate x 10: 1 array, 30 numbers: head/kernel",
-        "sgd, no weight decay: 3 arrays, 14 numbers: conv1/bias, hidden/bias, norm1/bias",
-        "sgd, no weight decay, learning rate x 10: 1 array, 5 numbers: head/bias",
-        "frozen: 1 array, 4 numbers: norm1/scale",
+        "sgd, weight decay 0.0005 (l2): 2 arrays, 96 parameters: conv1/kernel, hidden/kernel",
+        "sgd, weight decay 0.0005 (l2), learning rate x 10: 1 array, 30 parameters: head/kernel",
+        "sgd, no weight decay: 3 arrays, 14 parameters: conv1/bias, hidden/bias, norm1/bias",
+        "sgd, no weight decay, learning rate x 10: 1 array, 5 parameters: head/bias",
+        "frozen: 1 array, 4 parameters: norm1/scale",
     ]
     _, text = optim.build("adam", schedule=schedule, params=PARAMS)
-    assert text == "adam, no weight decay: 8 arrays, 149 numbers: */bias, */kernel, */scale"
+    assert text == "adam, no weight decay: 8 arrays, 149 parameters: */bias, */kernel, */scale"
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,14 @@ from flaxcls.runs import run_folder
 from flaxcls.runtime import cluster, processes, sharding
 
 
-def others_say(monkeypatch, facts):
-    """The second of two processes says `facts`."""
-    monkeypatch.setattr(processes, "gather", lambda text: [text, json.dumps(facts)])
+def others_say(monkeypatch, metadata):
+    """The second of two processes says `metadata`."""
+    monkeypatch.setattr(processes, "gather", lambda text: [text, json.dumps(metadata)])
 
 
 def test_what_differs_is_named_with_both_values(monkeypatch, tiny_config):
-    facts = {"fingerprint": "a", "mean": [0.5], "class_names": ["cat", "dog"]}
-    identity = run_folder.identity({"config": fields.plain(tiny_config()), **facts}, "b")
+    metadata = {"fingerprint": "a", "mean": [0.5], "class_names": ["cat", "dog"]}
+    identity = run_folder.identity({"config": fields.plain(tiny_config()), **metadata}, "b")
     others_say(monkeypatch, identity)
     processes.check_same(identity)
     for name, other in (
@@ -44,10 +44,10 @@ def test_what_differs_is_named_with_both_values(monkeypatch, tiny_config):
 
 
 def test_where_the_data_lies_and_who_decodes_may_differ(tiny_config):
-    facts = {"fingerprint": "a"}
-    one = run_folder.identity({"config": fields.plain(tiny_config()), **facts}, "b")
+    metadata = {"fingerprint": "a"}
+    one = run_folder.identity({"config": fields.plain(tiny_config()), **metadata}, "b")
     other = tiny_config(data__dir="/elsewhere", input__threads=3, input__read_ahead=9)
-    assert run_folder.identity({"config": fields.plain(other), **facts}, "b") == one
+    assert run_folder.identity({"config": fields.plain(other), **metadata}, "b") == one
 
 
 def test_other_number_of_devices_is_named(monkeypatch):
@@ -59,7 +59,7 @@ def test_other_number_of_devices_is_named(monkeypatch):
     processes.check_device_counts()
 
 
-def test_folder_that_is_not_shared_is_told(tmp_path):
+def test_folder_that_is_not_shared_is_reported(tmp_path):
     with pytest.raises(ConfigError, match="must be shared by all"):
         processes.check_shared(tmp_path / "config.json")
     (tmp_path / "config.json").touch()
@@ -148,7 +148,7 @@ def test_error_of_the_transport_is_a_sentence_about_the_other_processes(monkeypa
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a notebook's pod
     ],
 )
-def test_clusters_are_told_by_what_they_set(monkeypatch, environment, expected):
+def test_clusters_are_detected_by_what_they_set(monkeypatch, environment, expected):
     for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_MCA_orte_hnp_uri"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -291,7 +291,7 @@ def test_same_seed_gives_bitwise_the_same_run_and_another_seed_does_not(
     assert (arrays[0][name] != arrays[2][name]).any()
 
 
-# Updates that are left out.
+# Updates that are skipped.
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])  # a branch there, a choice of numbers here

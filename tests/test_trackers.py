@@ -179,7 +179,7 @@ def wandb_records(path):
     return records
 
 
-def test_unreachable_service_is_told_once_and_stops_nothing(
+def test_unreachable_service_is_reported_once_and_stops_nothing(
     tmp_path, tiny_config, monkeypatch, capfd
 ):
     pytest.importorskip("mlflow")
@@ -196,7 +196,7 @@ def test_unreachable_service_is_told_once_and_stops_nothing(
 
 
 @pytest.mark.parametrize("name", ["mlflow", "wandb"])
-def test_service_that_never_answers_takes_no_time_and_is_told_once(
+def test_service_that_never_answers_takes_no_time_and_is_reported_once(
     tmp_path, monkeypatch, silent_server, name
 ):
     pytest.importorskip(name)
@@ -252,7 +252,7 @@ def test_rows_come_when_the_service_does(tmp_path, store, monkeypatch):
     assert said[0].startswith("note: mlflow does not take the metrics")
 
 
-def test_what_mlflow_lacks_without_an_address_is_told(tmp_path, monkeypatch):
+def test_what_mlflow_lacks_without_an_address_is_reported(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     if importlib.util.find_spec("sqlalchemy"):
         pytest.skip("all of MLflow is installed, whose default needs no address")
@@ -260,7 +260,7 @@ def test_what_mlflow_lacks_without_an_address_is_told(tmp_path, monkeypatch):
     said = []
     Trackers(["mlflow"], tmp_path, {"seed": 0}, said.append).close("finished")
     (sentence,) = said
-    assert "training goes on (OSError: set MLFLOW_TRACKING_URI, such as http://" in sentence
+    assert "training continues (OSError: set MLFLOW_TRACKING_URI, such as http://" in sentence
 
 
 CLIENTS = {
@@ -272,7 +272,7 @@ CLIENTS = {
 
 
 @pytest.mark.parametrize("text", CLIENTS)
-def test_client_that_misbehaves_is_told_in_one_sentence(tmp_path, fake_client, capfd, text):
+def test_client_that_misbehaves_is_reported_in_one_sentence(tmp_path, fake_client, capfd, text):
     fake_client(text)
     said = []
     tracker = Trackers(["wandb"], tmp_path, {"seed": 0}, said.append)
@@ -318,7 +318,7 @@ def test_signals_to_all_processes_of_a_run_do_not_end_its_services(tmp_path, sto
 
 
 @pytest.mark.parametrize("content", [None, "[]", "{", '{"id": "\' OR 1"}', '{"id": 3}'])
-def test_id_is_kept_and_a_damaged_one_made_anew(tmp_path, content):
+def test_id_is_kept_and_a_damaged_one_made_again(tmp_path, content):
     path = tmp_path / "trackers.json"
     if content is not None:
         path.write_text(content)
@@ -337,12 +337,12 @@ def test_id_is_kept_and_a_damaged_one_made_anew(tmp_path, content):
         ({"wandb": 1}, "config.log_to must be None or a tuple of names"),
     ],
 )
-def test_wrong_names_are_told_early(tiny_config, log_to, sentence):
+def test_wrong_names_are_reported_early(tiny_config, log_to, sentence):
     with pytest.raises(ConfigError, match=f"^{sentence}".replace("?", r"\?")):
         build.check(tiny_config(log_to=log_to))
 
 
-def test_missing_package_is_told_before_anything_is_made(tmp_path, tiny_config, monkeypatch):
+def test_missing_package_is_reported_before_anything_is_made(tmp_path, tiny_config, monkeypatch):
     (tmp_path / "wandb").mkdir()  # as W&B itself makes one where it runs
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])

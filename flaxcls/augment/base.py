@@ -80,7 +80,7 @@ def check_pair(augmentation: Augmentation, option: str) -> None:
 def unfused(change: Callable[[jax.Array], jax.Array], value: jax.Array) -> jax.Array:
     """`change(value)`, which XLA's CPU compiler does not mix with what comes before and after.
 
-    It would fuse a step into every place that reads the result, and so compute each pixel many
+    It would fuse a step into everything that reads the result, and so compute each pixel many
     times over. `jax.lax.optimization_barrier` around the step has no such effect: it is gone before
     the compiler fuses. But it hides until then that a condition is always true, and so the branch
     that it takes stays one. A condition on the examples would need an all-reduce.
@@ -110,7 +110,7 @@ def box_mask(
 ) -> jax.Array:
     """True inside boxes: [..., H, W] for `shape` (H, W) and boxes given as integers [...].
 
-    A box may reach over the border; what lies outside is cut off.
+    A box may reach over the border; what is outside is cut off.
     """
     rows, columns = jnp.arange(shape[0]), jnp.arange(shape[1])
     top, left, height, width = (side[..., None] for side in (top, left, height, width))

@@ -16,7 +16,7 @@ from flaxcls.errors import ConfigError
 def normalize(images: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
     """Images in [0, 255] -> float32 `(images / 255 - mean) / std`.
 
-    `mean` and `std` hold one number a channel, in units of [0, 1].
+    `mean` and `std` hold one number per channel, in units of [0, 1].
     """
     channels = images.shape[-1]
     if len(mean) != channels or len(std) != channels:

@@ -1,9 +1,9 @@
 """Augmentations that mix examples and their labels.
 
-Every image is mixed with a neighbour, four places on or back in its group of eight: in a shuffled
+Every image is mixed with a neighbour, four rows on or back in its group of eight: in a shuffled
 batch a random partner. Which one it is depends on the batch's size alone, not on how the batch is
 split over devices, and as long as each device has whole groups, no image has to be sent from one
-to another. (timm mixes with the mirror place in the batch, which is mostly on another device.) The
+to another. (timm mixes with the mirrored row of the batch, which is mostly on another device.) The
 copies of an example that `config.repeats` up to 4 makes are too close to be partners. One draw of
 the parameters serves the whole batch, as in the papers. Images leave as float32: uint8 would round
 the mixture.
@@ -97,9 +97,9 @@ def _outside_box(key: jax.Array, share: jax.Array, shape: tuple[int, int]) -> ja
 
 
 def partners(x: jax.Array) -> jax.Array:
-    """What each example of [B, ...] is mixed with, in its place.
+    """What each example of [B, ...] is mixed with, in its row.
 
-    The two halves of each group of 8 change places; groups are of 4 or 2 where 8 does not divide
+    The two halves of each group of 8 are swapped; groups are of 4 or 2 where 8 does not divide
     B, and if B is odd all examples are one group, in reverse order.
     """
     size, group = x.shape[0], math.gcd(x.shape[0], 8)

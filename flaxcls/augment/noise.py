@@ -98,7 +98,7 @@ class RandomErasing(Augmentation):
     def _box(self, key: jax.Array, count: int, height: int, width: int) -> tuple[jax.Array, ...]:
         """Top, left, height and width, int32 [count] each; of no size where nothing fits."""
         attempts = 10
-        size_key, place_key = jax.random.split(key)
+        size_key, position_key = jax.random.split(key)
         random_area, random_aspect = jax.random.uniform(size_key, (2, attempts, count))
         low, high = self.area
         side = jnp.sqrt((low + (high - low) * random_area) * height * width)
@@ -111,7 +111,7 @@ class RandomErasing(Augmentation):
         sizes = jnp.where(fits, jnp.stack([tall, wide]), 0).astype(jnp.int32)
         tall, wide = jnp.take_along_axis(sizes, first[None, None], axis=1)[:, 0]
         room = jnp.stack([height - tall, width - wide]) + 1
-        top, left = (jax.random.uniform(place_key, (2, count)) * room).astype(jnp.int32)
+        top, left = (jax.random.uniform(position_key, (2, count)) * room).astype(jnp.int32)
         return top, left, tall, wide
 
 

@@ -210,7 +210,7 @@ def _invert(images: jax.Array, argument: jax.Array) -> jax.Array:
 
 
 def _autocontrast(images: jax.Array, argument: jax.Array) -> jax.Array:
-    # Exact, rounded down. Pillow's floating point is one below where it just misses a whole number.
+    # Exact, rounded down. Pillow's floating point is one below where it just misses an integer.
     count, height, *_, channels = images.shape
 
     def extreme(of: Callable[..., jax.Array]) -> jax.Array:
@@ -235,12 +235,12 @@ def _equalize(images: jax.Array, argument: jax.Array) -> jax.Array:
 def _histogram(images: jax.Array) -> jax.Array:
     """How often each value occurs in each channel, int32 [B, C, 256]."""
     count, *_, channels = images.shape
-    place = (images + 256 * jnp.arange(channels)).reshape(count, -1)
+    bins = (images + 256 * jnp.arange(channels)).reshape(count, -1)
 
-    def counted(place: jax.Array) -> jax.Array:
-        return jnp.zeros(channels * 256, jnp.int32).at[place].add(1, mode="promise_in_bounds")
+    def counted(bins: jax.Array) -> jax.Array:
+        return jnp.zeros(channels * 256, jnp.int32).at[bins].add(1, mode="promise_in_bounds")
 
-    return jax.vmap(counted)(place).reshape(count, channels, 256)
+    return jax.vmap(counted)(bins).reshape(count, channels, 256)
 
 
 TABLES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {

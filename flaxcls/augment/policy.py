@@ -53,9 +53,9 @@ class RandAugment(OnBytes):
             arguments = policy_data.rand_arguments(level, _sign(sign), shape, self.increasing)
             if self.cutout:
                 half = jnp.floor(40 / 224 * min(shape) * level)
-                place = row * shape[0], column * shape[1], half
-                arguments["cutout"] = jnp.stack(place, axis=-1)
-            drawn = jnp.where(active < self.probability, _whole(op, len(arguments)), -1)
+                square = row * shape[0], column * shape[1], half
+                arguments["cutout"] = jnp.stack(square, axis=-1)
+            drawn = jnp.where(active < self.probability, _integers(op, len(arguments)), -1)
             images = ops.apply(images, arguments, drawn, self.interpolation, self.fill)
         return images
 
@@ -75,8 +75,8 @@ class TrivialAugment(OnBytes):
     def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
         count, *shape, _ = images.shape
         op, level, sign = jax.random.uniform(key, (3, count))
-        arguments = policy_data.wide_arguments(_whole(level, 31) / 30, _sign(sign), shape)
-        drawn = _whole(op, len(arguments))
+        arguments = policy_data.wide_arguments(_integers(level, 31) / 30, _sign(sign), shape)
+        drawn = _integers(op, len(arguments))
         return ops.apply(images, arguments, drawn, self.interpolation, self.fill)
 
 
@@ -97,7 +97,7 @@ class AutoAugment(OnBytes):
         count, *shape, _ = images.shape
         pairs = policy_data.AUTO_AUGMENT[self.policy]
         draws = jax.random.uniform(key, (5, count))
-        pair = _whole(draws[0], len(pairs))
+        pair = _integers(draws[0], len(pairs))
         for layer, sign, active in zip(
             zip(*pairs, strict=True), draws[1:3], draws[3:], strict=True
         ):
@@ -137,7 +137,7 @@ class AugMix(OnBytes):
         for position, (op, sign, level) in enumerate(draws):
             level = (0.1 + (self.severity - 0.1) * level) / 10
             arguments = policy_data.augmix_arguments(level, _sign(sign), shape)
-            drawn = jnp.where(position < depth, _whole(op, len(arguments)), -1)
+            drawn = jnp.where(position < depth, _integers(op, len(arguments)), -1)
             chains = ops.apply(chains, arguments, drawn, self.interpolation, self.fill)
         chains = chains.reshape(-1, self.width, *images.shape[1:])
         # A normalised sum of gamma variates is a Dirichlet, or a beta, variate.
@@ -161,14 +161,14 @@ class ThreeAugment(OnBytes):
     def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
         count = len(images)
         choice, sigma = jax.random.uniform(key, (2, count))
-        drawn = _whole(choice, 3)
+        drawn = _integers(choice, 3)
         arguments = {"color": jnp.zeros(count), "solarize": jnp.full(count, 128)}
         images = ops.apply(images, arguments, drawn)  # of which the third is none
         return blur(images, jnp.where(drawn == 2, 0.1 + 1.9 * sigma, 0), 2)
 
 
-def _whole(uniform: jax.Array, below: int) -> jax.Array:
-    """Numbers uniform in [0, 1) -> whole ones, int32, from 0 to `below` - 1."""
+def _integers(uniform: jax.Array, below: int) -> jax.Array:
+    """Uniform numbers in [0, 1) -> integers, int32, from 0 to `below` - 1."""
     return (uniform * below).astype(jnp.int32)
 
 

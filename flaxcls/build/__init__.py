@@ -1,6 +1,6 @@
 """From the config tree to the Experiment: the only floor that reads the tree.
 
-Each function raises ConfigError for what can't be, before anything slow happens.
+Each function raises ConfigError for the impossible, before anything slow happens.
 """
 
 from flaxcls.build.experiment import Before as Before

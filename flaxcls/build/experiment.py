@@ -53,7 +53,7 @@ class Experiment:
       seed: of everything random.
       train, evaluation: how the batches of the two splits are made.
       eval_batch_size: examples at a time.
-      normalization: mean and standard deviation a channel; None: those of the training images.
+      normalization: mean and standard deviation per channel; None: those of the training images.
       augmentations: as `augment.build` takes them.
       network, loss, optimizer: what a step computes.
       gradient_accumulation: parts a batch is computed in.

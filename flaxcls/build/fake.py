@@ -1,4 +1,4 @@
-"""A recipe on made-up images, to be timed or looked at without its data."""
+"""A recipe on made-up images, to be timed or inspected without its data."""
 
 from ml_collections import ConfigDict
 

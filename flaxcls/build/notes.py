@@ -9,7 +9,7 @@ from flaxcls.data.pipeline import Sizes, summarize
 from flaxcls.data.source import Source, all_ignored, resolve_split
 from flaxcls.runtime.output import printable
 
-_LARGE = 96  # pixels a side; pictures are seldom so small that this would be much larger
+_LARGE = 96  # pixels per side; pictures are seldom so small that this would be much larger
 _ENLARGED = 4  # times; more is taken for a mistake
 
 

@@ -27,7 +27,7 @@ class SavedExperiment(NamedTuple):
       eval_batch_size: examples at a time in evaluation.
       transform: what becomes of a picture; None where all have the network's size.
       input: how pictures are read.
-      evaluation: opens a split, the run's own for None, whose data may lie elsewhere now.
+      evaluation: opens a split, the run's own for None, whose data may be elsewhere now.
     """
 
     network: nn.Module

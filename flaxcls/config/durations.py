@@ -48,7 +48,7 @@ def in_steps(
 
     Args:
       duration: see `parse_duration`; a time has no number of steps and is refused.
-      batch_size: examples a step, over all devices.
+      batch_size: examples per step, over all devices.
       num_examples: examples an epoch, which is num_examples / batch_size steps, whole or not.
       total_steps: length of the run, for "%"; None while it is not known.
     """

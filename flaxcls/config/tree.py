@@ -51,10 +51,10 @@ def default() -> ConfigDict:
     config.data.dir = placeholder(str)
     config.data.train_split = "train"  # TFDS slicing: "train[:90%]", "train+test", ...
     config.data.eval_split = "test"
-    config.data.mean = None  # to normalise with, a number a channel, in units of [0, 1];
+    config.data.mean = None  # to normalise with, one per channel, in units of [0, 1];
     config.data.std = None  # None: those of the training split
 
-    # Pixels a side; None: as the data have it. A schedule: (("0 epochs", 128), ("6 epochs", 160)).
+    # Pixels per side; None: the data's own. A schedule: (("0 epochs", 128), ("6 epochs", 160)).
     config.image_size = _any()
     config.repeats = 1  # times an example comes in a batch (repeated augmentation)
 
@@ -65,7 +65,7 @@ def default() -> ConfigDict:
 
     config.input = ConfigDict()
     config.input.mode = "auto"  # resident (decoded once, kept on the devices), stream
-    config.input.threads = placeholder(int)  # that decode; None: one a core
+    config.input.threads = placeholder(int)  # that decode; None: one per core
     config.input.processes = placeholder(int)  # each with so many threads; None: from 16 cores on
     config.input.read_ahead = 4  # batches decoded before they are needed
     config.input.max_broken = 0.001  # share of the training images that may be unreadable
@@ -81,8 +81,8 @@ def default() -> ConfigDict:
 
     config.loss = _open()
     config.loss.name = "softmax_cross_entropy"
-    config.loss.label_smoothing = 0.0  # share of a target given to all classes alike
-    config.loss.class_weights = None  # "balanced", or a number a class
+    config.loss.label_smoothing = 0.0  # share of a target spread evenly over the classes
+    config.loss.class_weights = None  # "balanced", or one per class
 
     config.optimizer = _open()  # besides the rule's own options, those of flaxcls/core/optim.py
     config.optimizer.name = "sgd"
@@ -98,12 +98,12 @@ def default() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.every = "1 epochs"
     config.eval.batch_size = placeholder(int)  # examples; None: as in training
-    config.eval.image_size = placeholder(int)  # pixels a side; None: the last one of training
+    config.eval.image_size = placeholder(int)  # pixels per side; None: the last of training
     config.eval.crop = _open()  # as config.crop; what is None or absent is as in training
     config.eval.crop.name = None  # center_crop, resize, pad
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.every = "1 epochs"  # or a time, looked at at log steps: "10 minutes"
+    config.checkpoint.every = "1 epochs"  # or a time, checked at log steps: "10 minutes"
     config.checkpoint.keep = 2  # newest ones; the best one is kept besides
     config.checkpoint.best_metric = "accuracy"  # accuracy, accuracy_top5, loss
     config.checkpoint.on_error = "continue"  # until the next one is due; or stop
@@ -115,7 +115,7 @@ def default() -> ConfigDict:
 
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that parameters are split over
-    config.mesh.cpu_devices = placeholder(int)  # host devices on a CPU; None: one a core, up to 8
+    config.mesh.cpu_devices = placeholder(int)  # host devices on a CPU; None: one per core, up to 8
 
     config.lock()
     for path in OPEN:

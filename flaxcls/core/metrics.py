@@ -75,7 +75,7 @@ def zeros_like(metrics: Any) -> Metrics:
 
 
 def add(first: Metrics, second: Metrics) -> Metrics:
-    """The pairs of two disjoint sets of examples together."""
+    """The pairs of the union of two disjoint sets of examples."""
     return jax.tree.map(jnp.add, first, second)
 
 

@@ -5,11 +5,11 @@
 Weight decay w is one of two things, by `weight_decay_mode`:
   "l2"         the gradient of w/2 |p|^2 is added to the gradient before the rule. PyTorch's SGD,
                RMSprop and Adam do this, and so do sgd, rmsprop, adam and lars here by default.
-  "decoupled"  learning_rate * w * p is taken off the parameter besides the rule's step (AdamW,
-               Loshchilov & Hutter 2019; multiplied by the learning rate, as in PyTorch and optax).
-               The default of adamw, lamb, lion and muon.
+  "decoupled"  learning_rate * w * p is subtracted from the parameter besides the rule's step
+               (AdamW, Loshchilov & Hutter 2019; multiplied by the learning rate, as in PyTorch and
+               optax). The default of adamw, lamb, lion and muon.
 
-A parameter is known by its path, such as "block1/conv1/kernel". The numbers that differ between
+A parameter is known by its path, such as "block1/conv1/kernel". The values that differ between
 parameters are looked up by path, so that they also hold inside `optax.masked`, and the optimizer's
 state has only trees of the parameters' structure, whose paths end in the parameter's path (which is
 how sharding rules find them), and scalars. The state is float32 whatever the parameters are.
@@ -69,12 +69,12 @@ def build(
       params: the parameters or their shapes.
       weight_decay: strength, at least 0.
       weight_decay_mode: see the module; None: the rule's own.
-      no_weight_decay: parameters exempt from weight decay, and from the layerwise lengths of LAMB
+      no_weight_decay: parameters exempt from weight decay, and from the layerwise scaling of LAMB
         and LARS.
       weight_decay_factors: multiples of the weight decay for some parameters.
       learning_rate_factors: multiples of the learning rate for some parameters.
       frozen: parameters that are not trained: no update, no state, no part in the gradient's norm.
-      gradient_clip_norm: largest norm of the gradient of all parameters together.
+      gradient_clip_norm: largest global norm of the gradient.
       gradient_clip_value: largest absolute value of each element of the gradient.
       **options: those of the named rule.
 
@@ -170,25 +170,26 @@ def updates_made(opt_state: Any) -> jax.Array:
 
 
 def describe(groups: dict[str, ParamGroup], mode: str) -> str:
-    """One line for each group of parameters that are treated alike, the largest group first."""
-    alike: dict[tuple, list[str]] = {}
+    """One line for each group of parameters with the same settings, the largest group first."""
+    by_settings: dict[tuple, list[str]] = {}
     for path, group in groups.items():
         rule, decay, factor = group.rule, group.weight_decay, group.learning_rate_factor
-        alike.setdefault((rule,) if rule == "frozen" else (rule, decay, factor), []).append(path)
+        settings = (rule,) if rule == "frozen" else (rule, decay, factor)
+        by_settings.setdefault(settings, []).append(path)
 
     def size(paths: list[str]) -> int:
         return sum(math.prod(groups[path].shape) for path in paths)
 
     lines = []
-    for (rule, *numbers), paths in sorted(alike.items(), key=lambda item: -size(item[1])):
+    for (rule, *factors), paths in sorted(by_settings.items(), key=lambda item: -size(item[1])):
         text = rule
-        if numbers:
-            decay, factor = numbers
+        if factors:
+            decay, factor = factors
             text += f", weight decay {decay:g} ({mode})" if decay else ", no weight decay"
             text += f", learning rate x {factor:g}" if factor != 1 else ""
         names = paths if len(paths) <= 3 else sorted({f"*/{p.split('/')[-1]}" for p in paths})
         arrays = "1 array" if len(paths) == 1 else f"{len(paths)} arrays"
-        lines.append(f"{text}: {arrays}, {size(paths):,} numbers: {', '.join(names)}")
+        lines.append(f"{text}: {arrays}, {size(paths):,} parameters: {', '.join(names)}")
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from flaxcls.errors import ConfigError
 
 
 class Run(NamedTuple):
-    """Where a schedule lives: after the warm-up and before the cooldown.
+    """The steps of a schedule: after the warm-up and before the cooldown.
 
     Attributes:
       start: the first step after the warm-up.
@@ -114,7 +114,7 @@ SCHEDULES: dict[str, Callable[..., Factor]] = {
 
 
 def fitted(warmup: int, cooldown: int, total_steps: int) -> tuple[int, int]:
-    """Steps of warm-up and cooldown, both shortened alike where the run has not so many."""
+    """Steps of warm-up and cooldown, shortened in proportion where the run has not so many."""
     if warmup + cooldown <= total_steps:
         return warmup, cooldown
     warmup = warmup * total_steps // (warmup + cooldown)
@@ -136,9 +136,9 @@ def build(
 
     The warm-up goes straight up: with w steps of it, step s < w has the share
     warmup_start + (1 - warmup_start) (s + 1) / w of the peak. So no step is wasted on a rate of 0,
-    and step w - 1 and step w, the schedule's first, both have the whole. The schedule is at its end
+    and step w - 1 and step w, the schedule's first, both have the peak. The schedule is at its end
     at step `total_steps`, the first one that is not made; with a cooldown of c steps, c steps
-    earlier, and what it has come to is then multiplied by (total_steps - s) / c.
+    earlier, and its final rate is then multiplied by (total_steps - s) / c.
 
     Args:
       name: one of SCHEDULES, or a user's own.

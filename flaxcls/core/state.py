@@ -16,7 +16,7 @@ class TrainState(flax.struct.PyTreeNode):
       batch_stats: float32, BatchNorm's running mean and (biased) variance; {} without BatchNorm.
       opt_state: the optimizer's.
       ema: {"params", "batch_stats"} averaged over the steps, or {} where it is off.
-      skipped: int32 [], the updates left out in a row until now.
+      skipped: int32 [], the updates skipped in a row until now.
       metrics: name -> (sum, count) of the steps since the last log.
     """
 

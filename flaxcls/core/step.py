@@ -96,7 +96,7 @@ def reset_skipped(state: TrainState) -> TrainState:
 
 
 def is_finite(state: TrainState) -> jax.Array:
-    """Whether all floating-point numbers of a state are finite; bool []."""
+    """Whether all floating-point values of a state are finite; bool []."""
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in floats]))
 
@@ -118,8 +118,8 @@ def make_train_step(
     `batch` has "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B]. Its metrics are
     added to the state's.
 
-    An update that is not sound is skipped: one with a number that is not finite in the loss, the
-    gradient or the statistics of BatchNorm, or whose gradient's L2 norm exceeds `max_grad_norm`.
+    An update that is not finite or too large is skipped: one with a NaN or infinity in the loss,
+    gradient or statistics of BatchNorm, or a gradient whose L2 norm exceeds `max_grad_norm`.
     The state then keeps its parameters, statistics, averages and optimizer, whose schedule waits;
     the step counts in "skipped_updates" and in no mean.
 
@@ -127,7 +127,7 @@ def make_train_step(
     is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout
     the update equals that of the whole batch. BatchNorm normalises each part by its own statistics;
     its running statistics move once, by the mean over the parts. Dropout and augmentation, which
-    each part has to itself, draw other numbers.
+    each part has to itself, draw other random numbers.
 
     `platform`, "cpu", "gpu" or "tpu", is what the step is for, not what it is compiled on: the
     results are the same but for rounding, what is fast differs.
@@ -171,10 +171,10 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / total["weight"], total["grads"])
         batch_stats = jax.tree.map(lambda s: s / gradient_accumulation, total["batch_stats"])
 
-        # A norm is finite only if every number is.
+        # A norm is finite only if every element is.
         grad_norm, stats_norm = optax.tree.norm(grads), optax.tree.norm(batch_stats)
         finite = jnp.isfinite(total["sums"]["loss"][0]) & jnp.isfinite(stats_norm)
-        sound = finite & (grad_norm <= max_grad_norm)  # false if the norm is NaN
+        accepted = finite & (grad_norm <= max_grad_norm)  # false if the norm is NaN
 
         def updated(state: TrainState) -> TrainState:
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -186,17 +186,17 @@ def make_train_step(
                 params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema
             )
 
-        one = sound.astype(jnp.int32)
+        one = accepted.astype(jnp.int32)
         sums = {**total["sums"], "grad_norm": (grad_norm, one)}
         broken = jnp.sum(batch.get("broken", 0), dtype=jnp.int32)
         counts = {"broken_images": broken, "skipped_updates": 1 - one}
         sums = {
-            **_where(sound, sums, metrics.zeros_like(sums)),
+            **_where(accepted, sums, metrics.zeros_like(sums)),
             **{name: (number, jnp.ones_like(one)) for name, number in counts.items()},
         }
-        return _if(sound, updated, state, platform).replace(
+        return _if(accepted, updated, state, platform).replace(
             step=state.step + 1,
-            skipped=jnp.where(sound, 0, state.skipped + 1),
+            skipped=jnp.where(accepted, 0, state.skipped + 1),
             metrics=metrics.add(state.metrics, sums),
         )
 
@@ -210,7 +210,7 @@ def _where(condition: jax.Array, true: Any, false: Any) -> Any:
 def _if(condition: jax.Array, function: Callable[[Any], Any], tree: Any, platform: str) -> Any:
     """`function(tree)` or, if the condition is false, `tree` as it is.
 
-    A choice of every number costs nothing where it is fused into what computes it, on GPUs and
+    Selecting every element costs nothing where it is fused into what computes it, on GPUs and
     TPUs, where a branch would have to be waited for. On a CPU it keeps XLA from updating the arrays
     in place: ResNet-18's took 46 to 50 instead of 17 ms, and 17 ms in a branch (2 cores, jax
     0.10.2).

@@ -87,7 +87,7 @@ def adam(
 def lamb(
     context: UpdateContext, /, *, b1: BelowOne = 0.9, b2: BelowOne = 0.999, eps: Positive = 1e-6
 ) -> Transforms:
-    """LAMB (You et al. 2020): Adam's step plus the decay, made as long as the layer's parameters.
+    """LAMB (You et al. 2020): Adam's step plus the decay, scaled per layer to the parameters' norm.
 
     As in timm, parameters exempt from weight decay keep Adam's step.
     """
@@ -103,9 +103,9 @@ def lars(
     nesterov: bool = False,
     trust_coefficient: Positive = 0.001,
 ) -> Transforms:
-    """LARS (You et al. 2017): each layer's gradient made trust_coefficient |p| long, then momentum.
+    """LARS (You et al. 2017): each gradient scaled to norm trust_coefficient |p|, then momentum.
 
-    The length is that of the gradient with its weight decay, as in optax. The learning rate comes
+    The norm is that of the gradient with its weight decay, as in optax. The learning rate comes
     after the momentum, as in PyTorch's SGD. Parameters exempt from weight decay are not rescaled.
     """
     trust = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)

@@ -172,10 +172,10 @@ def contents(name: str, path: str) -> tuple[list[str], list[str]]:
     Unlike there, the splits need not have the same classes, nor the classes pictures.
     """
     if name == "folder":
-        from flaxcls.data.folder import contents as look
+        from flaxcls.data.folder import contents as contents_of
     else:
-        from flaxcls.data.listed import contents as look
-    return look(_given(path, "the folder or the list of pictures"))
+        from flaxcls.data.listed import contents as contents_of
+    return contents_of(_given(path, "the folder or the list of pictures"))
 
 
 def _given(path: str, what: str) -> str:

@@ -1,8 +1,8 @@
-"""Looks at data sets and makes them ready; each command says more with --help.
+"""Inspects and prepares data sets; each command says more with --help.
 
 python -m flaxcls.data check    --source=NAME-or-PATH      what is in it, what would break a run
 python -m flaxcls.data prepare  --source=... --out=DIR     writes it with smaller pictures
-python -m flaxcls.data show     --config=FILE --out=PNG    what the network sees
+python -m flaxcls.data preview  --config=FILE --out=PNG    what the network sees
 """
 
 from collections.abc import Sequence

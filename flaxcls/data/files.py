@@ -27,7 +27,7 @@ from flaxcls.runtime.output import printable
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case
 
-# Of pictures that are not read, to be told from other files.
+# Of pictures that are not read, to report them apart from other files.
 NOT_READ = ("avif", "heic", "heif", "jp2", "jxl", "svg", "ico", "psd", "ppm", "pgm", "exr", "hdr")
 NOT_READ += ("arw", "cr2", "cr3", "dng", "nef", "orf", "raf", "rw2")  # of cameras
 
@@ -37,7 +37,7 @@ SPLITS = {name: name for name in ("train", *HELD_OUT)} | {"training": "train", "
 
 
 class Files(NamedTuple):
-    """Files and what they show, of all the splits that were looked at."""
+    """Files and what they show, of all the splits that were listed."""
 
     paths: list[str]  # relative to the source's root, or absolute
     sizes: np.ndarray  # int64 [N], bytes; -1 where not known
@@ -172,9 +172,9 @@ def divide(
     counts = np.bincount(files.labels)
     quotas = np.where(counts > 1, np.round(counts * held_out).clip(1, counts - 1), 0)
     by_class = np.argsort(files.labels[order], kind="stable")
-    place_in_class = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rank_in_class = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
     validation = np.zeros(len(order), bool)
-    validation[by_class] = place_in_class < np.repeat(quotas, counts)
+    validation[by_class] = rank_in_class < np.repeat(quotas, counts)
     return {"train": order[~validation], "validation": order[validation]}
 
 
@@ -189,7 +189,7 @@ def class_labels(
     """The names of the classes by their labels: the sorted ones, or those that are known already.
 
     Args:
-      classes: the names found in each place, by what a sentence calls it; training's comes first.
+      classes: the names found in each split, by what a sentence calls it; training's comes first.
       class_names: the classes of a network that is there; None: it is going to be trained on these.
 
     Raises:
@@ -200,10 +200,10 @@ def class_labels(
         check_classes(classes)
         return sorted(next(iter(classes.values())))
     known = {*class_names}
-    for place, names in classes.items():
+    for where, names in classes.items():
         if unknown := sorted(names - known):
             raise ConfigError(
-                f"class {some_names(unknown)} in {place} is none of the {len(known):,} known "
+                f"class {some_names(unknown)} in {where} is none of the {len(known):,} known "
                 f"classes, which are {some_names(class_names)}"
             )
     return tuple(class_names)
@@ -212,17 +212,17 @@ def class_labels(
 def check_classes(classes: Mapping[str, set[str]]) -> None:
     """Raises a ConfigError unless there are two classes or more, and the same ones everywhere.
 
-    `classes` are the names found in each place, by what a sentence calls it; training's come first.
+    `classes` are the names found in each split, by what a sentence calls it; training's come first.
     """
-    (train_place, train), *others = classes.items()
+    (train_where, train), *others = classes.items()
     if len(train) < 2:
         raise ConfigError(
-            f"{train_place} has a single class, '{min(train)}': a classifier needs two or more"
+            f"{train_where} has a single class, '{min(train)}': a classifier needs two or more"
         )
-    for place, names in others:
+    for where, names in others:
         for only, has, lacks in (
-            (names - train, place, train_place),
-            (train - names, train_place, place),
+            (names - train, where, train_where),
+            (train - names, train_where, where),
         ):
             if only:
                 raise ConfigError(

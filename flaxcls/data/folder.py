@@ -51,8 +51,8 @@ def open_folder(
     split_folders = _split_folders(root, needs_train=to_train)
     folders = split_folders or {"train": root}
     asked = asked_splits(split, folders) if split_folders else ["train"]
-    looked_at = ("train", *asked) if to_train else asked
-    classes = {part: _class_folders(folders[part]) for part in looked_at}
+    listed = ("train", *asked) if to_train else asked
+    classes = {part: _class_folders(folders[part]) for part in listed}
     class_names = class_labels(
         {folders[part]: {*names.values()} for part, names in classes.items()}, class_names
     )
@@ -95,12 +95,12 @@ def open_folder(
 def contents(path: str) -> tuple[list[str], list[str]]:
     """The splits of a folder, and the names of all classes that any of them has, sorted.
 
-    Nothing need fit together, as it must for `open_folder`. ConfigError where there is no such
-    folder or it has no folders in it, DataError where one can't be listed.
+    The splits need not fit together, as they must for `open_folder`. ConfigError where there is no
+    such folder or it has no folders in it, DataError where one can't be listed.
     """
     root = os.path.expanduser(path)
     folders = _split_folders(root, needs_train=True)
-    inside = [_look_into(folder).folders for folder in folders.values()]
+    inside = [_list_folder(folder).folders for folder in folders.values()]
     names = {class_name(name) for names in inside or [_class_folders(root)] for name in names}
     return list(folders) or ["train", "validation"], sorted(names)
 
@@ -116,7 +116,7 @@ def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
             found = "does not exist" if missing else f"can't be reached: {error.strerror}"
         raise ConfigError(f"config.data.path must be a folder of pictures, but {root} {found}")
     names: dict[str, str] = {}
-    subfolders = _look_into(root).folders
+    subfolders = _list_folder(root).folders
     for folder in subfolders:
         split = SPLITS.get(folder.lower())
         if split in names:
@@ -125,7 +125,7 @@ def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
             names[split] = folder
     folders = {split: os.path.join(root, folder) for split, folder in names.items()}
     if len(folders) < len(subfolders):  # a class may be called "train": it has pictures in it
-        return folders if "train" in folders and _look_into(folders["train"]).folders else {}
+        return folders if "train" in folders and _list_folder(folders["train"]).folders else {}
     if folders and "train" not in folders and needs_train:
         raise ConfigError(f"{root} has {', '.join(names.values())} but no train: {_LAYOUT}")
     return folders
@@ -133,7 +133,7 @@ def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
 
 def _class_folders(folder: str) -> dict[str, str]:
     """The class's name by the name of its folder."""
-    subfolders, images, _ = _look_into(folder)
+    subfolders, images, _ = _list_folder(folder)
     if not subfolders:
         found = f"images ({len(images)}) but no class folders" if images else "no class folders"
         raise ConfigError(f"{folder} has {found}: {_LAYOUT}")
@@ -148,11 +148,11 @@ class _Inside(NamedTuple):
     others: list[str]
 
 
-def _look_into(folder: str) -> _Inside:
+def _list_folder(folder: str) -> _Inside:
     inside = _Inside([], [], [])
     for entry, is_folder in visible_entries(folder):
-        place = inside.images if is_picture(entry.name) else inside.others
-        (inside.folders if is_folder else place).append(entry.name)
+        files = inside.images if is_picture(entry.name) else inside.others
+        (inside.folders if is_folder else files).append(entry.name)
     inside.folders.sort()
     return inside
 
@@ -171,12 +171,12 @@ def _ignored(
 ) -> Ignored:
     """The files in the folders of classes that are no images, and all beside these folders.
 
-    What lies beside the folders of splits is told of one split only.
+    What is beside the folders of splits is reported for one split only.
     """
     names = [name for pictures in classes for name in pictures.others]
     misplaced = []
     for folder in sorted({*folders, root} if with_root else {*folders}):
-        inside, here = _look_into(folder), os.path.relpath(folder, root)
+        inside, here = _list_folder(folder), os.path.relpath(folder, root)
         for kind, found in ((misplaced, inside.images), (names, inside.others)):
             kind += [os.path.normpath(os.path.join(here, name)) for name in found]
     pictures = [name for name in names if is_picture(name, NOT_READ)]

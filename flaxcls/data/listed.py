@@ -233,8 +233,8 @@ def _columns(path: str, line: int, names: Collection[str]) -> dict[str, str]:
     called = ", ".join(map(repr, names))
     columns = {}
     for column, known in _COLUMNS.items():
-        exact, alike = ([n for n in names if _plain(n) in some] for some in ((column,), known))
-        found = exact or alike
+        exact, similar = ([n for n in names if _plain(n) in some] for some in ((column,), known))
+        found = exact or similar
         if len(found) > 1:
             raise _bad(
                 path,

@@ -13,7 +13,7 @@ from flaxcls.data.transform import Transform
 from flaxcls.errors import ConfigError, DataError
 
 _CHUNK = 256  # examples that a thread loads at a time
-_SUBSTITUTES = 100  # neighbours tried in place of a broken image
+_SUBSTITUTES = 100  # neighbours tried instead of a broken image
 
 
 class Broken(NamedTuple):
@@ -37,7 +37,7 @@ def check_label(source: Source, index: int, label: int) -> None:
 
 
 class BrokenImages:
-    """The unreadable images of a training split: tells of each once, and when they are too many.
+    """The unreadable images of a training split: reports each once, raises if they are too many.
 
     Args:
       num_examples: of the split.
@@ -50,12 +50,12 @@ class BrokenImages:
         self._known: set[int] = set()
 
     def note(self, broken: Sequence[Broken]) -> None:
-        """Takes notice of some more; DataError when they are more than the share."""
+        """Records some more; DataError when they are more than the share."""
         for index, reason in broken:
             if index in self._known:
                 continue
             self._known.add(index)
-            self._report(f"{reason}; another image takes its place")
+            self._report(f"{reason}; another image replaces it")
             if len(self._known) > self._share * self._num_examples:
                 raise DataError(
                     f"{len(self._known)} of {self._num_examples:,} training images can't be read, "
@@ -114,7 +114,7 @@ class Loader:
         """Loads the examples `indices` int [n] into `images` uint8 [n, H, W, C].
 
         Args:
-          draws: uniform numbers, float [n, self.draws].
+          draws: uniform random numbers, float [n, self.draws].
           substitute: whether an example that can't be read is replaced by the next one that can,
             which depends on nothing but the data.
 
@@ -166,7 +166,7 @@ class Decoded:
 def _different_sizes(source: Source, first: tuple, second: tuple) -> ConfigError:
     return ConfigError(
         f"{source.name} has images of different sizes ({tuple(first)} and {tuple(second)}): "
-        "config.image_size must say what they are made"
+        "set config.image_size to resize them"
     )
 
 
@@ -187,7 +187,7 @@ def materialize(
       transform, size: what makes images of one size, if the source's have several.
       indices: only these examples.
       max_pixels: as in `Loader`.
-      broken: is told about unreadable images, which are replaced then as in `Loader.fill`.
+      broken: records unreadable images, which are replaced then as in `Loader.fill`.
       progress: called as progress(examples done, examples in all), in order.
 
     Returns:

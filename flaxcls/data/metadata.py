@@ -2,7 +2,7 @@
 
 TFDS imports the module of every feature class that features.json names: any code that can be found,
 in the current folder too, would run. Only classes of TFDS itself are let through. And it trusts
-these files to be whole, as other people's disks and downloads do not leave them.
+these files to be intact, which after a download they may not be.
 """
 
 import json

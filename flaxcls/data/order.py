@@ -45,15 +45,15 @@ class Order:
     def batch(self, step: int) -> Batch:
         """Which examples batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epoch, place = np.divmod(positions // self._repeats, self._num_examples)
+        epoch, position = np.divmod(positions // self._repeats, self._num_examples)
         index = np.empty(self.batch_size, np.int32)
         for number in np.unique(epoch):
             chosen = epoch == number
-            index[chosen] = self._permutation(int(number))[place[chosen]]
+            index[chosen] = self._permutation(int(number))[position[chosen]]
         return {"index": index, "epoch": epoch.astype(np.int32)}
 
     def draws(self, step: int, count: int) -> np.ndarray:
-        """Uniform numbers for every place of batch `step`, float64 [B, count] in [0, 1).
+        """Uniform random numbers for every row of batch `step`, float64 [B, count] in [0, 1).
 
         One stretch of Philox's stream, so that a batch costs one call however large it is, and a
         host that needs some rows only finds the same numbers in them. `count` is a multiple of 4,

@@ -42,7 +42,7 @@ class Sizes(NamedTuple):
         later = zip(self.sizes[1:], self.begins[1:], strict=True)
         changes = "".join(f", {size} from step {begin:,} on" for size, begin in later)
         compiled = " (the step is compiled for each)" if changes else ""
-        return f"; images of {self.sizes[0]} pixels a side{changes}{compiled}"
+        return f"; images of {self.sizes[0]} pixels per side{changes}{compiled}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Pipeline:
 
     @property
     def is_resident(self) -> bool:
-        """Whether the split is decoded once and lies on the devices."""
+        """Whether the split is decoded once and kept on the devices."""
         if self.is_changing or self.options.mode != "auto":
             return self.options.mode == "resident" and not self.is_changing
         return len(self.source) * int(np.prod(self.image_shape())) <= RESIDENT_BYTES
@@ -103,8 +103,8 @@ class Pipeline:
     def open(self, report: Callable[[str], None] = print, rows: Rows | None = None) -> Input:
         """The batches, or some `rows` of each; decodes the split now if it is resident.
 
-        `report` is told about broken images of training, which others replace; in evaluation one
-        is an error.
+        `report` gets a sentence about each broken image of training, which another one replaces; in
+        evaluation it is an error.
         """
         broken = progress = None
         if self.order is not None:
@@ -143,7 +143,7 @@ class Pipeline:
 
 
 def statistics(data: Input, as_evaluated: Pipeline) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation a channel of training images, in units of [0, 1].
+    """Mean and standard deviation per channel of training images, in units of [0, 1].
 
     A streamed split is not decoded only for that: SAMPLE of its images, as evaluation would see
     them, stand for it.
@@ -183,12 +183,12 @@ class DatasetSummary(NamedTuple):
 
 
 def summarize(source: Source, count: int = 300) -> DatasetSummary:
-    """Looks at the headers of some pictures; for the recipes that adapt to their data."""
+    """Reads the headers of some pictures; for the recipes that adapt to their data."""
     loader, sides = Loader(source), []
     for index in evenly_spaced(len(source), count):
         try:
             picture = loader.picture(source[index].image, index)
-        except DataError:  # whoever reads it tells
+        except DataError:  # reported when it is read
             continue
         sides.append(min(picture.height, picture.width))
     if not sides:

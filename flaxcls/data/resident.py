@@ -15,7 +15,7 @@ from flaxcls.data.order import Batch, Order, Shapes, batch_shapes, evaluation_ba
 
 
 class Resident:
-    """Batches of a split that lies whole on the device.
+    """Batches of a split that is kept on the devices.
 
     Args:
       images, labels: uint8 [N, H, W, C] and int [N].
@@ -23,7 +23,7 @@ class Resident:
       rows: which rows of a batch of a size are this process's; None: all.
 
     Attributes:
-      arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, to be placed on the devices and
+      arrays: {"image": uint8 [N, H, W, C], "label": int32 [N]}, to be put on the devices and
         given to `gather`.
     """
 
@@ -42,7 +42,7 @@ class Resident:
 
     def batch(self, step: int, offset: int = 0) -> Batch:
         """Which examples training batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
-        return self._mine(self._order.batch(step + offset))
+        return self._local_rows(self._order.batch(step + offset))
 
     def batch_shapes(self, step: int) -> Shapes:
         """The shapes of a step's batch, of the rows of all processes; needs no data."""
@@ -54,9 +54,9 @@ class Resident:
 
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, in order: {"index": int32 [B], "mask": float32 [B]}."""
-        return map(self._mine, evaluation_batches(len(self), batch_size))
+        return map(self._local_rows, evaluation_batches(len(self), batch_size))
 
-    def _mine(self, batch: Batch) -> Batch:
+    def _local_rows(self, batch: Batch) -> Batch:
         return take_rows(batch, self._rows(len(batch["index"])))
 
     def describe(self) -> str:

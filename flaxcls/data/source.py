@@ -201,6 +201,6 @@ def some_names(names: Sequence[str]) -> str:
     return some + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-def fingerprint(**facts: Any) -> str:
-    """16 hex digits of the SHA-256 of JSON facts; key order does not matter."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def fingerprint(**content: Any) -> str:
+    """16 hex digits of the SHA-256 of JSON content; key order does not matter."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

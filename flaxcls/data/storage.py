@@ -57,7 +57,7 @@ def _refuse_others(status: os.stat_result) -> None:
 
 
 def read_picture(path: str | os.PathLike, where: str, max_bytes: int = MAX_BYTES) -> bytes:
-    """A picture's file, whole; what is no file or too large is refused before it is read.
+    """The bytes of a picture's file; what is no file or too large is refused before it is read.
 
     Raises:
       DataError: it can't be read; the sentence begins with `where`.

@@ -16,13 +16,13 @@ from flaxcls.data.loader import BrokenImages, Loader
 from flaxcls.data.order import Batch, Order, Shapes, batch_shapes, evaluation_batches, take_rows
 from flaxcls.data.workers import (
     SHARED_MEMORY,
-    NoRoom,
+    NoSharedMemory,
     Pool,
     Processes,
     Threads,
     Work,
     Workers,
-    room,
+    free_shared_memory,
 )
 from flaxcls.errors import WorkersError
 from flaxcls.runtime.output import say
@@ -31,7 +31,7 @@ RESTARTS = 3  # of the workers of a stream: what kills them more often is no acc
 
 
 def default_workers(read_ahead: int) -> Workers:
-    """A thread a core; from 16 cores on a process for every 8 of them."""
+    """One thread per core; from 16 cores on one process per 8 of them."""
     cores = available_cores()
     if cores < 16:
         return Workers(cores, 0, read_ahead)
@@ -44,14 +44,14 @@ class Stream:
     Args:
       loader: makes an image of an example.
       order: which examples come when; None for a split that is only evaluated.
-      image_size: of the batch of a step, in pixels a side; a constant function mostly.
+      image_size: of the batch of a step, in pixels per side; a constant function mostly.
       workers: who decodes.
       rows: which rows of a batch of a size this process reads; None: all.
-      broken: is told about unreadable images, which are replaced in training by their next
-        neighbour; in evaluation nothing ever is.
+      broken: records unreadable images, which are replaced in training by their next neighbour;
+        in evaluation nothing ever is.
     """
 
-    arrays: Any = {}  # what lies on the devices all the time: nothing
+    arrays: Any = {}  # what is kept on the devices: nothing
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Stream:
         """This process's rows of the training batch `step`, counted from 0.
 
         "image" uint8 [B, H, W, C], "label", "index" and "epoch" int32 [B], and "broken" int32 [B],
-        which is 1 where another example took the place of an unreadable one.
+        which is 1 where another example replaced an unreadable one.
 
         Raises:
           DataError: an image is unreadable, or more are than `broken` allows.
@@ -148,10 +148,10 @@ class Stream:
 
     def _load(self, plans: Iterable, *, substitute: bool) -> Iterator[tuple]:
         """(plan, images, what `Loader.fill` says) of every plan, `read_ahead` of them under way."""
-        ahead: collections.deque[_Ahead] = collections.deque()
+        ahead: collections.deque[_PendingBatch] = collections.deque()
         try:
             for plan, draws, size in plans:
-                ahead.append(_Ahead(plan, draws, self._shape(size), substitute))
+                ahead.append(_PendingBatch(plan, draws, self._shape(size), substitute))
                 self._start(ahead[-1])
                 if len(ahead) > self._workers.read_ahead:
                     yield self._finish(ahead)
@@ -159,10 +159,10 @@ class Stream:
                 yield self._finish(ahead)
         finally:
             for batch in ahead:
-                batch.abandon()
+                batch.cancel()
 
-    def _start(self, batch: "_Ahead") -> None:
-        """Begins the work on a batch, or begins it again with other workers."""
+    def _start(self, batch: "_PendingBatch") -> None:
+        """Starts the work on a batch, or restarts it with other workers."""
         while True:
             try:
                 if self._pool is None:
@@ -170,11 +170,11 @@ class Stream:
                 return batch.start(self._pool)
             except BrokenProcessPool as error:
                 self._restart(self._pool, error)
-            except NoRoom as error:
+            except NoSharedMemory as error:
                 self._use_threads(str(error))
 
-    def _finish(self, ahead: "collections.deque[_Ahead]") -> tuple:
-        """The first batch, which leaves; work that has lost its workers is begun again."""
+    def _finish(self, ahead: "collections.deque[_PendingBatch]") -> tuple:
+        """The first batch, which leaves; work that has lost its workers is restarted."""
         while True:
             if lost := [batch for batch in ahead if batch.pool is not self._pool]:
                 self._start(lost[0])
@@ -187,11 +187,11 @@ class Stream:
                 ahead.popleft()
                 return result
 
-    def _open_pool(self, batch: "_Ahead") -> Pool:
+    def _open_pool(self, batch: "_PendingBatch") -> Pool:
         if self._workers.processes:
             last = int(np.prod(self._shape(self.image_size(2**31))))
             size = len(batch.plan["index"]) * max(int(np.prod(batch.shape)), last)
-            needed, free = (self._workers.read_ahead + 3) * size, room()
+            needed, free = (self._workers.read_ahead + 3) * size, free_shared_memory()
             if needed <= free:
                 return Processes(self.loader, self._workers)
             self._use_threads(f"{needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free")
@@ -209,7 +209,7 @@ class Stream:
         )
 
     def _restart(self, pool: Pool, error: BrokenProcessPool) -> None:
-        """Ends workers one of which has died, so that new ones begin; not too often."""
+        """Ends workers one of which has died, so that new ones start; not too often."""
         if pool is not self._pool:  # done already, for other batches
             return
         self.close()
@@ -217,14 +217,17 @@ class Stream:
         died = "a process that decodes images has died; the system may have run out of memory"
         if self._restarts > RESTARTS:
             raise WorkersError(f"{died}: it is the {self._restarts}th time") from error
-        say(f"flaxcls: {died}: new ones begin ({self._restarts} of {RESTARTS} times)", error=True)
+        say(
+            f"flaxcls: {died}: the workers are restarted ({self._restarts} of {RESTARTS} times)",
+            error=True,
+        )
 
     def _shape(self, size: int | None) -> tuple[int, int, int]:
         height, width, channels = self.loader.source.image_shape
         return (size, size, channels) if self.loader.transform else (height, width, channels)
 
 
-class _Ahead:
+class _PendingBatch:
     """A batch that has been asked for: what it shall be, who works on it, and their work."""
 
     def __init__(self, plan: Batch, draws: np.ndarray, shape: tuple, substitute: bool):
@@ -240,6 +243,6 @@ class _Ahead:
     def finish(self) -> tuple[np.ndarray, tuple]:
         return self._work.finish()
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         if self._work:
-            self._work.abandon()
+            self._work.cancel()

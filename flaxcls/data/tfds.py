@@ -54,7 +54,7 @@ def _data_root(data_dir: str | Path | None) -> epath.Path:
     try:
         return epath.Path(root).expanduser()
     except KeyError as error:
-        raise ConfigError(f"`data_dir` is in an unknown kind of place: {root}") from error
+        raise ConfigError(f"`data_dir` has an unknown URL scheme: {root}") from error
 
 
 def _open_remote(name: str, split: str, root: epath.Path) -> "TfdsSource":
@@ -225,8 +225,8 @@ def _default_config(folder: epath.Path) -> str | None:
     try:
         return dataset_builder.load_default_config_name(folder)
     except (AttributeError, OSError, ValueError) as error:
-        place = folder / ".config/metadata.json"
-        raise DataError(f"{place} is damaged: {_first_line(error)}") from error
+        path = folder / ".config/metadata.json"
+        raise DataError(f"{path} is damaged: {_first_line(error)}") from error
 
 
 def _parse_name(name: str) -> tuple[str, dict[str, Any]]:
@@ -275,7 +275,7 @@ def prepare(name: str, root: Path, others: Iterable[str] = ()) -> None:
 
 
 def check_known(name: str, data_dir: str | Path | None, others: Iterable[str] = ()) -> None:
-    """ConfigError for a name that nothing can be opened by; in the cloud nothing is looked at."""
+    """ConfigError for a name that nothing can be opened by; in the cloud nothing is checked."""
     root = _data_root(data_dir)
     if not is_remote(root) and find_prepared(name, root) is None:
         _check_known(name, root, others)

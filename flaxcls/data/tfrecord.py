@@ -23,7 +23,7 @@ from flaxcls.files import atomic_write
 _LENGTH = struct.Struct("<Q")
 _CHECKSUM = struct.Struct("<I")
 _HEADER, _FOOTER = 12, 4  # bytes around a record's data
-_NPY_HEADER = 128  # bytes before the numbers of a .npy file with one dimension
+_NPY_HEADER = 128  # bytes before the values of a .npy file with one dimension
 
 
 class FilePart(Protocol):
@@ -59,7 +59,7 @@ class TfRecords:
     def verify(self, index: int) -> None:
         """Raises DataError unless the checksums of a record are those of its length and data.
 
-        Reading a record does not look at them.
+        Reading a record does not check them.
         """
         record = self._record(index)
         length, data = record[: _LENGTH.size], record[_HEADER:-_FOOTER]
@@ -113,14 +113,14 @@ def record_offsets(path: str) -> np.ndarray:
     (~/.cache/flaxcls), until the file is written again.
     """
     version = np.array(size_and_version(path))
-    places = _index_places(path)
-    for place in places:
-        offsets = _load_index(place, version)
+    index_paths = _index_paths(path)
+    for index_path in index_paths:
+        offsets = _load_index(index_path, version)
         if offsets is not None:
             return offsets
     offsets = _scan(path, size=int(version[0]))
-    for place in places:
-        if _store_index(place, np.concatenate([version, offsets])):
+    for index_path in index_paths:
+        if _store_index(index_path, np.concatenate([version, offsets])):
             break
     return offsets
 
@@ -141,38 +141,38 @@ def _scan(path: str, size: int) -> np.ndarray:
     return np.array(begins)
 
 
-def _index_places(path: str) -> list[Path]:
+def _index_paths(path: str) -> list[Path]:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxcls"
-    place = path if is_remote(path) else os.path.abspath(path)
-    key = hashlib.sha256(os.fsencode(place)).hexdigest()[:32]
+    absolute = path if is_remote(path) else os.path.abspath(path)
+    key = hashlib.sha256(os.fsencode(absolute)).hexdigest()[:32]
     beside = [] if is_remote(path) else [Path(path).with_name(f".{Path(path).name}.offsets.npy")]
     return [*beside, cache / f"{key}.offsets.npy"]
 
 
-def _load_index(place: Path, version: np.ndarray) -> np.ndarray | None:
+def _load_index(path: Path, version: np.ndarray) -> np.ndarray | None:
     """The offsets in an index file, unless it is missing, broken or of another version."""
     index = _read_array(
-        place, largest=8 * (int(version[0]) // (_HEADER + _FOOTER) + 3) + _NPY_HEADER
+        path, largest=8 * (int(version[0]) // (_HEADER + _FOOTER) + 3) + _NPY_HEADER
     )
     if index is None or not np.array_equal(index[:2], version):
         return None
     offsets = index[2:]
-    sound = (
+    is_valid = (
         len(offsets) > 0
         and offsets[0] == 0
         and offsets[-1] == version[0]
         and np.all(np.diff(offsets) >= _HEADER + _FOOTER)
     )
-    return offsets if sound else None
+    return offsets if is_valid else None
 
 
-def _read_array(place: Path, largest: int) -> np.ndarray | None:
+def _read_array(path: Path, largest: int) -> np.ndarray | None:
     """The int64 [N] in a .npy file of at most `largest` bytes; None if it holds anything else.
 
     np.load would believe a header that claims more than any memory holds.
     """
     try:
-        with open(place, "rb", opener=open_regular) as file:
+        with open(path, "rb", opener=open_regular) as file:
             if os.fstat(file.fileno()).st_size > largest:
                 return None
             content = file.read()
@@ -182,18 +182,18 @@ def _read_array(place: Path, largest: int) -> np.ndarray | None:
         return None
     array = np.frombuffer(content, np.int64, offset=_NPY_HEADER)
     expected = io.BytesIO()
-    facts = np.lib.format.header_data_from_array_1_0(array)
-    np.lib.format.write_array_header_1_0(expected, facts)
+    header = np.lib.format.header_data_from_array_1_0(array)
+    np.lib.format.write_array_header_1_0(expected, header)
     return array if content.startswith(expected.getvalue()) else None
 
 
-def _store_index(place: Path, index: np.ndarray) -> bool:
-    """Writes an index file whole or not at all; False where nothing can be written."""
+def _store_index(path: Path, index: np.ndarray) -> bool:
+    """Writes an index file atomically; False where nothing can be written."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if not place.parent.stat().st_mode & 0o222:  # read-only means that to root, too
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.stat().st_mode & 0o222:  # read-only means that to root, too
             return False
-        with atomic_write(place, shared=True) as file:  # by all processes that read the data
+        with atomic_write(path, shared=True) as file:  # by all processes that read the data
             np.save(file, index)
     except OSError:
         return False

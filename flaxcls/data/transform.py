@@ -118,7 +118,7 @@ class RandomResizedCrop(Transform):
     attempts, then the largest part in the centre whose aspect is allowed.
     """
 
-    draws: ClassVar[int] = 24  # an area and an aspect for ten attempts, a place, and two to spare
+    draws: ClassVar[int] = 24  # area and aspect of ten attempts, a position, and two to spare
     area: Annotated[tuple[float, float], Range(above=0, at_most=1)] = (0.08, 1.0)
     aspect: Annotated[tuple[float, float], Range(0.01, 100)] = (3 / 4, 4 / 3)
 

@@ -34,7 +34,7 @@ class Workers(NamedTuple):
 
 
 class Work:
-    """A batch under way; `release` is called once when nobody waits for its images any more."""
+    """A batch under way; `release` is called once, when its images are no longer needed."""
 
     def __init__(
         self,
@@ -49,10 +49,10 @@ class Work:
             taken, labels, broken = zip(*[part.result() for part in self._parts], strict=True)
             images = self._images()
         finally:
-            self.abandon()
+            self.cancel()
         return images, (np.concatenate(taken), np.concatenate(labels), sum(broken, []))
 
-    def abandon(self) -> None:
+    def cancel(self) -> None:
         for part in self._parts:
             part.cancel()
         release, self._release = self._release, lambda: None
@@ -92,11 +92,11 @@ class Threads:
         self._executor.shutdown(cancel_futures=True)
 
 
-class NoRoom(Exception):
+class NoSharedMemory(Exception):
     """Shared memory can't be had."""
 
 
-def room() -> float:
+def free_shared_memory() -> float:
     """The bytes of shared memory that are free."""
     try:
         status = os.statvfs(SHARED_MEMORY)
@@ -110,7 +110,7 @@ def _share(size: int) -> SharedMemory:
     try:
         memory = SharedMemory(create=True, size=size)
     except OSError as error:
-        raise NoRoom(error.strerror or str(error)) from error
+        raise NoSharedMemory(error.strerror or str(error)) from error
     path = os.path.join(SHARED_MEMORY, memory.name)
     if os.path.exists(path):
         file = os.open(path, os.O_RDWR)
@@ -119,7 +119,7 @@ def _share(size: int) -> SharedMemory:
         except OSError as error:
             memory.close()
             memory.unlink()
-            raise NoRoom(error.strerror) from error
+            raise NoSharedMemory(error.strerror) from error
         finally:
             os.close(file)
     return memory

@@ -1,8 +1,8 @@
-"""Writes a TFDS data set of ArrayRecord files whole or not at all, and goes on after interruptions.
+"""Writes a TFDS data set of ArrayRecord files atomically, and resumes after interruptions.
 
 While a data set DIR/NAME is written, everything is in the hidden folder DIR/.NAME.incomplete:
 
-    begun.json       what is being written; if that is something else, it is begun anew
+    begun.json       what is being written; if that is something else, it starts from scratch
     shards/*.json    what became of the pictures of every shard that is complete
     NAME/1.0.0/      the data set, its metadata last; renamed to DIR/NAME when it is complete
 """
@@ -22,7 +22,7 @@ from flaxcls.runtime.progress import progress
 from flaxcls.runtime.read_ahead import in_order
 
 VERSION = "1.0.0"
-FACTS = "prepared.json"  # beside the data: of what they were made, and how
+METADATA = "prepared.json"  # beside the data: of what they were made, and how
 _CHUNK = 8  # examples that a thread makes at a time
 
 
@@ -43,12 +43,12 @@ class Tally:
 _FIELDS = dataclasses.fields(Tally)
 
 
-def is_complete(target: Path, facts: Mapping[str, Any]) -> bool:
+def is_complete(target: Path, metadata: Mapping[str, Any]) -> bool:
     """Whether the data set is there already; ConfigError if something else is."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    found = _read_json(target / VERSION / FACTS)
-    if {key: found.get(key) for key in facts} != facts:
+    found = _read_json(target / VERSION / METADATA)
+    if {key: found.get(key) for key in metadata} != metadata:
         raise ConfigError(
             f"{target} exists and is not what this command would write: choose another --name or "
             "--out, or remove it"
@@ -71,16 +71,16 @@ class DatasetWriter:
 
     Args:
       target: the data set's folder, DIR/NAME.
-      facts: what makes the data set what it is, as JSON takes it. What an interrupted process left
-        is used only if its facts were the same.
+      metadata: what the data set is made of, and how, as JSON takes it. What an interrupted process
+        left is used only if its metadata were the same.
 
     Raises:
       ConfigError: another process is writing it.
       OSError: it can't be written.
     """
 
-    def __init__(self, target: Path, facts: dict[str, Any]):
-        self._target, self._facts = target, facts
+    def __init__(self, target: Path, metadata: dict[str, Any]):
+        self._target, self._metadata = target, metadata
         self._staging = _staging(target)
         self._folder = self._staging / target.name / VERSION
         self._lock = -1
@@ -101,11 +101,11 @@ class DatasetWriter:
 
     def _begin(self) -> None:
         begun = self._staging / "begun.json"
-        if _read_json(begun) != self._facts:
+        if _read_json(begun) != self._metadata:
             begun.unlink(missing_ok=True)  # first: what is left of the rest is not to be used
             for child in self._staging.iterdir():
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
-            write_json(begun, self._facts, fsync=True)
+            write_json(begun, self._metadata, fsync=True)
         (self._staging / "shards").mkdir(exist_ok=True)
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -177,7 +177,7 @@ class DatasetWriter:
         image_shape: tuple[int | None, int | None, int],
         description: str,
     ) -> None:
-        """Writes the metadata, looks whether all can be read, and makes it the data set."""
+        """Writes the metadata, checks that all can be read, and makes it the data set."""
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.splits import SplitInfo
 
@@ -212,8 +212,8 @@ class DatasetWriter:
             description=description,
         )
         left_out = {split: sum(parts, Tally()).left_out for split, parts in tallies.items()}
-        facts = {**self._facts, "left_out": left_out}
-        write_json(self._folder / FACTS, facts, fsync=True)
+        metadata = {**self._metadata, "left_out": left_out}
+        write_json(self._folder / METADATA, metadata, fsync=True)
         for split in tallies:
             source = TfdsSource(self._target.name, split, self._folder)  # counts the records
             if list(source.class_names) != list(class_names):

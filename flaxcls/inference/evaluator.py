@@ -29,7 +29,7 @@ class Evaluator:
       loss: what the metric "loss" is the mean of.
       data: every example once, as a Pipeline without an order opens it.
       batch_size: examples at a time; rounded up to a multiple of the devices.
-      mean, std: the run's normalisation, one number a channel.
+      mean, std: the run's normalisation, one number per channel.
       objective: the loss that is trained for, if it is another one; then a metric too.
     """
 
@@ -53,14 +53,14 @@ class Evaluator:
         def eval_step(variables, sums, data, batch):
             return step(variables, sums, gather(data, batch))
 
-        place = sharding.everywhere(mesh)
-        self._step = jax.jit(eval_step, donate_argnums=1, out_shardings=place)
+        replicated = sharding.everywhere(mesh)
+        self._step = jax.jit(eval_step, donate_argnums=1, out_shardings=replicated)
 
         def zeros():
             sums = zero_metrics(network.num_classes)
             return {**sums, "objective": sums["loss"]} if objective else sums
 
-        self._zeros = jax.jit(zeros, out_shardings=place)
+        self._zeros = jax.jit(zeros, out_shardings=replicated)
 
     def __call__(
         self, variables: Any, alive: Callable[[], None] = lambda: None
@@ -104,7 +104,7 @@ def evaluate_run(
       workdir: the run's folder.
       split: as in TFDS; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
-      data_dir: where the data lies now, what config.data.path or .dir was; None: as in the run.
+      data_dir: where the data is now, what config.data.path or .dir was; None: as in the run.
 
     Returns the step, the split and the metrics: those of the parameters as "eval" and those of
     their average, where the run kept one, as "ema".

@@ -16,7 +16,7 @@ class RestoredRun(NamedTuple):
     """A checkpoint of a run, ready to be used.
 
     `variables` are the parameters and batch statistics, and `ema` their average or {}, on the
-    devices of `mesh`; `metadata` is what the checkpoint tells besides, and `experiment` what the
+    devices of `mesh`; `metadata` is what the checkpoint holds besides, and `experiment` what the
     run's config means.
     """
 

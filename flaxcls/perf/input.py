@@ -40,7 +40,7 @@ def bench_input(experiment: Experiment, effort: Effort, busy: float) -> Figures:
         indices = evenly_spaced(len(source), 200)
         return {
             **_parts_of_input(stream, indices, size, mesh, experiment.batch_size),
-            **_input_as_a_whole(stream, mesh, experiment.batch_size, effort, busy),
+            **_end_to_end(stream, mesh, experiment.batch_size, effort, busy),
         }
 
 
@@ -68,7 +68,7 @@ def _parts_of_input(
     }
 
 
-def _input_as_a_whole(
+def _end_to_end(
     stream: Stream, mesh: Mesh, batch_size: int, effort: Effort, busy: float
 ) -> Figures:
 
@@ -91,7 +91,7 @@ def _input_as_a_whole(
         rate = statistics.median(rates)
         per_core = rate / available_cores()
         write_result(
-            f"that is {per_core:,.0f} images/s a core\n"
+            f"that is {per_core:,.0f} images/s per core\n"
             f"peak memory of the process: {peaks[0]:,.0f} MiB after {effort.steps:,} batches, "
             f"{peaks[-1]:,.0f} MiB after {effort.steps * len(peaks):,}"
         )
@@ -114,7 +114,7 @@ def _stages(stream: Stream, indices: Sequence[int], size: int | None) -> dict[st
     draws = [0.5] * loader.draws
 
     class TimedPicture:
-        """A picture that tells how long its pixels took."""
+        """A picture that times its decoding."""
 
         def __init__(self, picture: Any):
             self._picture, self.height, self.width = picture, picture.height, picture.width

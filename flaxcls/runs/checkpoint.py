@@ -1,13 +1,13 @@
-"""Checkpoints of a run, saved in the background; what knows Orbax is here and in the reader.
+"""Checkpoints of a run, saved in the background; only this module and the reader use Orbax.
 
-A checkpoint holds the whole training state and, as JSON, all else that using or resuming it needs:
-the resolved config, class names, normalisation, best metrics so far. What is promised:
+A checkpoint holds the training state and, as JSON, the metadata that using or resuming it needs:
+the resolved config, class names, normalisation, best metrics so far. Guarantees:
 
-- A step is there whole or not at all. Orbax writes it into a temporary folder; when all files are
-  there a manifest of their digests is added, all is flushed to the disk, and the folder is renamed.
+- A step is saved atomically. Orbax writes it into a temporary folder; when all files are there a
+  manifest of their digests is added, all is flushed to the disk, and the folder is renamed.
 - Nothing is restored that is not what was saved (see `checkpoint_reader`).
 - An older step is deleted only when the newer one is complete.
-- What could not be saved is told in one sentence, and saving can be tried again.
+- A save that fails is reported in one sentence, and can be tried again.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Checkpoints(CheckpointReader):
     """The checkpoints in one folder, which all processes share; all of them make the same calls.
 
     Args:
-      directory: where they lie, one folder a step; made when the first one is saved.
+      directory: holds one folder per step; made when the first one is saved.
       keep: how many of the newest are kept; the best one is kept besides.
     """
 
@@ -62,7 +62,7 @@ class Checkpoints(CheckpointReader):
         super().__init__(directory)
         self._policy = _NewestAndBest(keep)
         self._saving: int | None = None  # the step whose saving began last
-        self._failure: CheckpointError | None = None  # of that step, until it is told
+        self._failure: CheckpointError | None = None  # of that step, until it is reported
         self._bytes = 0  # of the step that was written last
         self._manager = self._open()
 
@@ -73,14 +73,14 @@ class Checkpoints(CheckpointReader):
 
         Raises CheckpointError, and saves nothing, if the folder can't be written, the disk is too
         full, or the previous save failed in the background, which neither `wait` nor `failure` has
-        told yet.
+        reported yet.
         """
-        failure = self._told_failure()
+        failure = self._take_failure()
         if not failure and processes.is_first():
             failure = self._obstacle(step, state)
-        for told in processes.gather(str(failure or "")):
-            if told:
-                raise CheckpointError(told) from failure
+        for message in processes.gather(str(failure or "")):
+            if message:
+                raise CheckpointError(message) from failure
         self._policy.best_step = metadata["progress"]["best"].get("step")
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(metadata)
@@ -98,16 +98,16 @@ class Checkpoints(CheckpointReader):
     def failure(self) -> CheckpointError | None:
         """What went wrong with the last save, if that is known by now; never waits.
 
-        A failure is told once: here, or raised by `wait` or the next `save`. The processes need
+        A failure is reported once: here, or raised by `wait` or the next `save`. The processes need
         not learn of it at the same time.
         """
         if self._manager.is_saving_in_progress():
             return None
-        return self._told_failure()
+        return self._take_failure()
 
     def wait(self) -> None:
         """Returns when everything is saved; raises CheckpointError if it could not be."""
-        if failure := self._told_failure():
+        if failure := self._take_failure():
             raise failure
 
     def close(self) -> None:
@@ -124,12 +124,12 @@ class Checkpoints(CheckpointReader):
         self.close()
 
     def settle(self) -> None:
-        """Waits for the save under way, whose failure is told later; all is to be verified anew."""
+        """Waits for the save under way, whose failure is reported later; all is verified again."""
         self._finish()
         self._has_manifest.clear()
 
     def reload(self) -> None:
-        """Looks anew at what is on the disk, after others have changed it."""
+        """Reads again what is on the disk, after others have changed it."""
         self._reopen()
 
     # Saving.
@@ -150,8 +150,8 @@ class Checkpoints(CheckpointReader):
         )
 
     def _reopen(self) -> None:
-        """Begins again with what is on the disk, after a failure or a change by others."""
-        with contextlib.suppress(Exception):  # told already
+        """Reopens what is on the disk, after a failure or a change by others."""
+        with contextlib.suppress(Exception):  # reported already
             self._manager.close()
         self._remove_unfinished()
         self._has_manifest.clear()
@@ -166,7 +166,7 @@ class Checkpoints(CheckpointReader):
             self._failure.__cause__ = error
             self._reopen()
 
-    def _told_failure(self) -> CheckpointError | None:
+    def _take_failure(self) -> CheckpointError | None:
         self._finish()
         failure, self._failure = self._failure, None
         return failure
@@ -202,9 +202,9 @@ class Checkpoints(CheckpointReader):
 
 
 def _ignore_late_writes(unraisable: Any) -> None:
-    """Prints an exception that nobody can handle, but not what follows from a save that failed.
+    """Prints an unraisable exception, but not what follows from a save that failed.
 
-    TensorStore then tells the other writes, begun already, to an event loop that Orbax has closed.
+    TensorStore then reports the other writes, already begun, to an event loop that Orbax closed.
     """
     if str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)

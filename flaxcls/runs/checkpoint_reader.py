@@ -1,4 +1,4 @@
-"""Checkpoints of a run as those read them who do not train it, which may be going on meanwhile.
+"""Reads the checkpoints of a run, which may still be training.
 
 Nothing is restored that is not what was saved: digests, the arrays' names, shapes and dtypes are
 checked first. Steps saved before there were manifests are restored without that check.
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @functools.cache
 def _quiet_orbax() -> None:
-    """What Orbax logs of a failure is told in a sentence here; from the first call on.
+    """Silences what Orbax logs of a failure, which flaxcls reports; from the first call on.
 
     It has a long traceback for each of its threads and each write that it has begun or not.
     """
@@ -57,10 +57,10 @@ class CheckpointMismatch(ConfigError):
 
 
 class CheckpointReader:
-    """The checkpoints in a folder, one folder a step; changes nothing there.
+    """The checkpoints in a folder, one folder per step; changes nothing there.
 
     Args:
-      directory: where they lie.
+      directory: of the checkpoints.
     """
 
     def __init__(self, directory: Path):
@@ -98,8 +98,8 @@ class CheckpointReader:
     def read(self, which: str, restore: Callable[[int], T]) -> tuple[int, T]:
         """The step that `which` means, as in `find`, and what `restore(step)` reads of it.
 
-        A run that goes on deletes older steps. If that happens to this one before it is read, the
-        newest or the best one, which is another one then, is read in its place.
+        A run that is still training deletes older steps. If that happens to this one before it is
+        read, the newest or the best one, which is another one then, is read instead.
         """
         for _ in range(TRIES):
             seen = self.steps()
@@ -112,11 +112,11 @@ class CheckpointReader:
             self._has_manifest.clear()
         raise CheckpointError(
             f"no checkpoint in {self._directory} is kept for long enough to be read: a larger "
-            "config.checkpoint.keep or config.checkpoint.every would do"
+            "config.checkpoint.keep or config.checkpoint.every would help"
         )
 
     def _is_changing(self, which: str, seen: list[int]) -> bool:
-        """Whether the run goes on: the step that `which` means is deleted, or is another one now.
+        """Whether the run is still training: the step of `which` is deleted, or another one now.
 
         It has a newer step before it deletes an older one.
         """
@@ -129,7 +129,7 @@ class CheckpointReader:
         return False
 
     def newest_metadata(self) -> tuple[int, dict[str, Any]]:
-        """The newest step that is whole, and its metadata; ConfigError if there is none."""
+        """The newest intact step, and its metadata; ConfigError if there is none."""
         for step in reversed(self.steps()):
             with contextlib.suppress(CheckpointError):
                 return step, self.metadata(step)
@@ -141,7 +141,7 @@ class CheckpointReader:
         return self._metadata(step)
 
     def state(self, step: int, shapes: Any, shardings: Any) -> Any:
-        """The arrays of a checkpoint that `shapes` names, placed as `shardings` says.
+        """The arrays of a checkpoint that `shapes` names, sharded as `shardings` says.
 
         `shapes` may be a part of what was saved, such as the parameters without the optimizer.
         Raises Damaged if a file of the checkpoint is, and ConfigError if an array is not there or
@@ -154,7 +154,7 @@ class CheckpointReader:
     def state_and_metadata(
         self, step: int, shapes: Any, shardings: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """The whole of a checkpoint, unchecked; Damaged if it can't be read."""
+        """All of a checkpoint, unverified; Damaged if it can't be read."""
         return self._state(step, shapes, shardings), self._metadata(step)
 
     def _metadata(self, step: int) -> dict[str, Any]:
@@ -179,8 +179,8 @@ class CheckpointReader:
                 raise Damaged(f"the checkpoint of step {step} is damaged: {error}") from error
         return self._has_manifest[step]
 
-    def compare(self, step: int, shapes: Any, whole: bool = False) -> None:
-        """Raises CheckpointMismatch unless a step has the arrays of `shapes`, if `whole` no others.
+    def compare(self, step: int, shapes: Any, exact: bool = False) -> None:
+        """Raises CheckpointMismatch unless a step has the arrays of `shapes`, if `exact` no others.
 
         Orbax itself casts silently to another dtype.
         """
@@ -188,16 +188,16 @@ class CheckpointReader:
             folder = self.folder(step) / "state"
             saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
         saved, expected = _arrays(saved), _arrays(shapes)
-        names = [*expected, *(sorted(saved.keys() - expected.keys()) if whole else ())]
+        names = [*expected, *(sorted(saved.keys() - expected.keys()) if exact else ())]
         for name in names:
             if saved.get(name) != expected.get(name):
                 raise CheckpointMismatch(
-                    f"the checkpoint of step {step} is from other code: {name} is "
+                    f"the checkpoint of step {step} does not match: {name} is "
                     f"{saved.get(name, 'not there')} and should be {expected.get(name, 'absent')}"
                 )
 
     def folder(self, step: int) -> Path:
-        """Where a step lies."""
+        """The folder of a step."""
         return self._directory / str(step)
 
     @contextlib.contextmanager
@@ -213,7 +213,7 @@ class CheckpointReader:
         except Exception as error:
             if self._has_manifest.get(step):
                 raise CheckpointError(
-                    f"the checkpoint of step {step} is whole but can't be read: {cause_of(error)}"
+                    f"the checkpoint of step {step} is intact but can't be read: {cause_of(error)}"
                 ) from error
             raise Damaged(
                 f"the checkpoint of step {step} is damaged: it can't be read: {cause_of(error)}"

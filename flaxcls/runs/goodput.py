@@ -31,13 +31,13 @@ NAMES = {  # as a sentence says them
     "lost": "lost",
     "down": "down",
 }
-_ENDLESS = 1e11  # seconds: more than since 1970, some 3,000 years
+_MOST_SECONDS = 1e11  # seconds: more than since 1970, some 3,000 years
 
 
 class Goodput:
     """A clock that always runs, in one category at a time; at first in "startup".
 
-    The devices work on while Python goes on: `lap`, and any stretch other than "step" and
+    The devices compute while Python runs ahead: `lap`, and any stretch other than "step" and
     "data_wait", must begin when they are known to have finished.
 
     Args:
@@ -53,9 +53,9 @@ class Goodput:
         self._begin_lap()
 
     def resume(self, path: Path | None, saved: Mapping[str, float] | float) -> None:
-        """Counts on from a checkpoint's `totals`, {} where there is none yet.
+        """Continues from a checkpoint's `totals`, {} where there is none yet.
 
-        What earlier processes spent beyond it, as goodput.json tells, is lost.
+        What earlier processes spent beyond it, as goodput.json says, is lost.
 
         Args:
           path: of goodput.json; None to read and write none, as all processes but the first do.
@@ -64,7 +64,7 @@ class Goodput:
         self._path = path
         saved, earlier, mine = _totals(saved), _read(path), self.totals
         began = time.time() - sum(mine.values())
-        self._totals = _go_back(saved, earlier.seconds)
+        self._totals = _rolled_back(saved, earlier.seconds)
         self._totals["down"] += max(0.0, began - earlier.last_sign_of_life)
         for category, seconds in mine.items():
             self._totals[category] += seconds
@@ -73,8 +73,8 @@ class Goodput:
         self._begin_lap()
 
     def roll_back(self, saved: Mapping[str, float] | float) -> None:
-        """Counts on from an earlier checkpoint's `totals`; what was spent since then is lost."""
-        self._totals = _go_back(_totals(saved), self.totals)
+        """Continues from an earlier checkpoint's `totals`; what was spent since then is lost."""
+        self._totals = _rolled_back(_totals(saved), self.totals)
         self._begin_lap()
 
     @contextlib.contextmanager
@@ -99,7 +99,7 @@ class Goodput:
         return dict(self._totals)
 
     def lap(self, steps: int) -> tuple[float, float]:
-        """Ends a stretch of `steps` steps: its steps a second and share of time spent waiting."""
+        """Ends a stretch of `steps` steps: its steps per second and share of time spent waiting."""
         before = self._lap
         self._begin_lap()
         return _rate(steps, {name: self._lap[name] - before[name] for name in self._lap})
@@ -170,19 +170,19 @@ class _File(NamedTuple):
 
 
 def _read(path: Path | None) -> _File:
-    """What an earlier process wrote, as far as it can be used: nobody's run depends on it."""
+    """What an earlier process wrote, as far as it can be used: no run depends on it."""
     try:
         content = read_json(path) if path else {}
         seconds = _totals(content["seconds"])
         found = _File(seconds, int(content["restarts"]), float(content["last_sign_of_life"]))
-        if all(0 <= number < _ENDLESS for number in (*seconds.values(), *found[1:])):
+        if all(0 <= number < _MOST_SECONDS for number in (*seconds.values(), *found[1:])):
             return found
     except (ConfigError, ValueError, TypeError, KeyError, AttributeError, OverflowError):
         pass
     return _File(_totals({}))
 
 
-def _go_back(saved: dict[str, float], spent: dict[str, float]) -> dict[str, float]:
+def _rolled_back(saved: dict[str, float], spent: dict[str, float]) -> dict[str, float]:
     """The totals of a checkpoint when `spent` had been spent: the rest is "lost", save "down"."""
     down = max(saved["down"], spent["down"])
     beyond = sum(spent.values()) - spent["down"] - (sum(saved.values()) - saved["down"])
@@ -198,7 +198,7 @@ def _totals(saved: Mapping[str, float] | Any) -> dict[str, float]:
 
 
 def _rate(steps: int, seconds: Mapping[str, float]) -> tuple[float, float]:
-    """Steps a second, and the share of the time that waited for data."""
+    """Steps per second, and the share of the time that waited for data."""
     training = seconds["step"] + seconds["data_wait"]
     return (steps / training, seconds["data_wait"] / training) if training else (0.0, 0.0)
 

@@ -1,7 +1,7 @@
 """Digests of the files of a folder, with which damage is found before the files are used.
 
 manifest.json names every file below its folder with its size in bytes and its SHA-256, which
-finds what a file system does not tell: a flipped bit, a file that is cut off, missing or foreign.
+finds what a file system does not detect: a flipped bit, a file that is cut off, missing or foreign.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ class Damaged(CheckpointError):
     """A folder is not what was written; the sentence names the file and what is wrong with it."""
 
 
-def write(folder: Path, leave_out: Collection[str] = ()) -> int:
-    """Writes manifest.json, whole or not at all, and returns the bytes of the files it lists.
+def write(folder: Path, exclude: Collection[str] = ()) -> int:
+    """Writes manifest.json, atomically, and returns the bytes of the files it lists.
 
-    The files are flushed to the disk, so that who finds a manifest finds the files as well.
+    The files are flushed to the disk, so that where there is a manifest the files are complete.
 
     Args:
       folder: has files, at any depth, and no symbolic links (else Damaged).
-      leave_out: files, by their path in `folder`, that are still going to change.
+      exclude: files, by their path in `folder`, that are still going to change.
     """
     sizes = _sizes(folder)
     files = {}
-    for name in sorted(sizes.keys() - set(leave_out) - {NAME, f"{NAME}.tmp"}):
+    for name in sorted(sizes.keys() - set(exclude) - {NAME, f"{NAME}.tmp"}):
         with (folder / name).open("rb+") as file:
             os.fsync(file.fileno())
             files[name] = {"size": sizes[name], "sha256": _digest(file)}
@@ -41,11 +41,11 @@ def write(folder: Path, leave_out: Collection[str] = ()) -> int:
     return sum(entry["size"] for entry in files.values())
 
 
-def verify(folder: Path, leave_out: Collection[str] = ()) -> bool:
+def verify(folder: Path, exclude: Collection[str] = ()) -> bool:
     """True if all files are as manifest.json has them, False if there is none; raises Damaged.
 
     A symbolic link, and a folder without files, are damage with a manifest or without.
-    `leave_out` may be there, whatever they hold.
+    `exclude` may be there, whatever they hold.
     """
     sizes = _sizes(folder)
     if NAME not in sizes:
@@ -57,7 +57,7 @@ def verify(folder: Path, leave_out: Collection[str] = ()) -> bool:
             raise Damaged(f"{NAME} lists {name}, which is outside of the folder")
         if name not in sizes:
             raise Damaged(f"{name} is missing")
-    for name in sorted(sizes.keys() - set(leave_out) - {NAME}):
+    for name in sorted(sizes.keys() - set(exclude) - {NAME}):
         if name not in listed:
             raise Damaged(f"{name} is not in {NAME}")
         size, digest = listed[name]

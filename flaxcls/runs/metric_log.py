@@ -1,4 +1,4 @@
-"""What a run tells while it goes: the terminal, metrics.jsonl, TensorBoard and trackers."""
+"""What a run logs while it trains: the terminal, metrics.jsonl, TensorBoard and trackers."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ from flaxcls.files import atomic_write
 from flaxcls.runs.trackers import Trackers
 from flaxcls.runtime.output import Guarded, printable_lines
 
-FIRST_LINE_SECONDS = 3  # of steps, from which the rest can be told
+FIRST_LINE_SECONDS = 3  # of steps, from which the rest is estimated
 
 
 class MetricLog:
@@ -36,7 +36,7 @@ class MetricLog:
 
     Rows of `metrics.jsonl` hold nothing that depends on the clock, so that the file of a resumed
     run is byte for byte that of one that was never interrupted. Rows after `start_step`, from which
-    the run goes on, are cut off.
+    the run resumes, are dropped.
     """
 
     def __init__(self, workdir: Path | None, start_step: int, total_steps: int, batch_size: int):
@@ -76,7 +76,7 @@ class MetricLog:
             self._trackers = Trackers(services, self._workdir, config, self.say)
 
     def cut(self, step: int) -> None:
-        """Forgets what came after a step, to which the run has gone back."""
+        """Drops the rows after a step, to which the run was rolled back."""
         self._file.close()
         self._open(step)
 
@@ -90,7 +90,7 @@ class MetricLog:
                     lost = len(lines) - number + 1
                     self.say(
                         f"{self._path}, line {number} is damaged: it and what comes after it, "
-                        f"{lost} line{'s' * (lost > 1)}, is left out"
+                        f"{lost} line{'s' * (lost > 1)}, is dropped"
                     )
                 break
             if step <= start_step:
@@ -130,7 +130,7 @@ class MetricLog:
             )
 
     def _remaining(self, step: int) -> float:
-        """Seconds, if all goes on as since the loop began, evaluations and saves included."""
+        """Seconds, at the pace since the loop began, evaluations and saves included."""
         elapsed = time.perf_counter() - self._began
         return (self._total_steps - step) * elapsed / max(step - self._begin, 1)
 
@@ -150,7 +150,7 @@ class MetricLog:
             f"ETA {_clock(self._remaining(step))}"
         )
         if row.get("skipped_updates"):
-            line += f"  {row['skipped_updates']} updates left out"
+            line += f"  {row['skipped_updates']} updates skipped"
         if self._live:
             self._live.update(Text(line))
         else:
@@ -202,7 +202,7 @@ class MetricLog:
 
 
 class _Board:
-    """TensorBoard's files in a folder, or none; what can't be written is left out there.
+    """TensorBoard's files in a folder, or none; what can't be written is dropped.
 
     A SummaryWriter writes in a thread, which a full disk would end, and the run would wait for it.
     """
@@ -211,19 +211,19 @@ class _Board:
         self._folder, self._writer = folder, None
 
     def open(self, step: int) -> None:
-        """Begins with a step; TensorBoard forgets what was written of it and later ones before."""
+        """Starts a file at a step; TensorBoard drops what earlier ones have of it and later."""
         self.close()
         if self._folder is None:
             return
         with self._trying():
             self._folder.mkdir(parents=True, exist_ok=True)
-            # Two beginnings in a second: a name of its own for each.
+            # Two starts within a second: a name of its own for each.
             suffix = f".{os.getpid()}.{time.monotonic_ns()}"
             self._writer = EventsWriter(str(self._folder / "events"), suffix)
             self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Notes numbers by their names; not those that are NaN, the mean of nothing."""
+        """Writes scalars by name, except those that are NaN, the mean of nothing."""
         if self._writer is None:
             self.open(step)
         if self._writer is not None:

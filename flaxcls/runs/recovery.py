@@ -1,4 +1,4 @@
-"""Going on after whatever has happened: from the newest checkpoint that is whole."""
+"""Resuming after any failure, from the newest intact checkpoint."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +14,14 @@ from flaxcls.runtime import processes
 def restore_newest(
     checkpoints: Checkpoints, shapes: Any, shardings: Any, say: Callable[[str], None]
 ) -> tuple[int, Any, dict[str, Any]] | None:
-    """The newest step that is whole, its state and its metadata; None if there is none.
+    """The newest intact step, its state and its metadata; None if there is none.
 
     Steps that are damaged, or whose arrays are not those of `shapes`, are moved to the folder
     quarantine beside the checkpoints, and `say` gets a sentence for each, in the first process.
     Raises CheckpointMismatch, and moves nothing, if none is left because of their arrays.
     """
     checkpoints.settle()
-    passed: list[tuple[int, Damaged | CheckpointMismatch]] = []
+    rejected: list[tuple[int, Damaged | CheckpointMismatch]] = []
     found = None
     steps = checkpoints.steps()
     while not found and (step := processes.agree(steps.pop() if steps else -1)) >= 0:
@@ -29,20 +29,20 @@ def restore_newest(
             _inspect(checkpoints, step, shapes)
             found = step, *_restore(checkpoints, step, shapes, shardings)
         except (Damaged, CheckpointMismatch) as error:
-            passed.append((step, error))
-    other_code = [error for _, error in passed if isinstance(error, CheckpointMismatch)]
-    if other_code and not found:
-        raise other_code[0]
+            rejected.append((step, error))
+    mismatches = [error for _, error in rejected if isinstance(error, CheckpointMismatch)]
+    if mismatches and not found:
+        raise mismatches[0]
 
     if processes.is_first():
-        for step, error in passed:
+        for step, error in rejected:
             say(f"{error}; it is moved to {_quarantine(checkpoints.folder(step))}")
-        if passed and not found:
-            say("no checkpoint is left: the run begins anew")
+        if rejected and not found:
+            say("no checkpoint is left: the run starts from scratch")
         if found and not checkpoints.verify(found[0]):
             say(f"the checkpoint of step {found[0]} has no manifest: it is used unchecked")
-    if passed:
-        processes.agree(0)  # all are moved before anyone looks again
+    if rejected:
+        processes.agree(0)  # all are moved before any process looks again
         checkpoints.reload()
     return found
 
@@ -53,10 +53,10 @@ def _inspect(checkpoints: Checkpoints, step: int, shapes: Any) -> None:
     if processes.is_first():
         try:
             checkpoints.verify(step)
-            checkpoints.compare(step, shapes, whole=True)
+            checkpoints.compare(step, shapes, exact=True)
         except (Damaged, CheckpointMismatch) as error:
             problem = error
-    _raise_together(problem)
+    _raise_in_all(problem)
 
 
 def _restore(
@@ -68,16 +68,16 @@ def _restore(
         restored = checkpoints.state_and_metadata(step, shapes, shardings)
     except Damaged as error:
         problem = error
-    _raise_together(problem)
+    _raise_in_all(problem)
     return restored
 
 
-def _raise_together(problem: Damaged | CheckpointMismatch | None) -> None:
+def _raise_in_all(problem: Damaged | CheckpointMismatch | None) -> None:
     """Raises a problem that any process has in all of them, so that they all go the same way."""
     kinds = {kind.__name__: kind for kind in (Damaged, CheckpointMismatch)}
-    for told in processes.gather(f"{type(problem).__name__} {problem}" if problem else ""):
-        if told:
-            kind, _, sentence = told.partition(" ")
+    for message in processes.gather(f"{type(problem).__name__} {problem}" if problem else ""):
+        if message:
+            kind, _, sentence = message.partition(" ")
             raise kinds[kind](sentence)
 
 

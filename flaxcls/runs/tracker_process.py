@@ -77,7 +77,7 @@ class Mlflow:
 
     def __init__(self, run: Mapping[str, Any]):
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; else minutes pass
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # before a failure is told
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # before a request fails
         if not os.environ.get("MLFLOW_TRACKING_URI") and not importlib.util.find_spec("sqlalchemy"):
             # MLflow's default, a database in a file, is not part of mlflow-skinny.
             raise OSError("set MLFLOW_TRACKING_URI, such as http://HOST:5000")
@@ -125,8 +125,8 @@ SERVICES: dict[str, type[Service]] = {"wandb": Wandb, "mlflow": Mlflow}
 class Retried:
     """A service that may be out of reach: rows are kept, and it is tried again now and then."""
 
-    def __init__(self, run: Mapping[str, Any], tell: Callable[[str], None]):
-        self._run, self._tell, self._has_told = run, tell, False
+    def __init__(self, run: Mapping[str, Any], say: Callable[[str], None]):
+        self._run, self._say, self._has_warned = run, say, False
         self._service: Service | None = None
         self._pending: collections.deque[Row] = collections.deque(maxlen=MOST_PENDING)
         self._next_try = 0.0
@@ -151,15 +151,15 @@ class Retried:
             if self._service is None:
                 self._service = SERVICES[self._run["service"]](self._run)
                 if self._service.url:
-                    self._tell(f"{self._run['service']}: {self._service.url}")
+                    self._say(f"{self._run['service']}: {self._service.url}")
             action(self._service)
         except BaseException as error:  # SystemExit of a client, too
             self._next_try = time.monotonic() + RETRY_SECONDS
-            if not self._has_told:
-                self._has_told = True
-                self._tell(
+            if not self._has_warned:
+                self._has_warned = True
+                self._say(
                     f"note: {self._run['service']} does not take the metrics, and is tried again "
-                    f"every {RETRY_SECONDS} s; training goes on ({_in_a_line(error)})"
+                    f"every {RETRY_SECONDS} s; training continues ({_in_a_line(error)})"
                 )
 
 
@@ -176,17 +176,17 @@ def main() -> None:
         os.nice(10)
     lines, out = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nothing = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):  # nobody is asked for a password
+    for standard in (0, 1, 2):  # no client asks for a password
         os.dup2(nothing, standard)
 
     if hasattr(select, "poll"):
         threading.Thread(target=_end_after_run, args=[lines.fileno()], daemon=True).start()
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         with contextlib.suppress(OSError):  # the run was killed
             print(text, file=out, flush=True)
 
-    end, service = "failed", Retried(json.loads(lines.readline()), tell)
+    end, service = "failed", Retried(json.loads(lines.readline()), say)
     with contextlib.suppress(ValueError):  # the run was killed in the middle of a line
         for line in lines:
             message = json.loads(line)

@@ -1,4 +1,4 @@
-"""Metrics for Weights & Biases and MLflow, of which nothing may stop or slow a run.
+"""Metrics for Weights & Biases and MLflow, which may never stop or slow a run.
 
 Each service has a process of its own (`tracker_process`): its client may hang, fail, print or
 change the interpreter as it likes. What it is sent goes into a pipe, which holds some hundred rows;
@@ -35,7 +35,7 @@ class Trackers:
       log_to: which services.
       workdir: the run's folder; FILE in it keeps the id by which a resumed run is continued.
       config: the run's, flat.
-      tell: prints a line.
+      say: prints a line.
     """
 
     def __init__(
@@ -43,26 +43,26 @@ class Trackers:
         log_to: Sequence[str],
         workdir: Path,
         config: Mapping[str, Any],
-        tell: Callable[[str], None],
+        say: Callable[[str], None],
     ):
         self._pipes: list[_Pipe] = []
         if not log_to:
             return
         run = {
-            "id": _run_id(workdir, tell),
+            "id": _run_id(workdir, say),
             "name": workdir.resolve().name,
             "config": {name: _short(value) for name, value in config.items()},
         }
         for name in log_to:
             try:
-                self._pipes.append(_Pipe(name, tell))
+                self._pipes.append(_Pipe(name, say))
             except OSError as error:
-                tell(f"note: the process that logs to {name} can't be started: {error.strerror}")
+                say(f"note: the process that logs to {name} can't be started: {error.strerror}")
             else:
                 self._pipes[-1].send({"service": name, **run})
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Sends a row of numbers; those that are NaN, the mean of nothing, are left out."""
+        """Sends a row of metrics, except those that are NaN, the mean of nothing."""
         known = {name: value for name, value in values.items() if not math.isnan(value)}
         row = {"step": step, "milliseconds": round(1000 * time.time()), "values": known}
         for pipe in self._pipes:
@@ -78,7 +78,7 @@ class Trackers:
         self._pipes = []
 
 
-def _run_id(workdir: Path, tell: Callable[[str], None]) -> str:
+def _run_id(workdir: Path, say: Callable[[str], None]) -> str:
     """The id of the run at all services, for good: 16 hexadecimal digits."""
     with contextlib.suppress(ConfigError):
         kept = str((read_json(workdir / FILE) or {}).get("id"))
@@ -88,7 +88,7 @@ def _run_id(workdir: Path, tell: Callable[[str], None]) -> str:
     try:
         write_json(workdir / FILE, {"id": new})
     except OSError as error:
-        tell(f"{workdir / FILE} can't be written: {error.strerror}; resumed, it is another run")
+        say(f"{workdir / FILE} can't be written: {error.strerror}; resumed, it is another run")
     return new
 
 
@@ -100,10 +100,10 @@ def _short(value: Any) -> Any:
 class _Pipe:
     """To and from the process of one service, without ever waiting for it."""
 
-    def __init__(self, name: str, tell: Callable[[str], None]):
-        self._name, self._tell = name, tell
+    def __init__(self, name: str, say: Callable[[str], None]):
+        self._name, self._say = name, say
         self._unsent, self._unread = b"", b""
-        self._has_told = False
+        self._has_warned = False
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_SCRIPT)],  # -P: beside it are modules with common names
             bufsize=0,
@@ -123,9 +123,9 @@ class _Pipe:
             self._unsent = _line(message)
             self._flush()
         elif self._process.poll() is None:
-            self._tell_once("does not keep up")
+            self._warn_once("does not keep up")
         else:
-            self._tell_once("has lost its process")
+            self._warn_once("has lost its process")
 
     def end(self, end: str) -> None:
         self._unsent += _line({"end": end})
@@ -139,7 +139,7 @@ class _Pipe:
             time.sleep(0.01)
         self._listen()
         if self._process.poll() is None:
-            self._tell_once(f"has not answered in {CLOSING_SECONDS} s")
+            self._warn_once(f"has not answered in {CLOSING_SECONDS} s")
             with contextlib.suppress(OSError):
                 if hasattr(os, "killpg"):
                     os.killpg(self._process.pid, signal.SIGKILL)  # and what it has started
@@ -149,10 +149,10 @@ class _Pipe:
         for stream in (self._process.stdin, self._process.stdout):
             stream.close()
 
-    def _tell_once(self, what: str) -> None:
-        if not self._has_told:
-            self._has_told = True
-            self._tell(f"note: {self._name} {what}: rows are missing there; metrics.jsonl has all")
+    def _warn_once(self, what: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            self._say(f"note: {self._name} {what}: rows are missing there; metrics.jsonl has all")
 
     def _flush(self) -> None:
         with contextlib.suppress(OSError):  # it has ended
@@ -163,12 +163,12 @@ class _Pipe:
                 self._unsent = self._unsent[sent:]
 
     def _listen(self) -> None:
-        """Tells what the process has to say."""
+        """Prints what the process has to say."""
         while part := self._process.stdout.read(2**16):
             self._unread += part
         *lines, self._unread = self._unread.split(b"\n")
         for line in lines:
-            self._tell(line.decode(errors="replace"))
+            self._say(line.decode(errors="replace"))
 
 
 def _line(message: Mapping[str, Any]) -> bytes:

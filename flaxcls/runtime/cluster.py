@@ -4,7 +4,7 @@ import importlib.util
 import os
 
 # What a cluster sets in the processes that it starts, and JAX finds its neighbours by: `srun`, Open
-# MPI's `mpirun`, TPUs on GKE. TPU virtual machines are told by JAX itself, where libtpu is there.
+# MPI's `mpirun`, TPUs on GKE. JAX itself detects TPU virtual machines, where libtpu is there.
 _CLUSTERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri", "TPU_WORKER_HOSTNAMES")
 
 

@@ -29,11 +29,11 @@ def enable() -> None:
 
     To be called before the first compilation; a second call does nothing. Who has set
     JAX_COMPILATION_CACHE_DIR, or JAX_ENABLE_COMPILATION_CACHE=false, is left alone. Where there
-    can't be such a folder one sentence says so on standard error. JAX itself goes on after entries
-    that it can't read or write; one sentence says so in place of its warning about each.
+    can't be such a folder one sentence says so on standard error. JAX itself continues without
+    entries that it can't read or write; one sentence replaces its warning about each.
     """
     _seconds_saved()
-    _tell_once()
+    _warn_once()
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
     try:
@@ -73,27 +73,27 @@ def _seconds_saved() -> list[float]:
 
 
 @functools.cache
-def _tell_once() -> None:
+def _warn_once() -> None:
     """From the first call on, JAX's warnings about entries become a sentence for each kind."""
-    show = warnings.showwarning
+    original = warnings.showwarning
 
     def show_other(message, category, *details, **options):
         trouble = re.match(JAX_WARNING, str(message), re.DOTALL)
         if trouble:
-            _tell(*trouble.groups())
+            _warn(*trouble.groups())
         else:
-            show(message, category, *details, **options)
+            original(message, category, *details, **options)
 
     warnings.showwarning = show_other
 
 
 @functools.cache
-def _told() -> set[str]:
-    """What has been told: "reading" or "writing" entries fails."""
+def _warned() -> set[str]:
+    """What has been warned of: "reading" or "writing" entries fails."""
     return set()
 
 
-def _tell(doing: str, program: str, reason: str) -> None:
+def _warn(doing: str, program: str, reason: str) -> None:
     """Says once that JAX can't read or write entries, and removes one that it can't read.
 
     JAX never writes over an entry: a damaged one would be compiled at every start.
@@ -108,13 +108,13 @@ def _tell(doing: str, program: str, reason: str) -> None:
             what += " and replaced"
         except OSError as error:
             what += f" at every start, as they can't be replaced: {error.strerror}"
-    if doing not in _told():
-        _told().add(doing)
+    if doing not in _warned():
+        _warned().add(doing)
         say(f"flaxcls: {printable(what)} ({printable(reason)[:200]})", error=True)
 
 
 def _machine() -> str:
-    """A name for machines that can run each other's programs; homes are shared by unlike ones."""
+    """A name for machines that can run each other's programs; unlike ones may share a home."""
     try:
         cpu = sorted(set(re.findall(CPU_LINES, Path("/proc/cpuinfo").read_text(), re.MULTILINE)))
     except OSError:
@@ -124,13 +124,13 @@ def _machine() -> str:
 
 
 def _private_folder(*names: str) -> Path:
-    """Makes folders in the user's cache that nobody else can write to: they hold code that is run.
+    """Makes folders in the user's cache that no one else can write to: they hold code that is run.
 
     Raises OSError, also if somebody else could, and RuntimeError if the user has no home.
     """
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()).absolute()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # In a sticky folder, as those for temporary files are, nobody can replace what others have.
+    # In a sticky folder, as those for temporary files are, no one can replace what others have.
     if not folder.stat().st_mode & stat.S_ISVTX:
         _check_private(folder)
     for name in names:
@@ -158,14 +158,14 @@ def _tidy(folder: Path) -> None:
 
     JAX's own limit needs the package filelock and waits for others at each entry. A process that is
     killed, or a full disk, leaves an entry cut short, which JAX would find broken at every start
-    and never write anew. One that has been found whole is made read-only and not looked at again.
+    and never replace. One that has been found intact is made read-only and not checked again.
     """
     entries = []
     for path in folder.glob("*-cache"):
         with contextlib.suppress(FileNotFoundError):  # another process tidies as well
             info = path.stat()
             if info.st_mode & stat.S_IWUSR:
-                if not _is_whole(path.read_bytes()):
+                if not _is_intact(path.read_bytes()):
                     path.unlink()
                     continue
                 path.chmod(stat.S_IRUSR)
@@ -178,7 +178,7 @@ def _tidy(folder: Path) -> None:
         excess -= size
 
 
-def _is_whole(entry: bytes) -> bool:
+def _is_intact(entry: bytes) -> bool:
     try:
         zlib.decompress(entry)
     except zlib.error:

@@ -1,8 +1,8 @@
 """Text for people: one guarded way to print it, and names made safe to print.
 
-Telling must never end a training: a pipe whose reader has gone, a terminal that was closed, a log
-on a full disk or an encoding that lacks a letter take nothing but the text with them. Where the
-text is the result of a command, `write_result` says that it is lost.
+Printing must never end a run: a pipe whose reader has gone, a terminal that was closed, a log
+on a full disk or an encoding that lacks a letter lose nothing but the text. Where the text
+is the result of a command, `write_result` says that it is lost.
 """
 
 import atexit
@@ -66,7 +66,7 @@ def write_result(text: str) -> None:
 
 
 class Guarded:
-    """Standard output or error for who writes by themselves, such as Rich and csv.
+    """Standard output or error for libraries that write, such as Rich and csv.
 
     Writing never raises anything or, where it is the `result` of a command, OutputError. What the
     encoding lacks is escaped.
@@ -82,12 +82,12 @@ class Guarded:
 
     @property
     def _stream(self) -> TextIO:
-        # Whatever it is now; a live line of Rich on a terminal takes its place for a while.
+        # Whatever it is now; a live line of Rich on a terminal replaces it for a while.
         return sys.stderr if self._error else sys.stdout
 
     @property
     def rich_proxied_file(self) -> "Guarded":
-        """What Rich itself writes to, below the place that it has taken."""
+        """What Rich itself writes to, below the stream that it has replaced."""
         return _BelowRich(error=self._error, result=self._result)
 
     @property
@@ -152,7 +152,7 @@ def _exact(text: str, encoding: str) -> bytes:
 def keep_standard_streams() -> None:
     """Opens what is closed of the standard streams, on nothing.
 
-    The next file to be opened would get its number, and what libraries tell on standard error
+    The next file to be opened would get its number, and what libraries print on standard error
     would be written into that file.
     """
     for number in (0, 1, 2):

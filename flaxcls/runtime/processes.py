@@ -3,8 +3,8 @@
 Every process runs the same command. Each reads its rows of every batch and writes its shards of
 every checkpoint; all else that is written or said is process 0's.
 
-What they tell each other in words goes through the key-value store of JAX's coordination service,
-which needs no devices: so they can agree, and fail alike, before there are any.
+The texts that they exchange go through the key-value store of JAX's coordination service, which
+needs no devices: so they can agree, and fail with the same code, before there are any.
 """
 
 import itertools
@@ -48,7 +48,7 @@ def join(
     heartbeat: int = 60,
     patience: int = 300,
 ) -> None:
-    """Makes this process one of several, as told or as the cluster says; else it stays alone.
+    """Makes this process one of several, as given or as the cluster says; else it stays alone.
 
     Must come before the first use of a device. A process alone needs none of this: it opens no
     port, and a notice of preemption is its SIGTERM.
@@ -60,12 +60,12 @@ def join(
         others then end.
       patience: seconds to wait for the other processes; then ProcessesError.
     """
-    told = (coordinator_address, num_processes, process_id)
-    if None in told and told != (None, None, None):
+    given = (coordinator_address, num_processes, process_id)
+    if None in given and given != (None, None, None):
         raise ConfigError(
             "--coordinator_address, --num_processes and --process_id must be given together"
         )
-    if told != (None, None, None):
+    if given != (None, None, None):
         host, _, port = coordinator_address.rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 2**16):
             raise ConfigError(
@@ -78,7 +78,7 @@ def join(
             )
     elif not cluster.is_joined_by_cluster():
         return
-    _Joining(told, heartbeat).wait(patience)
+    _Joining(given, heartbeat).wait(patience)
     threading.Thread(target=_end_with_others, name="flaxcls-failures", daemon=True).start()
 
 
@@ -89,17 +89,17 @@ class _Joining:
     time is up.
     """
 
-    def __init__(self, told: tuple[str | None, int | None, int | None], heartbeat: int):
-        self._told, self._heartbeat = told, heartbeat
+    def __init__(self, given: tuple[str | None, int | None, int | None], heartbeat: int):
+        self._given, self._heartbeat = given, heartbeat
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="flaxcls-join", daemon=True)
 
     def wait(self, patience: int) -> None:
-        global _waits_in_vain
+        global _join_timed_out
         self._thread.start()
         self._thread.join(patience)
         if self._thread.is_alive():
-            _waits_in_vain = True
+            _join_timed_out = True
             state = distributed.global_state
             raise ProcessesError(
                 f"after {patience} s not all processes have found each other: process "
@@ -112,7 +112,7 @@ class _Joining:
                 )
             )
         if isinstance(self._error, ValueError):  # a cluster's variables, but no cluster
-            if self._told != (None, None, None):
+            if self._given != (None, None, None):
                 raise ConfigError(f"the processes can't be joined: {self._error}") from self._error
         elif self._error:
             raise ProcessesError(
@@ -123,7 +123,7 @@ class _Joining:
     def _run(self) -> None:
         try:
             jax.distributed.initialize(
-                *self._told,
+                *self._given,
                 initialization_timeout=2**30,
                 heartbeat_timeout_seconds=self._heartbeat,
                 shutdown_timeout_seconds=self._heartbeat,
@@ -132,7 +132,7 @@ class _Joining:
             self._error = error
 
 
-_waits_in_vain = False  # a thread that can't be ended
+_join_timed_out = False  # a thread that can't be ended
 
 
 def count() -> int:
@@ -177,7 +177,7 @@ def gather(text: str) -> list[str]:
         store.blocking_key_value_get(f"flaxcls/gather/{number}/{process}", _FOREVER)
         for process in range(count())
     ]
-    if number:  # all are in this round, so nobody needs the one before
+    if number:  # all are in this round, so the one before is not needed
         store.key_value_delete(f"flaxcls/gather/{number - 1}/{index()}")
     return texts
 
@@ -199,18 +199,18 @@ def first_before_others() -> Iterator[None]:
 
 def check_device_counts() -> None:
     """ConfigError unless every process has the same number of devices."""
-    numbers = np.bincount([device.process_index for device in jax.devices()])
-    if len(set(numbers)) > 1:
-        odd = int(np.flatnonzero(numbers != numbers[0])[0])
+    counts = np.bincount([device.process_index for device in jax.devices()])
+    if len(set(counts)) > 1:
+        odd = int(np.flatnonzero(counts != counts[0])[0])
         raise ConfigError(
-            f"process {odd} has {numbers[odd]} devices, process 0 has {numbers[0]}: all must have "
+            f"process {odd} has {counts[odd]} devices, process 0 has {counts[0]}: all must have "
             "the same number"
         )
 
 
-def check_same(facts: Mapping[str, Any]) -> None:
-    """ConfigError unless these facts (JSON) are the same in all processes; names what differs."""
-    everyone = [json.loads(text) for text in gather(json.dumps(facts))]
+def check_same(metadata: Mapping[str, Any]) -> None:
+    """ConfigError unless the metadata (JSON) of all processes are equal; names what differs."""
+    everyone = [json.loads(text) for text in gather(json.dumps(metadata))]
     for number, others in enumerate(everyone):
         for name in sorted(everyone[0].keys() | others.keys()):
             first, other = everyone[0].get(name), others.get(name)
@@ -235,7 +235,7 @@ class StopRequest:
     """While it is entered, signals to end (SIGNAL_EXIT_CODES) ask the run to end after a step.
 
     A second Ctrl-C acts at once; the others, which schedulers may send again, don't. Of several
-    processes any may be told: JAX's preemption service, which SIGTERM wakes, finds the step at
+    processes any may get it: JAX's preemption service, which SIGTERM wakes, finds the step at
     which all can stop.
     """
 
@@ -252,10 +252,10 @@ class StopRequest:
         # they start in the background ignore, may be sent on purpose.
         ignored = {n for n in SIGNAL_EXIT_CODES if signal.getsignal(n) == signal.SIG_IGN}
         ignored.discard(signal.SIGINT)
-        # JAX's own handler of SIGTERM, which tells the others, is not Python's.
+        # JAX's own handler of SIGTERM, which notifies the others, is not Python's.
         kept = ignored if self._alone else {*ignored, signal.SIGTERM}
-        numbers = [n for n in SIGNAL_EXIT_CODES if n not in kept]
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        handled = [n for n in SIGNAL_EXIT_CODES if n not in kept]
+        self._before = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
@@ -279,13 +279,13 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-# How absl::Status, in which all of JAX's transports tell their errors, begins.
+# How absl::Status, as which all of JAX's transports report errors, begins.
 _STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED): ?")
 
 
 @contextmanager
 def explain_lost_peer() -> Iterator[None]:
-    """Around what the processes do together: says in a sentence that one of them is gone.
+    """Around collective work: says in one sentence that another process is gone.
 
     What JAX raises then is any error of the transport; if it notices by the heartbeat alone, it
     aborts this process by itself.
@@ -302,8 +302,8 @@ def explain_lost_peer() -> Iterator[None]:
         ) from error
 
 
-# Failing alike. A process that fails publishes its exit code and its sentence; a thread of each
-# other one, which waits for that, ends it with the same code wherever it is: it may be in a
+# Failing with one exit code. A process that fails publishes its code and its sentence; a thread of
+# each other one, which waits for that, ends it with the same code wherever it is: it may be in a
 # collective that never comes back. Process 0 says the sentence for all and, as it holds the store,
 # ends last.
 
@@ -317,7 +317,7 @@ def leave(code: int, sentence: str = "") -> None:
     If it fails, all others end with the same code, and process 0 says the `sentence`. What all come
     to at the same step (done, diverged, asked to end) each process ends with by itself.
     """
-    if _waits_in_vain:
+    if _join_timed_out:
         output.say(sentence, error=True)
         os._exit(code)
     if not jax.distributed.is_initialized():
@@ -333,11 +333,11 @@ def leave(code: int, sentence: str = "") -> None:
     store = distributed.global_state.client
     with suppress(jax.errors.JaxRuntimeError):  # another one has failed before, with the same code
         store.key_value_set(_FAILURE, json.dumps({"code": code, "sentence": sentence}))
-    _end_alike()
+    _end_with_failure()
 
 
 def _end_with_others() -> None:
-    """Waits for the failure of another process, and ends this one like that."""
+    """Waits for the failure of another process, and ends this one with its code."""
     try:
         distributed.global_state.client.blocking_key_value_get(_FAILURE, _FOREVER)
     except Exception:  # the coordinator has gone, which ends this process elsewhere
@@ -348,10 +348,10 @@ def _end_with_others() -> None:
             return
         time.sleep(0.05)
     _ending.acquire()
-    _end_alike()
+    _end_with_failure()
 
 
-def _end_alike() -> None:
+def _end_with_failure() -> None:
     """Ends this process with the code of the failure, which process 0 says."""
     store = distributed.global_state.client
     failure = json.loads(store.blocking_key_value_get(_FAILURE, 1000 * _GRACE))

@@ -1,4 +1,4 @@
-"""How far something is that takes minutes."""
+"""The progress of what takes minutes."""
 
 import contextlib
 import time
@@ -14,7 +14,7 @@ from flaxcls.runtime.output import Guarded
 def progress(what: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """Shows on standard error how far it is: live on a terminal, else a line every minute.
 
-    Yields a function to be told how many pictures have been done since it was told last.
+    Yields a function to call with how many pictures have been done since its last call.
     """
     console = Console(highlight=False, emoji=False, file=Guarded(error=True))
     bar = Progress(

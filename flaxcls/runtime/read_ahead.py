@@ -1,4 +1,4 @@
-"""Work in threads that is begun before it is needed, in order and within bounds."""
+"""Work in threads that is started before it is needed, in order and within bounds."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -19,13 +19,13 @@ def in_order(
 ) -> Iterator[Result]:
     """`function` of every item, in order, computed in threads before it is asked for.
 
-    The items are taken in the caller's thread. What `function` raises comes out in its place. When
-    the iterator is closed, what has not been begun is cancelled and the threads end.
+    The items are taken in the caller's thread. What `function` raises is raised in its turn. When
+    the iterator is closed, what has not been started is cancelled and the threads end.
 
     Args:
       threads: how many compute.
-      ahead: how many results there are at most that nobody has asked for, those under way included;
-        None: two a thread.
+      ahead: how many results are computed ahead at most, those under way included; None: two a
+        thread.
       name: what the threads' names begin with.
     """
     ahead = 2 * threads if ahead is None else ahead

@@ -1,4 +1,4 @@
-"""The mesh, and the rules that place every array on it; the only file that knows devices.
+"""The mesh, and the rules that shard every array over it; the only file that knows devices.
 
 The mesh has two axes. A batch is split over both; parameters, optimizer state and averages are
 replicated over `data` and, where `fsdp` is larger than 1, split over `fsdp` (fully sharded data
@@ -22,7 +22,7 @@ from flaxcls.runtime import read_ahead
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
 
-# The first rule whose pattern is found in an array's path places it.
+# The first rule whose pattern is found in an array's path shards it.
 RULES = (
     (r"(scale|bias|mean|var|step|count|rng)$", "replicate"),
     (r".*", "split_largest_axis"),
@@ -31,7 +31,7 @@ SMALLEST_TO_SPLIT = 2**14  # elements; below this the gather costs more than the
 
 
 def cpu_devices(batch_size: int, num_processes: int = 1) -> int:
-    """How many host devices serve a CPU best: one a core, at most 8, and a divisor of the batch.
+    """How many host devices serve a CPU best: one per core, at most 8, and a divisor of the batch.
 
     Several processes are taken to be on one machine: clusters of CPUs are for tests.
 
@@ -47,7 +47,7 @@ def cpu_devices(batch_size: int, num_processes: int = 1) -> int:
 def set_up_devices(count: int | None, batch_size: int, num_processes: int = 1) -> None:
     """Chooses the number of CPU host devices; must come before the first use of a device.
 
-    `batch_size` is that of all processes together.
+    `batch_size` is that of all processes.
     """
     count = count or cpu_devices(batch_size, num_processes)
     # XLA:CPU takes this for the number of threads, which is that of the cores without it. A device
@@ -107,7 +107,7 @@ def check_batch_size(mesh: Mesh, size: int) -> None:
         )
 
 
-def _place(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+def _partition_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
     rule = next(rule for pattern, rule in RULES if re.search(pattern, name))
     if rule == "replicate" or fsdp == 1 or np.prod(shape, dtype=int) < SMALLEST_TO_SPLIT:
@@ -123,27 +123,29 @@ def shardings(mesh: Mesh, shapes: Any) -> Any:
     """For a tree of arrays or shapes, the tree of NamedShardings that RULES give it."""
     fsdp = mesh.shape["fsdp"]
     return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _place(path, leaf.shape, fsdp)), shapes
+        lambda path, leaf: NamedSharding(mesh, _partition_spec(path, leaf.shape, fsdp)), shapes
     )
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:
-    """The place of an array that is whole on every device."""
+    """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, REPLICATED)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Puts host arrays, the same in every process, whole onto every device.
+    """Replicates host arrays, the same in every process, on every device.
 
     CPU devices share the memory of host arrays that begin at a multiple of 64 bytes: what comes out
     must not be donated, and the host arrays must not be changed any more.
     """
-    place = everywhere(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x, x.shape), tree)
+    sharding = everywhere(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x, x.shape), tree
+    )
 
 
 def copies(array: jax.Array) -> int:
-    """How often this process's devices hold an array that is whole on each."""
+    """How many copies of a replicated array this process's devices hold."""
     shards = array.addressable_shards
     if shards[0].device.platform != "cpu":
         return len(shards)
@@ -151,13 +153,13 @@ def copies(array: jax.Array) -> int:
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a batch lie on this process's devices, in their order."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in places.values()]))
+    """Which rows of a batch are on this process's devices, in their order."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in slices.values()]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The place of an array of a batch: split over all devices."""
+    """The sharding of an array of a batch: split over all devices."""
     return NamedSharding(mesh, BATCH)
 
 
@@ -180,15 +182,15 @@ def prefetch(
 ) -> Iterator[dict[str, jax.Array]]:
     """`split_batch` of every batch, made `ahead` of time in a thread while the devices compute."""
 
-    def place_next(batches: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array] | None:
+    def put_next(batches: Iterator[dict[str, np.ndarray]]) -> dict[str, jax.Array] | None:
         batch = next(batches, None)  # in the thread: making it is most of the work
         return batch if batch is None else split_batch(mesh, batch)
 
-    placed = read_ahead.in_order(
-        place_next, itertools.repeat(batches), threads=1, ahead=ahead, name="flaxcls-transfer"
+    on_devices = read_ahead.in_order(
+        put_next, itertools.repeat(batches), threads=1, ahead=ahead, name="flaxcls-transfer"
     )
-    with contextlib.closing(placed):
-        yield from itertools.takewhile(lambda batch: batch is not None, placed)
+    with contextlib.closing(on_devices):
+        yield from itertools.takewhile(lambda batch: batch is not None, on_devices)
 
 
 def device_kind_and_count() -> dict[str, str | int]:

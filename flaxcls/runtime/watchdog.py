@@ -1,4 +1,4 @@
-"""Ends a process that hangs: better restarted than waited for by nobody."""
+"""Ends a process that hangs, so that it can be restarted."""
 
 import contextlib
 import faulthandler
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from flaxcls.errors import HUNG_EXIT_CODE
 
 STANDARD_ERROR = 2
-TICKS = 20  # how often the watchdog looks in the time that it allows
+TICKS = 20  # how often the watchdog checks in the time that it allows
 PRINTING_SECONDS = 30
 
 
@@ -33,7 +33,7 @@ class Watchdog:
 
     def alive(self, step: int) -> None:
         """A sign of life, with the number of the last step; as cheap as an assignment."""
-        self._sign = (step,)  # another object every time, which is what the watchdog looks at
+        self._sign = (step,)  # another object every time, which is what the watchdog checks
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -56,7 +56,7 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        # Looks are counted, not seconds: however long the process did not run, that is one look.
+        # Checks are counted, not seconds: however long the process did not run, that is one check.
         seen, silent = self._sign, 0
         while not self._ended.wait(self._seconds / TICKS):
             if self._paused or self._sign is not seen:
@@ -67,7 +67,7 @@ class Watchdog:
                 self._end(seen[0])
 
     def _end(self, step: int | None) -> None:
-        if hasattr(signal, "alarm"):  # printing may hang as well, in a pipe that nobody reads
+        if hasattr(signal, "alarm"):  # printing may hang as well, in a pipe that no one reads
             signal.alarm(PRINTING_SECONDS)
         last = "there was none before" if step is None else f"the last one was step {step}"
         names = "".join(

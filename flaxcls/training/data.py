@@ -19,12 +19,12 @@ class RunData:
 
     Attributes:
       train, evaluation: the batches.
-      mean, std: what images are normalised by, a number a channel.
-      class_weights: of the loss, a number a class; None: all alike.
-      first_images: what a network may look at before its first step, uint8 [N, H, W, C].
+      mean, std: what images are normalised by, one per channel.
+      class_weights: of the loss, one per class; None: all 1.
+      first_images: what a network may use before its first step, uint8 [N, H, W, C].
 
     Args:
-      report: is told about broken images.
+      report: gets a sentence about each broken image.
       normalization: mean and standard deviation, as a resumed run has them; None: as the experiment
         or the data have them.
     """

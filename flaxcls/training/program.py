@@ -28,10 +28,10 @@ from flaxcls.training.data import RunData
 
 
 class Program:
-    """The functions that the loop calls, compiled; and the data that lies on the devices.
+    """The functions that the loop calls, compiled; and the data that is on the devices.
 
     Attributes:
-      metadata: what a checkpoint must tell besides its arrays; JSON.
+      metadata: what a checkpoint holds besides its arrays; JSON.
       shapes, shardings: of the state.
     """
 
@@ -113,16 +113,16 @@ class Program:
         """The shapes, with their shardings, of `update`'s state, data on the devices and batch."""
 
         struct = jax.ShapeDtypeStruct
-        place = sharding.batch_sharding(self._mesh)
+        split = sharding.batch_sharding(self._mesh)
         return (
             jax.tree.map(
-                lambda x, place: struct(x.shape, x.dtype, sharding=place),
+                lambda x, named: struct(x.shape, x.dtype, sharding=named),
                 self.shapes,
                 self.shardings,
             ),
             jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=x.sharding), self._arrays),
             {
-                name: struct(shape, dtype, sharding=place)
+                name: struct(shape, dtype, sharding=split)
                 for name, (shape, dtype) in self._data.train.batch_shapes(step).items()
             },
         )

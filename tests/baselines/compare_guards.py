@@ -3,9 +3,9 @@
     TFDS_DATA_DIR=DIR python tests/baselines/compare_guards.py [--pairs=60]
         [--config=configs/cifar10_resnet18.py] [--config.batch_size=...]
 
-With the guards, updates that are not sound are left out, the watchdog gets a sign of life and
-signals are looked at after every step, and seconds are accounted for; without, none of that. What
-the manifest of a checkpoint takes is said in seconds.
+With the guards, updates that are not finite or too large are skipped, the watchdog gets a sign of
+life and signals are checked after every step, and seconds are accounted for; without, none of that.
+What the manifest of a checkpoint takes is said in seconds.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python tests/baselines/compare_input.py --data_dir=TFDS_DIR [--prepared_dir=DIR] [--rounds=7]
 
 needs imagenet2012 in TFDS_DIR (some pictures are enough) and tensorflow, torch and torchvision in
-the environment; what is not installed is left out. Every pipeline runs in a process of its own,
+the environment; what is not installed is skipped. Every pipeline runs in a process of its own,
 one after the other in every round, the others being stopped; a round counts some hundred images.
 """
 
@@ -85,7 +85,7 @@ class Pipeline:
             os.killpg(self._process.pid, number)
 
     def measure(self, seconds):
-        """Images/s over so many seconds, what had been read ahead being used up first."""
+        """Images/s over so many seconds, what had been read ahead being consumed first."""
         self.stop(signal.SIGCONT)
         for duration in (seconds / 2, seconds):
             self._process.stdin.write(f"{duration}\n")

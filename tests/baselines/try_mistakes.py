@@ -209,7 +209,7 @@ MISTAKES = {
     "check nothing": ("data", "check"),
     "unknown data command": ("data", "chekc"),
     "prepare without a place": ("data", "prepare", "--source=flat"),
-    "show into a text": ("data", "show", "--config=tiny.py", "--out=grid.txt"),
+    "preview into a text": ("data", "preview", "--config=tiny.py", "--out=grid.txt"),
     "benchmark of nothing": ("bench", "step"),
 }
 

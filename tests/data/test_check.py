@@ -1,4 +1,4 @@
-"""What is odd about data is found before training, and told with names and the right exit code."""
+"""What is odd about data is found before training, with names and the right exit code."""
 
 import json
 
@@ -90,7 +90,7 @@ def run_check(tmp_path, capfd):
     return run
 
 
-def test_counts_sizes_and_formats_are_told_by_class_and_split(write_folder, run_check):
+def test_counts_sizes_and_formats_are_reported_by_class_and_split(write_folder, run_check):
     root = write_folder({"train": 4, "val": 3})
     (root / "train/ant/wide.jpg").write_bytes(encode(picture(99, 10, 30), ".jpg"))
     code, output, report = run_check(f"--source={root}", "--config.data.eval_split=val")
@@ -417,7 +417,7 @@ def test_help_is_fast_and_unknown_commands_are_one_sentence(run_main):
         assert result.returncode == 0 and "python -m flaxcls.data check" in result.stdout
         assert result.seconds < 3
     for arguments, sentence in (
-        ([], "a command is missing; known: check, prepare, show"),
+        ([], "a command is missing; known: check, prepare, preview"),
         (["chekc"], "'chekc' is not a command, did you mean 'check'?"),
         (["check"], "--source=NAME-or-PATH is missing"),
         (["check", "--source=digits", "--threads=0"], "threads"),

@@ -148,7 +148,7 @@ def test_broken_images_are_reported_once_until_they_are_too_many():
     broken.note([Broken(5, "cat.jpg is bad"), Broken(7, "dog.jpg is bad")])
     broken.note([Broken(7, "dog.jpg is bad"), Broken(5, "cat.jpg is bad"), Broken(8, "x is bad")])
     names = ("cat.jpg", "dog.jpg", "x")
-    assert said == [f"{name} is bad; another image takes its place" for name in names]
+    assert said == [f"{name} is bad; another image replaces it" for name in names]
     message = (
         r"^4 of 1,000 training images can't be read, more than config.input.max_broken = 0.003 "
         r"allows; the last one: y is bad$"
@@ -221,7 +221,7 @@ def test_materialize_replaces_broken_images_where_that_is_allowed(broken_ones):
 
 def test_images_of_different_sizes_are_refused():
     examples = [(random_images(2, 2, 3), 0), (random_images(2, 3, 3), 0)]
-    message = r"different sizes \(\(2, 2, 3\) and \(2, 3, 3\)\): config.image_size must say"
+    message = r"different sizes \(\(2, 2, 3\) and \(2, 3, 3\)\): set config.image_size"
     with pytest.raises(ConfigError, match=message):
         materialize(Listed(examples))
 

@@ -177,7 +177,7 @@ def npy(header: str, content: bytes = b"") -> bytes:
         pickle.dumps(np.arange(9)),
     ],
 )
-def test_an_index_that_claims_anything_is_made_anew(dataset, content):
+def test_an_index_that_claims_anything_is_made_again(dataset, content):
     expected = [open_tiny(dataset)[index] for index in range(7)]
     place = dataset / ".tiny-train.tfrecord-00000-of-00002.offsets.npy"
     whole = place.read_bytes()

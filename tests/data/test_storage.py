@@ -120,7 +120,7 @@ def test_every_command_names_what_is_no_picture_and_ends(tmp_path, run_main):
     assert {*sentences} < {*json.loads(report.read_text())["problems"][0]["examples"]}
     result = run_main("prepare", f"--config={recipe}", f"--out={tmp_path}/prepared", **data)
     assert result.returncode == 0
-    assert all(f"left out: {sentence}\n" in result.stdout for sentence in sentences)
+    assert all(f"skipped: {sentence}\n" in result.stdout for sentence in sentences)
 
     files = [hostile / name for name in REFUSED] + [tmp_path / "val/bee/13.png"]
     result = run_main(f"--run={run}", *files, module="flaxcls.predict", **limit)

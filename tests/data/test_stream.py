@@ -262,7 +262,7 @@ def test_broken_images_are_replaced_counted_and_reported_once(expected):
         np.testing.assert_array_equal(batch["label"], batch["index"] % 3)
     assert sorted(said) == sorted(
         f"example {index} of listed 'train' is not a readable image (40 bytes); "
-        "another image takes its place"
+        "another image replaces it"
         for index in BROKEN
     )
 
@@ -497,7 +497,7 @@ def test_process_that_dies_is_replaced_and_no_batch_is_lost(folder, capsys):
         assert_same(batch, other)
     assert capsys.readouterr().err == (
         "flaxcls: a process that decodes images has died; the system may have run out of memory: "
-        "new ones begin (1 of 3 times)\n"
+        "the workers are restarted (1 of 3 times)\n"
     )
     later, more = pids_and_memory(stream)
     stream.close()

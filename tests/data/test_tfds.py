@@ -265,7 +265,7 @@ def test_what_cannot_be_read_from_the_cloud_is_a_sentence(
     with pytest.raises(ConfigError, match="tiny is not in gs://bucket: prepare it in a local"):
         open_source("tiny", "train", data_dir="gs://bucket")
     monkeypatch.setitem(sys.modules, "s3fs", None)  # as if it were not installed
-    with pytest.raises(ConfigError, match="unknown kind of place: ftp://bucket"):
+    with pytest.raises(ConfigError, match="unknown URL scheme: ftp://bucket"):
         open_source("tiny", "train", data_dir="ftp://bucket")
     with pytest.raises(ConfigError, match="(?i)s3://bucket cannot be reached: .*install s3fs"):
         open_source("tiny", "train", data_dir="s3://bucket")

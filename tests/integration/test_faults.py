@@ -86,7 +86,7 @@ def test_damaged_checkpoint_is_named_and_quarantined_and_the_run_ends_bitwise_th
 
 
 @pytest.mark.slow
-def test_run_all_of_whose_checkpoints_are_damaged_begins_anew_and_ends_the_same(
+def test_run_all_of_whose_checkpoints_are_damaged_restarts_from_scratch_and_ends_the_same(
     tmp_path, everything, short, run_main, run_folder
 ):
     run = run_folder(tmp_path / "run")
@@ -96,7 +96,7 @@ def test_run_all_of_whose_checkpoints_are_damaged_begins_anew_and_ends_the_same(
         flip_a_bit(run.folder / "checkpoints" / str(step))
     result = run_main(f"--config={everything}", *SHORT, f"--workdir={run.folder}")
     assert result.returncode == 0, result.stderr
-    assert "no checkpoint is left: the run begins anew" in result.stdout
+    assert "no checkpoint is left: the run starts from scratch" in result.stdout
     assert run.log() == run_folder(short).log()
 
 
@@ -119,7 +119,7 @@ def lines_of(process, path):
 
 
 @pytest.mark.slow
-def test_full_disk_is_told_and_training_goes_on_until_there_is_room_again(
+def test_full_disk_is_reported_and_training_continues_until_there_is_room_again(
     tmp_path, recipe, start_main, run_folder, wait_until
 ):
     run, output = run_folder(tmp_path / "run"), tmp_path / "output"

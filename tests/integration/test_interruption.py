@@ -16,9 +16,9 @@ STEPS = 60  # of `everything`
 def progress_of(workdir, step):
     """What a checkpoint says besides its arrays, without the time it took."""
     path = workdir / "checkpoints" / str(step) / "facts"
-    facts = json.loads(next(p for p in path.iterdir() if p.name == "metadata").read_text())
-    del facts["progress"]["seconds"]
-    return facts
+    metadata = json.loads(next(p for p in path.iterdir() if p.name == "metadata").read_text())
+    del metadata["progress"]["seconds"]
+    return metadata
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Output that goes away: training goes on, and a lost result has an exit code of its own."""
+"""Output that goes away: training continues, and a lost result has an exit code of its own."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ def run(module, *arguments, tail, **environment):
 
 
 @pytest.mark.slow
-def test_nobody_reads_what_is_told_and_the_run_finishes_and_evaluation_says_so(recipe, tmp_path):
+def test_run_whose_output_no_one_reads_finishes_and_evaluation_says_so(recipe, tmp_path):
     for tail in ("2>&- | head -1", ">/dev/full 2>/dev/full"):
         workdir = tmp_path / str(len(tail))
         result = run("flaxcls.main", f"--config={recipe}", f"--workdir={workdir}", tail=tail)
@@ -53,7 +53,7 @@ def test_suggested_commands_are_quoted_for_the_shell(recipe, tmp_path):
         (">&-", "standard output can't be written: it is closed"),
     ],
 )
-def test_lost_report_on_data_is_told_with_a_code_of_its_own(tail, sentence):
+def test_lost_report_on_data_is_reported_with_a_code_of_its_own(tail, sentence):
     result = run("flaxcls.data", "check", "--source=digits", tail=tail)
     assert result.returncode == 46
     assert result.stderr.splitlines()[2:] == [f"flaxcls: {sentence}"]

@@ -293,7 +293,7 @@ def unreachable():
     return (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2", "--process_id=1")
 
 
-def test_coordinator_that_is_not_there_is_told_with_its_address(recipe, run_main, unreachable):
+def test_coordinator_that_is_not_there_is_reported_with_its_address(recipe, run_main, unreachable):
     result = run_main(f"--config={recipe}", *unreachable, "--join_timeout=1")
     assert result.returncode == 1
     assert "process 1 of 2 waited for process 0 at 127.0.0.1:" in result.stderr

@@ -4,7 +4,7 @@
     python -m flaxcls.data check --config=FILE [--json=FILE]
 
 reads and decodes every picture once. --source is the name of a data set, a folder of pictures or a
-list of them (.csv, .jsonl). All splits that are there are looked at, beside the one to train on;
+list of them (.csv, .jsonl). All splits that are there are checked, beside the one to train on;
 only one to evaluate on where --config.data.eval_split is given, or a recipe whose data are neither
 a folder nor a list. Exit code 45 means that there are errors:
 
@@ -15,7 +15,7 @@ a folder nor a list. Exit code 45 means that there are errors:
   more than 0.1 % of the pictures to evaluate on are trained on as well, byte for byte
 
 Fewer of these, classes that nothing tests, copies within a split, and pictures of a folder that are
-ignored are warnings. --json=FILE gets everything, with the name of every file that is told about.
+ignored are warnings. --json=FILE gets everything, with the name of every file that is reported.
 """
 
 import collections
@@ -147,7 +147,7 @@ def _open_files(
         except (ConfigError, DataError) as error:
             if not sources:  # nothing to train on
                 raise refusals.get(spec, error) from error
-            # Nobody may evaluate on it: pictures without classes are often called "test".
+            # It may not be for evaluation: pictures without classes are often called "test".
             is_error = spec in chosen or len(specs) == 2 or isinstance(error, DataError)
         problem = Problem(is_error, str(refusals[spec]), []) if spec in refusals else None
         if problem and problem not in problems:
@@ -251,11 +251,11 @@ def _table_of_classes(report: dict[str, Any]) -> Table:
     for split in report["splits"]:
         table.add_column(escape(printable(split["split"])), justify="right")
     hidden = max(0, len(order) - _CLASSES_SHOWN)
-    for place, label in enumerate(order):
-        if hidden and place == _CLASSES_SHOWN // 2:
-            low, high = (counts[0, order[i]] for i in (place + hidden, place - 1))
+    for rank, label in enumerate(order):
+        if hidden and rank == _CLASSES_SHOWN // 2:
+            low, high = (counts[0, order[i]] for i in (rank + hidden, rank - 1))
             table.add_row(f"... {hidden + 1:,} classes between", f"{low:,} to {high:,}", "")
-        if place < _CLASSES_SHOWN // 2 or place > _CLASSES_SHOWN // 2 + hidden or not hidden:
+        if rank < _CLASSES_SHOWN // 2 or rank > _CLASSES_SHOWN // 2 + hidden or not hidden:
             table.add_row(
                 escape(printable(report["classes"][label])),
                 *(f"{count:,}" for count in counts[:, label]),

@@ -6,11 +6,11 @@ makes a TFDS data set of ArrayRecord files, DIR/NAME/1.0.0, of the whole splits 
 config.data.train_split and config.data.eval_split name. A picture whose shorter side is longer
 than --short_side pixels becomes a JPEG with that side; the others keep their bytes, or are encoded
 again if they are rotated or anything but 8-bit grey or RGB in JPEG or PNG. Pictures that can't be
-read are left out of the training split, up to a share of config.input.max_broken; if there are
+read are skipped in the training split, up to a share of config.input.max_broken; if there are
 more, or any to evaluate on, no data set is made and the exit code is 45.
 
-The data set appears whole or not at all. The same command goes on where it was interrupted, with
-what is in DIR/.NAME.incomplete; remove that to begin anew.
+The data set is written atomically. The same command resumes where it was interrupted, with what is
+in DIR/.NAME.incomplete; remove that to start from scratch.
 """
 
 import re
@@ -46,11 +46,11 @@ _JPEG_SIDE = 65500  # pixels at most, as libjpeg has it
 FLAGS = define_flags()
 flags.DEFINE_string("out", None, "A folder for prepared data sets.", flag_values=FLAGS)
 flags.DEFINE_string(
-    "name", None, "The new data set's name; the source's and the side.", flag_values=FLAGS
+    "name", None, "Name of the new data set; the source's and the side.", flag_values=FLAGS
 )
-flags.DEFINE_integer("short_side", 256, "Pixels.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("short_side", 256, "Pixels at most.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer(
-    "quality", 90, "Of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=FLAGS
+    "quality", 90, "Quality of the JPEGs.", lower_bound=1, upper_bound=100, flag_values=FLAGS
 )
 
 
@@ -135,7 +135,7 @@ def _print_totals(totals: Mapping[str, Tally]) -> None:
             f"{tally.bytes_before / 1e6:,.1f} MB became {tally.bytes / 1e6:,.1f} MB"
         )
         for sentence in tally.left_out:
-            say(f"  left out: {sentence}")
+            say(f"  skipped: {sentence}")
 
 
 def _flags_to_train(config: ConfigDict, name: str, out: Path) -> list[str]:
@@ -166,7 +166,7 @@ def prepare(
       train, evaluation: the sources, whole splits.
       target: the new folder, DIR/NAME.
       recipe: what becomes of the pictures.
-      max_broken: share of the training pictures that may be left out because they can't be read.
+      max_broken: share of the training pictures that may be skipped because they can't be read.
       threads: that decode and encode.
 
     Returns:
@@ -180,22 +180,22 @@ def prepare(
     sources = {source.split: source for source in (train, evaluation)}
     names, shape = train.class_names, train.image_shape
     _check_class_names(names)
-    facts = {
+    metadata = {
         "source": train.name,
         "splits": {split: source.fingerprint for split, source in sources.items()},
         "classes": fingerprint(names=names),
         "image_shape": list(shape),
         **recipe._asdict(),
     }
-    if is_complete(target, facts):
+    if is_complete(target, metadata):
         return None
     if None not in shape:
         shape = (*shrunk(*shape[:2], recipe.short_side), shape[2])
     makers = {split: _maker(source, recipe) for split, source in sources.items()}
     shards = {split: _shards(len(source), makers[split]) for split, source in sources.items()}
-    facts["shards"] = {split: len(parts) for split, parts in shards.items()}
+    metadata["shards"] = {split: len(parts) for split, parts in shards.items()}
     try:
-        with DatasetWriter(target, facts) as writer:
+        with DatasetWriter(target, metadata) as writer:
             tallies = {
                 split: writer.write_split(split, shards[split], makers[split], threads)
                 for split in sources
@@ -212,13 +212,13 @@ def prepare(
             )
     except OSError as error:
         raise ConfigError(
-            f"{target} can't be written: {error.strerror}; when it can, the same command goes on"
+            f"{target} can't be written: {error.strerror}; when it can, the same command resumes"
         ) from error
     return totals
 
 
 def _check_class_names(names: Sequence[str]) -> None:
-    """TFDS keeps them in a text file, a name a line."""
+    """TFDS keeps them in a text file, one name per line."""
     for name in names:
         if name.encode(errors="ignore").decode().splitlines() != [name.strip()]:
             raise ConfigError(f"the class {name!r} can't be written: TFDS has names of one line")
@@ -228,9 +228,9 @@ def _refuse_broken(tally: Tally, split: str, max_broken: float) -> None:
     broken = tally.left_out
     if len(broken) <= max_broken * (tally.written + len(broken)):
         return
-    limit = "none may be left out of an evaluation"
+    limit = "none may be skipped in an evaluation"
     if max_broken:
-        limit = f"config.input.max_broken = {max_broken:g} lets fewer be left out"
+        limit = f"config.input.max_broken = {max_broken:g} allows fewer to be skipped"
     named = "; ".join(broken[:_NAMED])
     more = f"; and {len(broken) - _NAMED:,} more" if len(broken) > _NAMED else ""
     what = f"{len(broken):,} pictures of '{split}' can't be read, and {limit}"
@@ -238,7 +238,7 @@ def _refuse_broken(tally: Tally, split: str, max_broken: float) -> None:
 
 
 def _shards(count: int, make: Maker) -> list[range]:
-    """The examples of each shard: equal numbers of them, in order, about SHARD_BYTES."""
+    """The examples of each shard: equally many, in order, about SHARD_BYTES."""
     sample = evenly_spaced(count, _SAMPLE)
     total = sum((make(range(index, index + 1))[1] for index in sample), Tally())
     shards = max(1, round(count / len(sample) * total.bytes / SHARD_BYTES))

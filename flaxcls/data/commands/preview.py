@@ -1,6 +1,6 @@
 """Draws what the network sees of a batch, with labels.
 
-    python -m flaxcls.data show --config=FILE --out=grid.png [--count=8] [--config.seed=1 ...]
+    python -m flaxcls.data preview --config=FILE --out=grid.png [--count=8] [--config.seed=1 ...]
 
 The file shows the first examples of a training batch, one below the other three times:
 
@@ -34,7 +34,7 @@ flags.DEFINE_string("out", None, "The picture's file, such as grid.png.", flag_v
 flags.DEFINE_integer("count", 8, "How many examples.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("step", 0, "Which batch.", lower_bound=0, flag_values=FLAGS)
 
-_TILE = 192  # pixels a side that smaller images are enlarged to, at most
+_TILE = 192  # pixels per side that smaller images are enlarged to, at most
 _COLUMNS = 8  # examples beside each other; more go below
 _MARGIN, _CAPTION, _TITLE = 6, 20, 84  # pixels: between tiles, below a tile, left of a row
 
@@ -161,10 +161,10 @@ def draw(rows: Sequence[Row]) -> Image.Image:
         top = block * height + _MARGIN
         for row, pixels in zip(rows, sizes, strict=True):
             pen.text((_MARGIN, top), f"{row.title}\n{pixels}", "black", font)
-            for column, place in enumerate(range(start, min(start + _COLUMNS, count))):
+            for column, index in enumerate(range(start, min(start + _COLUMNS, count))):
                 left = _TITLE + column * (width + _MARGIN)
-                picture.paste(Image.fromarray(row.images[place]), (left, top))
-                text = _caption(row.captions[place], font, width)
+                picture.paste(Image.fromarray(row.images[index]), (left, top))
+                text = _caption(row.captions[index], font, width)
                 pen.text((left, top + row.images.shape[1] + 2), text, "black", font)
             top += row.images.shape[1] + _CAPTION + _MARGIN
     return picture

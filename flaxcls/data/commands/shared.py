@@ -23,7 +23,7 @@ def define_flags() -> flags.FlagValues:
         "source", None, "A data set's name, a folder, a .csv or .jsonl file.", flag_values=values
     )
     flags.DEFINE_integer(
-        "threads", None, "That decode; one a core.", lower_bound=1, flag_values=values
+        "threads", None, "Decoding threads; one per core.", lower_bound=1, flag_values=values
     )
     return values
 
@@ -68,7 +68,7 @@ def source_overrides(source: str) -> list[str]:
 
 
 def _what_file(path: Path) -> str:
-    """Why a file that is not a list is no source, and what would do."""
+    """Why a file that is not a list is no source, and what would be."""
     if not path.exists():
         return "does not exist"
     suffix = path.suffix.lower()

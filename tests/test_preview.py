@@ -103,7 +103,7 @@ def test_crops_of_training_differ_from_those_of_evaluation(tiny_config):
     np.testing.assert_array_equal(augmented.images, training.images)  # nothing is augmented
 
 
-def test_mixed_labels_are_told_with_their_shares(tiny_config):
+def test_mixed_labels_are_reported_with_their_shares(tiny_config):
     config = tiny_config(augment=({"name": "mixup", "alpha": 1.0},))
     _, training, augmented = preview.preview(config, step=0, count=16)
     partners = training.images[np.arange(16) ^ 4].astype(float)
@@ -118,7 +118,7 @@ def test_mixed_labels_are_told_with_their_shares(tiny_config):
     assert any(len(words) == 2 for words in augmented.captions)
 
 
-def test_only_the_two_largest_shares_are_told():
+def test_only_the_two_largest_shares_are_reported():
     labels = np.array([[0.1, 0.6, 0.3], [0, 1, 0], [0.5, 0.001, 0.499]])
     assert preview._largest(labels, ("a", "b", "c")) == [
         [("b", 0.6), ("c", 0.3)],
@@ -154,13 +154,15 @@ def test_file_is_written_for_any_count(recipe, tmp_path, run_main, capsys):
 
     for count in (1, 10, 99):
         out = tmp_path / f"{count}.png"
-        preview.main(["show", f"--config={recipe}", f"--out={out}", f"--count={count}", "--step=2"])
+        preview.main(
+            ["preview", f"--config={recipe}", f"--out={out}", f"--count={count}", "--step=2"]
+        )
         shown = min(count, 16)
         assert f"{shown} of the 16 examples of batch 2" in capsys.readouterr().out
         with Image.open(out) as picture:
             assert picture.height > -(-shown // 8) * 3 * 192
             assert picture.width > min(shown, 8) * 192
-    result = run_main("show", "--help", module="flaxcls.data")
+    result = run_main("preview", "--help", module="flaxcls.data")
     assert result.returncode == 0 and "--out=grid.png" in result.stdout and result.seconds < 3
 
 
@@ -174,6 +176,6 @@ def test_file_is_written_for_any_count(recipe, tmp_path, run_main, capsys):
         (["--config={recipe}", "--out=a.png", "--config.seeed=1"], "did you mean 'seed'"),
     ],
 )
-def test_wrong_usage_is_told_in_one_sentence(recipe, arguments, message):
+def test_wrong_usage_is_reported_in_one_sentence(recipe, arguments, message):
     with pytest.raises(ConfigError, match=message):
-        preview.main(["show", *(text.format(recipe=recipe) for text in arguments)])
+        preview.main(["preview", *(text.format(recipe=recipe) for text in arguments)])
