@@ -3,7 +3,7 @@
     python -m flaxcls.main --config=configs/imagenet_resnet50.py
 
 Published: 76.1 to 76.5 % (torchvision, timm, the flax example). Not trained here; on 480 real
-ImageNet images it trains, is killed and goes on bit by bit, on a CPU.
+ImageNet images it trains, is killed and resumes bitwise, on a CPU.
 
 Where decoding is the bottleneck, `python -m flaxcls.data prepare --source=imagenet2012 --out=DIR`
 once makes it twice as fast: then `--config.data.dir=DIR`.

@@ -17,7 +17,7 @@ FLAGS = flags.FlagValues()
 flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
 flags.DEFINE_string("split", None, "The split; the run's own if not given.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_string("data_dir", None, "Where the data lies, if it has moved.", flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> None:

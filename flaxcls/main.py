@@ -2,7 +2,7 @@
 
     python -m flaxcls.main --config=configs/NAME.py [--workdir=DIR] [--config.batch_size=256 ...]
 
-The same command with the same --workdir goes on where the run was. Fields and their defaults are in
+The same command with the same --workdir resumes the run. Fields and their defaults are in
 flaxcls/config/tree.py; recipes are in configs/.
 """
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     processes.say(
         f"Finished after {summary['step']:,} steps and {summary['seconds']:.0f} s: "
         f"{metric_log.describe_end(summary)}\n{goodput.describe(summary['goodput'])}\n"
-        f"The run is in {printable(workdir)}. To go on:\n"
+        f"The run is in {printable(workdir)}. Next:\n"
         f"  evaluate:  python -m flaxcls.evaluate {run_flag}\n"
         f"  predict:   python -m flaxcls.predict {run_flag} FILES\n"
         f"  resume:    the same command with {shlex.quote(f'--workdir={workdir}')} (this run is "

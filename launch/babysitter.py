@@ -28,7 +28,7 @@ class Tries:
 
 @dataclass(frozen=True)
 class Decision:
-    """`action` is "wait", "create", "delete" (to be made anew), "start", "rerun" or "stop".
+    """`action` is "wait", "create", "delete" (to be recreated), "start", "rerun" or "stop".
 
     `delay` says how long to wait before, in multiples of the usual interval; `code` is the
     babysitter's own exit code when it stops.

@@ -116,7 +116,7 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, A
         "completionMode": "Indexed",
         "completions": hosts,
         "parallelism": hosts,
-        "backoffLimit": 0,  # one pod less and the others can't go on
+        "backoffLimit": 0,  # one pod less and the others can't continue
         "podFailurePolicy": {"rules": POD_RULES},
         "template": {
             "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"} if options.bucket else {}},

@@ -5,7 +5,7 @@
 
 create    asks for the slice (a queued resource)
 setup     puts the code of a git commit and the pinned packages on all its hosts
-run       starts training on all hosts; it goes on when the connection ends
+run       starts training on all hosts; it keeps running when the connection ends
 follow    shows the log of the first host
 status    says the state of the slice and of training
 delete    gives the slice back
@@ -151,8 +151,8 @@ class Pod:
 def babysit(pod: Pod, limits: Limits, interval: float) -> int:
     """Makes the slice and trains on it until the run is complete; returns an exit code.
 
-    Looks every `interval` seconds. Started again it goes on with what there is; only its counts
-    begin anew.
+    Looks every `interval` seconds. Started again it continues with what there is; only its counts
+    restart.
     """
     actions = {
         "wait": (),

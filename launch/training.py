@@ -26,7 +26,7 @@ def split(
 ) -> tuple[argparse.Namespace, list[str]]:
     """The launcher's own options, and the arguments of `flaxcls.main`, which follow `--`.
 
-    A run that is started again goes on only where it was, so --workdir has to be said, and
+    A run that is started again resumes only in its folder, so --workdir has to be said, and
     `absolute` where the processes' current folder is not a shared one. What is wrong ends the
     launcher with a sentence and code 2.
     """

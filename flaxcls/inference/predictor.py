@@ -181,7 +181,7 @@ class Predictor:
         """Classifies files in their order, any number of them: yields names and predictions.
 
         They are read in threads while the devices compute, some batches ahead of what is yielded.
-        Those that can't be read are left out, and `report` is called with what was wrong.
+        Those that can't be read are skipped, and `report` is called with what was wrong.
         """
 
         def read(file: str) -> tuple[str, np.ndarray | DataError]:

@@ -127,7 +127,7 @@ def _sha256(path: Path) -> str:
 
 
 def keep(workdir: Path, code: Code) -> str | None:
-    """Copies the files into the run's folder, whole or not at all; a note where it does not."""
+    """Copies the files into the run's folder, atomically; a note where it does not."""
     folder = workdir / FOLDER / code.digest
     if not code.files or folder.is_dir():
         return None

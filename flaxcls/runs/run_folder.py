@@ -30,7 +30,7 @@ from flaxcls.runs.run_code import PACKAGES
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
-# What may differ between the processes of a run: where the data lies and who decodes it.
+# What may differ between the processes of a run: where the data is and who decodes it.
 OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "input.read_ahead")
 # What a resumed run may change: it changes no number that was computed before.
 FREE_FIELDS = (
@@ -76,7 +76,7 @@ def load_config(workdir: Path) -> ConfigDict:
     """The config of the run in `workdir`; NoRun if there is none.
 
     Fields that came to be after the run was made have their defaults. If config.json is missing or
-    damaged it is made anew of the newest checkpoint, which holds the config as well; without one,
+    damaged it is rebuilt from the newest checkpoint, which holds the config as well; without one,
     ConfigError says what is wrong with the file.
     """
     path = workdir / "config.json"
@@ -118,12 +118,12 @@ def _config_in(content: Mapping[str, Any], path: Path) -> ConfigDict:
 
 
 def read_summary(workdir: Path) -> dict[str, Any] | None:
-    """What summary.json says of a run that has finished; None where it is to be made anew."""
+    """What summary.json says of a run that has finished; None where it is to be rebuilt."""
     path = workdir / "summary.json"
     try:
         summary = read_json(path)
     except ConfigError as error:
-        say(f"flaxcls: {printable(str(error))}; it is made anew", error=True)
+        say(f"flaxcls: {printable(str(error))}; it is rebuilt", error=True)
         return None
     if summary is None or not summary.get("finished"):
         return None
@@ -140,7 +140,7 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
             options.fits(value, float) for value in (*numbers, *seconds.values())
         ):
             return summary
-    say(f"flaxcls: {printable(path)} is no summary of a run; it is made anew", error=True)
+    say(f"flaxcls: {printable(path)} is no summary of a run; it is rebuilt", error=True)
     return None
 
 
@@ -276,7 +276,7 @@ def _another(changed: Sequence[str]) -> str:
     """What is said of own code that has changed since a run began."""
     return (
         f"{', '.join(changed)} {'is' if len(changed) == 1 else 'are'} not as when the run began: "
-        "it goes on with what is there now, and its folder keeps both"
+        "the run resumes with what is there now, and its folder keeps both"
     )
 
 
@@ -298,7 +298,7 @@ def changed_data(workdir: Path, source: Source) -> Iterator[str]:
     if source.modified and options.fits(began, float) and source.modified[0] > began:
         yield (
             f"files to train on were written after the run began, such as {source.modified[1]}: "
-            "if they show something else now, the run goes on with other pictures"
+            "if they show something else now, the run resumes with other pictures"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is said before training begins, after all processes have found that they do the same."""
+"""What is said before training begins, after all processes have agreed on it."""
 
 from collections.abc import Iterator
 from pathlib import Path

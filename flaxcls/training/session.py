@@ -47,8 +47,8 @@ _START = {
 class Session:
     """A run under way; to be entered, `restore` begins it, and `after` follows each update.
 
-    The state stays with the loop: it is passed in, may be donated, and what to go on with is
-    returned.
+    The state stays with the loop: it is passed in, may be donated, and the next one
+    is returned.
 
     Attributes:
       step: the number of updates made, those skipped included.
@@ -93,7 +93,7 @@ class Session:
     # The beginning.
 
     def restore(self) -> TrainState:
-        """The state of the newest checkpoint that is whole, or of the beginning.
+        """The state of the newest intact checkpoint, or of the beginning.
 
         From here on the run is under way: recorded in its folder, logged, watched.
         """
@@ -139,7 +139,7 @@ class Session:
         return state
 
     def _record(self) -> None:
-        """Writes config.json, and goes on with goodput.json."""
+        """Writes config.json, and resumes the clock of goodput.json."""
         if processes.is_first():
             modified = self._experiment.train.source.modified
             metadata = {
@@ -184,7 +184,7 @@ class Session:
     def after(self, state: TrainState) -> TrainState:
         """Logs, evaluates, saves, stops and goes back, as it is due after an update.
 
-        Returns the state to go on with. Raises Interrupted when a signal asks the run to end, after
+        Returns the state for the next update. Raises Interrupted when a signal asks the run to end, after
         saving it, and DivergedError when it has diverged too often.
         """
         self.step += 1
@@ -236,7 +236,7 @@ class Session:
         with self._watchdog.pause():
             self._hooks.on_log({"step": self.step, "epoch": self._epoch, **row})
         self._clock.write(every=10)
-        if failure := self._checkpoints.failure():  # told as soon as it is known
+        if failure := self._checkpoints.failure():  # reported as soon as it is known
             with self._saving(must=False):
                 raise failure
         return state
@@ -270,7 +270,7 @@ class Session:
                 self._checkpoints.wait()  # the last time's failure: this is the next try
             self._log.flush()  # what a checkpoint counts as done has its rows
             self._progress["seconds"] = self._clock.totals
-            # A copy: it is written in the background, while training goes on.
+            # A copy: it is written in the background, while training continues.
             metadata = {**self._program.metadata, "progress": dict(self._progress)}
             must = must or self.step == self._total_steps
             with self._saving(must), self._watchdog.pause():
@@ -287,7 +287,7 @@ class Session:
         except CheckpointError as error:
             if must or self._experiment.saving.on_error == "stop":
                 raise
-            self._log.say(f"{error}; training goes on until the next one is due")
+            self._log.say(f"{error}; training continues until the next one is due")
 
     def _roll_back(self, state: TrainState, trouble: DivergedError) -> TrainState:
         """Goes back to the last good checkpoint, and on from there with the examples to come."""
@@ -342,6 +342,6 @@ class Session:
         if processes.is_first():
             try:
                 write_json(self._workdir / "summary.json", summary)
-            except OSError as error:  # it can be made anew
+            except OSError as error:  # it can be rebuilt
                 self._log.say(f"summary.json can't be written: {error.strerror}")
         return summary

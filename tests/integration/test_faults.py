@@ -141,7 +141,7 @@ def test_full_disk_is_reported_and_training_continues_until_there_is_room_again(
     (sentence,) = {
         re.sub(r"\d+", "N", line) for line in output.read_text().splitlines() if "not saved" in line
     }
-    assert sentence.endswith("training goes on until the next one is due"), sentence
+    assert sentence.endswith("training continues until the next one is due"), sentence
     assert "Traceback" not in output.read_text() + stderr
     assert not run.unfinished()
 

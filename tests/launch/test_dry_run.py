@@ -39,7 +39,7 @@ CASES = {
     ),
     "kubernetes_tpu.yaml": (
         *("kubernetes", "tpu", "--name=r50", "--image=registry/flaxcls:tpu", "--bucket=my-runs"),
-        *("--type=v5e", "--topology=4x4", "--spot", "--service_account=program", "--dry_run", *RUN),
+        *("--type=v5e", "--topology=4x4", "--spot", "--service_account=trainer", "--dry_run", *RUN),
     ),
 }
 
