@@ -12,7 +12,7 @@ import pytest
 from flaxcls.config import fields
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
 from flaxcls.runs import run_folder
-from flaxcls.runtime import cluster, processes, sharding
+from flaxcls.runtime import cluster, processes, sharding, stop_request
 
 
 def others_say(monkeypatch, metadata):
@@ -77,7 +77,7 @@ def test_alone_everything_is_one_s_own(capsys):
 
 def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was ignored
-    with processes.StopRequest() as asked:
+    with stop_request.StopRequest() as asked:
         assert asked() is None
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -97,7 +97,7 @@ def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
 def test_hangup_that_nohup_ignores_stays_ignored_but_ctrl_c_does_not(number, expected):
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        with processes.StopRequest() as asked:
+        with stop_request.StopRequest() as asked:
             os.kill(os.getpid(), number)
             assert asked() == expected
     finally:
@@ -113,7 +113,7 @@ def test_step_to_stop_at_stays_known_when_a_rollback_comes_between(monkeypatch):
 
     monkeypatch.setattr(processes, "count", lambda: 2)
     monkeypatch.setattr(processes.multihost_utils, "reached_preemption_sync_point", sync_point)
-    with processes.StopRequest() as asked:
+    with stop_request.StopRequest() as asked:
         assert [asked() for _ in range(5)] == [None, None] + [signal.SIGTERM] * 3
     assert reached == [1, 2, 3, 4, 5]
 

@@ -28,7 +28,7 @@ from flaxcls.runs.goodput import Goodput
 from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runs.recovery import restore_newest
 from flaxcls.runtime import compilation_cache, processes
-from flaxcls.runtime.processes import StopRequest
+from flaxcls.runtime.stop_request import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
 from flaxcls.training.due import Due
 from flaxcls.training.hooks import NO_HOOKS, HookCalls, Hooks
@@ -184,8 +184,8 @@ class Session:
     def after(self, state: TrainState) -> TrainState:
         """Logs, evaluates, saves, stops and goes back, as it is due after an update.
 
-        Returns the state for the next update. Raises Interrupted when a signal asks the run to end, after
-        saving it, and DivergedError when it has diverged too often.
+        Returns the state for the next update. Raises Interrupted when a signal has asked the run to
+        end and it is saved, and DivergedError when it has diverged too often.
         """
         self.step += 1
         if self._log.is_silent:  # what is only dispatched tells nothing of the speed

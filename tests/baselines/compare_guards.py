@@ -23,7 +23,7 @@ from flaxcls.core import step
 from flaxcls.runs import manifest
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.goodput import Goodput
-from flaxcls.runtime.processes import StopRequest
+from flaxcls.runtime.stop_request import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
 from flaxcls.training.program import Program
 
