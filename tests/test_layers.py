@@ -14,6 +14,7 @@ FLOORS = (
     ("perf",),
     ("training",),
     ("inference",),
+    ("weights",),
     ("runs",),
     ("build",),
     ("core",),

@@ -99,6 +99,14 @@ class ResNet(nn.Module, kw_only=True):
     width: Count = 64
     zero_init_residual: bool = False
 
+    torch_names = (  # torchvision's
+        (r"stage(\d+)_block(\d+)", lambda match: f"layer{match[1]}/{int(match[2]) - 1}"),
+        (r"shortcut_conv", "downsample/0"),
+        (r"shortcut_norm", "downsample/1"),
+        (r"norm(\d)", r"bn\1"),
+        (r"^head", "fc"),
+    )
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
