@@ -13,11 +13,23 @@ from flaxcls.config.user_code import file_of, in_user_code
 from flaxcls.errors import ConfigError
 from flaxcls.models.convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
 from flaxcls.models.dense import DenseNetwork
+from flaxcls.models.densenet import DenseNet, DenseNetBC
 from flaxcls.models.layers import title
 from flaxcls.models.quick import Quick
-from flaxcls.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
+from flaxcls.models.resnet import (
+    BasicBlock,
+    BottleneckBlock,
+    CifarResNet,
+    ResNet,
+    ResNeXtBlock,
+    WideBottleneckBlock,
+    WideResNet,
+)
+from flaxcls.models.vgg import VGG, AlexNet, CifarAlexNet
 
 _partial = functools.partial
+_resnet_d = _partial(ResNet, stem="deep", pooled_shortcut=True)
+_cifar_vgg = _partial(VGG, norm=True, pool_size=1, hidden=512)
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "dense": DenseNetwork,
     "keras_cnn": KerasCNN,
@@ -39,6 +51,28 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": _partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock),
     "resnet101": _partial(ResNet, stage_sizes=(3, 4, 23, 3), block=BottleneckBlock),
     "resnet152": _partial(ResNet, stage_sizes=(3, 8, 36, 3), block=BottleneckBlock),
+    "wide_resnet50_2": _partial(ResNet, stage_sizes=(3, 4, 6, 3), block=WideBottleneckBlock),
+    "resnext50_32x4d": _partial(ResNet, stage_sizes=(3, 4, 6, 3), block=ResNeXtBlock),
+    "resnet50d": _partial(_resnet_d, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock),
+    "alexnet": AlexNet,
+    "cifar_alexnet": CifarAlexNet,
+    "vgg11": _partial(VGG, stage_sizes=(1, 1, 2, 2, 2)),
+    "vgg13": _partial(VGG, stage_sizes=(2, 2, 2, 2, 2)),
+    "vgg16": _partial(VGG, stage_sizes=(2, 2, 3, 3, 3)),
+    "vgg19": _partial(VGG, stage_sizes=(2, 2, 4, 4, 4)),
+    "vgg11_bn": _partial(VGG, stage_sizes=(1, 1, 2, 2, 2), norm=True),
+    "vgg13_bn": _partial(VGG, stage_sizes=(2, 2, 2, 2, 2), norm=True),
+    "vgg16_bn": _partial(VGG, stage_sizes=(2, 2, 3, 3, 3), norm=True),
+    "vgg19_bn": _partial(VGG, stage_sizes=(2, 2, 4, 4, 4), norm=True),
+    "cifar_vgg11_bn": _partial(_cifar_vgg, stage_sizes=(1, 1, 2, 2, 2)),
+    "cifar_vgg13_bn": _partial(_cifar_vgg, stage_sizes=(2, 2, 2, 2, 2)),
+    "cifar_vgg16_bn": _partial(_cifar_vgg, stage_sizes=(2, 2, 3, 3, 3)),
+    "cifar_vgg19_bn": _partial(_cifar_vgg, stage_sizes=(2, 2, 4, 4, 4)),
+    "densenet121": _partial(DenseNet, block_sizes=(6, 12, 24, 16)),
+    "densenet161": _partial(DenseNet, block_sizes=(6, 12, 36, 24), growth=48, stem_width=96),
+    "densenet169": _partial(DenseNet, block_sizes=(6, 12, 32, 32)),
+    "densenet201": _partial(DenseNet, block_sizes=(6, 12, 48, 32)),
+    "densenet_bc": DenseNetBC,
 }
 
 

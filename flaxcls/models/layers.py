@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flaxcls.config.options import Range
+from flaxcls.errors import ConfigError
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
@@ -82,40 +83,45 @@ FixedConv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve
 def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     """The maximum of each non-overlapping `window` x `window` square of [B,H,W,C].
 
-    Equals `nn.max_pool` with VALID padding (rows and columns that fill no window are cut off), but
-    equal maxima of a window share its gradient, where `nn.max_pool` gives all to the first.
+    Equals `nn.max_pool` with VALID padding: rows and columns that fill no window are cut off, and
+    the first of equal maxima has the gradient. Which that is is kept as a number: XLA:CPU may
+    compute what is pooled anew for the gradient, with other roundings, which equal no maximum then.
     On CPU a training step of keras_cnn or torch_convnet takes 2/3 of the time (jax 0.10.2).
     """
-    return _windows(x, window).max(axis=(2, 4))
+    return _gathered_max_pool(x, window, window, 0)
 
 
-def overlapping_max_pool(x: jax.Array, window: int = 3, stride: int = 2) -> jax.Array:
+def overlapping_max_pool(
+    x: jax.Array, window: int = 3, stride: int = 2, padding: int = 1
+) -> jax.Array:
     """The maximum of each `window` x `window` square, `stride` apart, of [B,H,W,C].
 
-    Equals `nn.max_pool` with a padding of `window // 2`. On GPUs the gradient is not scattered, as
+    Equals `nn.max_pool` with that padding on each side. On GPUs the gradient is not scattered, as
     XLA does it, by additions in an order that may change, but gathered: 1.63 instead of 2.25 ms for
     256 images of 112 pixels and 64 channels in bfloat16 (H200, jax 0.11.2).
     """
-    gathered = functools.partial(_gathered_max_pool, window=window, stride=stride)
+    options = {"window": window, "stride": stride, "padding": padding}
+    gathered = functools.partial(_gathered_max_pool, **options)
 
     def scattered(x: jax.Array) -> jax.Array:
-        sides = (window // 2,) * 2
+        sides = (padding, padding)
         return nn.max_pool(x, (window, window), (stride, stride), padding=(sides, sides))
 
     return lax.platform_dependent(x, cuda=gathered, rocm=gathered, default=scattered)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered_max_pool(x: jax.Array, window: int, stride: int) -> jax.Array:
-    return _max_and_position(x, window, stride)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered_max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    return _max_and_position(x, window, stride, padding)[0]
 
 
-def _max_and_position(x: jax.Array, window: int, stride: int) -> tuple[jax.Array, jax.Array]:
+def _max_and_position(
+    x: jax.Array, window: int, stride: int, padding: int
+) -> tuple[jax.Array, jax.Array]:
     """The maxima, and which pixel of its window each is, uint8: the first of equal ones."""
-    half, (_, height, width, _) = window // 2, x.shape
-    sides = ((0, 0), (half, half), (half, half), (0, 0))
+    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     padded = jnp.pad(x, sides, constant_values=-jnp.inf)
-    rows, columns = (-(-(size + 2 * half - window + 1) // stride) for size in (height, width))
+    rows, columns = (-(-(size - window + 1) // stride) for size in padded.shape[1:3])
     # One after the other: the window's pixels meet in one fused loop.
     best = position = None
     for number, (i, j) in enumerate(itertools.product(range(window), repeat=2)):
@@ -129,20 +135,20 @@ def _max_and_position(x: jax.Array, window: int, stride: int) -> tuple[jax.Array
     return best, position
 
 
-def _gathered_max_pool_forward(x: jax.Array, window: int, stride: int):
-    best, position = _max_and_position(x, window, stride)
+def _gathered_max_pool_forward(x: jax.Array, window: int, stride: int, padding: int):
+    best, position = _max_and_position(x, window, stride, padding)
     return best, (position, jnp.zeros((0, *x.shape[1:3])))  # the second for its shape alone
 
 
-def _gathered_max_pool_backward(window: int, stride: int, saved, gradient: jax.Array):
+def _gathered_max_pool_backward(window: int, stride: int, padding: int, saved, gradient: jax.Array):
     """Each pixel adds up the gradients of the windows, at most four, whose maximum it is."""
     position, image = saved
-    half, zero = window // 2, jnp.zeros((), gradient.dtype)
+    zero = jnp.zeros((), gradient.dtype)
     total = None
     for number, start in enumerate(itertools.product(range(window), repeat=2)):
         own = jnp.where(position == number, gradient, zero)
         sides = [
-            (i - half, size - (i - half) - (count - 1) * stride - 1, stride - 1)
+            (i - padding, size - (i - padding) - (count - 1) * stride - 1, stride - 1)
             for i, size, count in zip(start, image.shape[1:], own.shape[1:3], strict=True)
         ]
         own = lax.pad(own, zero, [(0, 0, 0), *sides, (0, 0, 0)])
@@ -155,14 +161,26 @@ _gathered_max_pool.defvjp(_gathered_max_pool_forward, _gathered_max_pool_backwar
 
 def average_pool(x: jax.Array, window: int = 2) -> jax.Array:
     """The mean of each non-overlapping `window` x `window` square of [B,H,W,C]."""
-    return _windows(x, window).mean(axis=(2, 4))
-
-
-def _windows(x: jax.Array, window: int) -> jax.Array:
     batch, height, width, channels = x.shape
     rows, columns = height // window, width // window
     x = x[:, : rows * window, : columns * window]
-    return x.reshape(batch, rows, window, columns, window, channels)
+    return x.reshape(batch, rows, window, columns, window, channels).mean(axis=(2, 4))
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """[B,H,W,C] -> [B,size,size,C], as PyTorch's AdaptiveAvgPool2d.
+
+    The mean i of a side of H pixels spans floor(i * H / size) to ceil((i + 1) * H / size): where
+    `size` does not divide H they overlap, and where it is larger pixels are repeated.
+    """
+    for axis in (1, 2):
+        pixels = x.shape[axis]
+        if pixels == size:
+            continue
+        spans = [(i * pixels // size, -(-(i + 1) * pixels // size)) for i in range(size)]
+        parts = [lax.slice_in_dim(x, start, stop, axis=axis) for start, stop in spans]
+        x = jnp.concatenate([part.mean(axis, keepdims=True) for part in parts], axis)
+    return x
 
 
 def flatten(x: jax.Array) -> jax.Array:
@@ -180,7 +198,7 @@ Widths = Annotated[tuple[int, ...], Range(1)]
 
 # PyTorch's default for Linear and Conv2d, kaiming_uniform(a=sqrt(5)): U(-1, 1) / sqrt(fan_in).
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# He et al. 2015 as torchvision's ResNets use it.
+# He et al. 2015 (arXiv:1502.01852), by the outputs as torchvision's ResNets and VGGs use it.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -208,3 +226,12 @@ def batch_norm(train: bool, dtype: jnp.dtype, momentum: float = 0.9) -> Callable
 def title(module: nn.Module) -> str:
     """The name users know a network by: its name in MODELS, else its class."""
     return module.name or type(module).__name__
+
+
+def require_depth(module: nn.Module, rest: int) -> None:
+    """Raises ConfigError unless `depth` is `rest` + 6n: 3 stages of n blocks of 2 layers."""
+    depth = module.depth
+    if depth <= rest or (depth - rest) % 6:
+        raise ConfigError(
+            f"`depth` of {title(module)} must be {rest} plus a multiple of 6, got {depth}"
+        )

@@ -1,4 +1,4 @@
-"""Residual networks: ImageNet's (v1.5), CIFAR's of the first paper, and Wide ResNets."""
+"""Residual networks: ImageNet's (v1.5, ResNeXt, D), CIFAR's of the first paper, Wide ResNets."""
 
 import functools
 from collections.abc import Callable
@@ -12,9 +12,11 @@ from flaxcls.config.options import BelowOne, Count
 from flaxcls.errors import ConfigError
 from flaxcls.models.layers import (
     Conv,
+    average_pool,
     batch_norm,
     he_normal_fan_out,
     overlapping_max_pool,
+    require_depth,
     title,
     torch_kernel_init,
 )
@@ -36,6 +38,7 @@ class BasicBlock(nn.Module):
     conv: Factory
     norm: Factory
     zero_init_residual: bool
+    pooled_shortcut: bool
 
     expansion = 1
 
@@ -56,19 +59,36 @@ class BottleneckBlock(nn.Module):
     conv: Factory
     norm: Factory
     zero_init_residual: bool
+    pooled_shortcut: bool
 
     expansion = 4
+    widening = 1  # channels of the 3x3 against `width`
+    groups = 1  # of these channels
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        features = self.width * self.expansion
-        y = self.conv(self.width, (1, 1), name="conv1")(x)
+        inner, features = self.width * self.widening, self.width * self.expansion
+        grouped = functools.partial(self.conv, feature_group_count=self.groups)
+        y = self.conv(inner, (1, 1), name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
-        y = self.conv(self.width, (3, 3), self.strides, padding=1, name="conv2")(y)
+        y = grouped(inner, (3, 3), self.strides, padding=1, name="conv2")(y)
         y = nn.relu(self.norm(name="norm2")(y))
         y = self.conv(features, (1, 1), name="conv3")(y)
         y = self.norm(name="norm3", scale_init=_last_scale(self.zero_init_residual))(y)
         return nn.relu(y + _shortcut(self, x, features))
+
+
+class WideBottleneckBlock(BottleneckBlock):
+    """A bottleneck twice as wide (Zagoruyko & Komodakis 2016, arXiv:1605.07146)."""
+
+    widening = 2
+
+
+class ResNeXtBlock(BottleneckBlock):
+    """A bottleneck twice as wide, of 32 groups (Xie et al. 2016, arXiv:1611.05431)."""
+
+    widening = 2
+    groups = 32
 
 
 def _last_scale(zero: bool) -> Callable[..., jax.Array]:
@@ -79,33 +99,55 @@ def _shortcut(block: nn.Module, x: jax.Array, features: int) -> jax.Array:
     """The identity, or a projection where the shape changes."""
     if block.strides == 1 and x.shape[-1] == features:
         return x
+    if block.pooled_shortcut:
+        if block.strides == 2:
+            # An odd last row or column is averaged alone, so twice.
+            rows, columns = x.shape[1] % 2, x.shape[2] % 2
+            x = average_pool(jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="edge"))
+        x = block.conv(features, (1, 1), name="pooled_shortcut_conv")(x)
+        return block.norm(name="pooled_shortcut_norm")(x)
     x = block.conv(features, (1, 1), block.strides, padding=0, name="shortcut_conv")(x)
     return block.norm(name="shortcut_norm")(x)
 
 
 class ResNet(nn.Module, kw_only=True):
-    """ResNet v1.5: the weights of torchvision's networks of the same names fit.
+    """ResNet v1.5: the weights of torchvision's networks of the same names fit, timm's of ResNet-D.
 
-    `stem` "imagenet" is 7x7 with stride 2, then a 3x3 max-pool with stride 2; "cifar", for images
-    of about 32 pixels, 3x3 with stride 1. `zero_init_residual` starts each block as
-    the identity (Goyal et al. 2017, arXiv:1706.02677). `width` is that of the first stage.
+    `stem` "imagenet" is 7x7 with stride 2, then a 3x3 max-pool with stride 2; "deep" has three 3x3
+    for the 7x7; "cifar", for images of about 32 pixels, is 3x3 with stride 1. `pooled_shortcut`
+    averages 2x2 pixels in a shortcut with stride, where else three of four are lost: this and the
+    deep stem are ResNet-D (He et al. 2018, arXiv:1812.01187). `zero_init_residual`, timm's default,
+    starts each block as the identity (Goyal et al. 2017, arXiv:1706.02677). `width` is that of the
+    first stage. The head's bias starts at zero; torchvision's and timm's is uniform.
     """
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
     stage_sizes: tuple[int, ...]
     block: type[nn.Module]
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "deep", "cifar"] = "imagenet"
     width: Count = 64
     zero_init_residual: bool = False
+    pooled_shortcut: bool = False
 
-    torch_names = (  # torchvision's
+    torch_names = (  # torchvision's; timm's of the deep stem and the pooled shortcut
+        (r"^stem_conv(\d)", lambda match: f"conv1/{3 * int(match[1]) - 3}"),
+        (r"^stem_norm(\d)", lambda match: f"conv1/{3 * int(match[1]) - 2}"),
         (r"stage(\d+)_block(\d+)", lambda match: f"layer{match[1]}/{int(match[2]) - 1}"),
+        (r"pooled_shortcut_conv", "downsample/1"),
+        (r"pooled_shortcut_norm", "downsample/2"),
         (r"shortcut_conv", "downsample/0"),
         (r"shortcut_norm", "downsample/1"),
         (r"norm(\d)", r"bn\1"),
         (r"^head", "fc"),
     )
+
+    def __post_init__(self):
+        if self.block is ResNeXtBlock and self.width % 16:
+            raise ConfigError(
+                f"`width` of {title(self)} must be a multiple of 16, got {self.width}"
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -114,11 +156,16 @@ class ResNet(nn.Module, kw_only=True):
         norm = batch_norm(train, self.dtype)
         if self.stem == "imagenet":
             x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(x)
-            x = nn.relu(norm(name="norm1")(x))
-            x = overlapping_max_pool(x)
+        elif self.stem == "deep":
+            half = functools.partial(conv, (self.width + 1) // 2, (3, 3), padding=1)
+            x = nn.relu(norm(name="stem_norm1")(half(strides=2, name="stem_conv1")(x)))
+            x = nn.relu(norm(name="stem_norm2")(half(name="stem_conv2")(x)))
+            x = conv(self.width, (3, 3), padding=1, name="stem_conv3")(x)
         else:
             x = conv(self.width, (3, 3), padding=1, name="conv1")(x)
-            x = nn.relu(norm(name="norm1")(x))
+        x = nn.relu(norm(name="norm1")(x))
+        if self.stem != "cifar":
+            x = overlapping_max_pool(x)
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 x = self.block(
@@ -127,6 +174,7 @@ class ResNet(nn.Module, kw_only=True):
                     conv=conv,
                     norm=norm,
                     zero_init_residual=self.zero_init_residual,
+                    pooled_shortcut=self.pooled_shortcut,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
         return _head(x, self.num_classes)
@@ -227,12 +275,3 @@ class WideBlock(nn.Module):
         y = self.conv(self.width, (3, 3), self.strides, padding=1, name="conv1")(y)
         y = self.dropout()(nn.relu(self.norm(name="norm2")(y)))
         return x + self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
-
-
-def require_depth(module: nn.Module, rest: int) -> None:
-    """Raises ConfigError unless `depth` is `rest` + 6n: 3 stages of n blocks of 2 layers."""
-    depth = module.depth
-    if depth <= rest or (depth - rest) % 6:
-        raise ConfigError(
-            f"`depth` of {title(module)} must be {rest} plus a multiple of 6, got {depth}"
-        )

@@ -32,25 +32,43 @@ def test_pooling_and_its_gradient_equal_flax(pool, reference, window, shape):
     np.testing.assert_allclose(pullback(cotangent)[0], expected_pullback(cotangent)[0], rtol=1e-6)
 
 
-def test_equal_maxima_share_the_gradient_of_max_pool():
+def test_the_first_of_equal_maxima_has_the_gradient_of_max_pool():
     x = jnp.array([[1.0, 3.0], [3.0, 0.0]])[None, :, :, None]
     gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
-    np.testing.assert_array_equal(gradient[0, :, :, 0], [[0.0, 0.5], [0.5, 0.0]])
+    np.testing.assert_array_equal(gradient[0, :, :, 0], [[0.0, 1.0], [0.0, 0.0]])
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 7, 9, 2), (1, 5, 4, 1)])
+@pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("pool", [layers.overlapping_max_pool, layers._gathered_max_pool])
-def test_overlapping_max_pool_and_its_gradient_equal_flax(pool, shape):
+def test_overlapping_max_pool_and_its_gradient_equal_flax(pool, padding, shape):
     x = jnp.round(2 * normal(0, *shape))  # with equal maxima, of which the first has the gradient
 
     def reference(x):
-        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        return nn.max_pool(x, (3, 3), (2, 2), padding=((padding, padding),) * 2)
 
     expected, expected_pullback = jax.vjp(reference, x)
-    actual, pullback = jax.vjp(lambda x: pool(x, 3, 2), x)
+    actual, pullback = jax.vjp(lambda x: pool(x, 3, 2, padding), x)
     np.testing.assert_array_equal(actual, expected)
     cotangent = normal(1, *expected.shape)
     np.testing.assert_allclose(pullback(cotangent)[0], expected_pullback(cotangent)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "size", "means"),
+    [
+        (4, 2, [0.5, 2.5]),
+        (5, 3, [0.5, 2.0, 3.5]),  # of pixels 0-1, 1-3 and 3-4
+        (2, 4, [0.0, 0.0, 1.0, 1.0]),
+        (3, 3, [0.0, 1.0, 2.0]),
+    ],
+)
+def test_adaptive_average_pool_takes_the_spans_of_pytorch(pixels, size, means):
+    ramp = jnp.arange(pixels, dtype=jnp.float32)
+    x = (10 * ramp[:, None] + ramp)[None, :, :, None]
+    expected = 10 * np.array(means)[:, None] + np.array(means)
+    pooled = layers.adaptive_average_pool(x, size)
+    np.testing.assert_allclose(pooled[0, :, :, 0], expected, rtol=1e-6)
 
 
 def test_overlapping_max_pool_scatters_no_gradient_on_gpus():

@@ -1,6 +1,7 @@
 """Every network of MODELS: size, options, dtypes, image sizes and errors."""
 
 import functools
+import re
 
 import jax
 import jax.export
@@ -21,7 +22,8 @@ def shapes(module, image_shape):
 
 
 # Published: torchvision's documentation, He et al. 2015 table 6 (0.27M .. 1.7M), Zagoruyko &
-# Komodakis 2016 table 5 (36.5M, 8.9M, 11.0M), the summaries printed by the tutorials.
+# Komodakis 2016 table 5 (36.5M, 8.9M, 11.0M), Huang et al. 2016 table 2 (0.8M), timm's resnet50d,
+# chenyaofo's VGG-16 (15.25M), the summaries printed by the tutorials.
 @pytest.mark.parametrize(
     ("name", "image_shape", "num_classes", "options", "count"),
     [
@@ -44,6 +46,26 @@ def shapes(module, image_shape):
         ("resnet50", (224, 224, 3), 1000, {}, 25_557_032),
         ("resnet101", (224, 224, 3), 1000, {}, 44_549_160),
         ("resnet152", (224, 224, 3), 1000, {}, 60_192_808),
+        ("resnet50d", (224, 224, 3), 1000, {}, 25_576_264),
+        ("resnext50_32x4d", (224, 224, 3), 1000, {}, 25_028_904),
+        ("wide_resnet50_2", (224, 224, 3), 1000, {}, 68_883_240),
+        ("alexnet", (224, 224, 3), 1000, {}, 61_100_840),
+        ("cifar_alexnet", (32, 32, 3), 10, {}, 2_472_266),
+        ("vgg11", (224, 224, 3), 1000, {}, 132_863_336),
+        ("vgg11_bn", (224, 224, 3), 1000, {}, 132_868_840),
+        ("vgg13", (224, 224, 3), 1000, {}, 133_047_848),
+        ("vgg13_bn", (224, 224, 3), 1000, {}, 133_053_736),
+        ("vgg16", (224, 224, 3), 1000, {}, 138_357_544),
+        ("vgg16_bn", (224, 224, 3), 1000, {}, 138_365_992),
+        ("vgg19", (224, 224, 3), 1000, {}, 143_667_240),
+        ("vgg19_bn", (224, 224, 3), 1000, {}, 143_678_248),
+        ("cifar_vgg16_bn", (32, 32, 3), 10, {}, 15_253_578),
+        ("densenet121", (224, 224, 3), 1000, {}, 7_978_856),
+        ("densenet161", (224, 224, 3), 1000, {}, 28_681_000),
+        ("densenet169", (224, 224, 3), 1000, {}, 14_149_480),
+        ("densenet201", (224, 224, 3), 1000, {}, 20_013_928),
+        ("densenet_bc", (32, 32, 3), 10, {"depth": 40}, 176_122),
+        ("densenet_bc", (32, 32, 3), 10, {}, 769_162),
     ],
 )
 def test_parameter_count_is_the_published_one(name, image_shape, num_classes, options, count):
@@ -53,14 +75,22 @@ def test_parameter_count_is_the_published_one(name, image_shape, num_classes, op
     assert logits.shape == (1, num_classes)
 
 
-SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50"}
-SMALL |= {name for name in models.MODELS if not name.startswith(("cifar_", "wrn", "resnet"))}
+LARGE = ("cifar_", "wrn", "wide_", "resnet", "vgg", "densenet")
+SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50", "resnet50d"}
+SMALL |= {"cifar_alexnet", "cifar_vgg11_bn", "vgg11", "densenet_bc"}
+SMALL |= {name for name in models.MODELS if not name.startswith(LARGE)}
+
+
+def size_for(module, least):
+    """The least size of images that a network takes, from `least` pixels on."""
+    return max(least, getattr(module, "minimum_image_size", 1))
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_logits_parameters_and_statistics_are_float32_when_computing_in_bfloat16(name):
     module = models.build(name, num_classes=7, dtype=jnp.bfloat16)
-    logits, variables = shapes(module, (32, 32, 3))
+    size = size_for(module, 32)
+    logits, variables = shapes(module, (size, size, 3))
     assert (logits.shape, logits.dtype) == ((1, 7), jnp.float32)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
@@ -68,8 +98,9 @@ def test_logits_parameters_and_statistics_are_float32_when_computing_in_bfloat16
 @pytest.mark.parametrize("name", sorted(SMALL - {"dense"}))
 def test_dtype_is_what_the_convolutions_compute_in(name):
     module = models.build(name, num_classes=7, dtype=jnp.bfloat16)
-    image = jnp.zeros((1, 32, 32, 3))
-    _, variables = shapes(module, (32, 32, 3))
+    size = size_for(module, 32)
+    image = jnp.zeros((1, size, size, 3))
+    _, variables = shapes(module, (size, size, 3))
     text = str(jax.make_jaxpr(lambda v: module.apply(v, image, train=False))(variables))
     convolutions = [line for line in text.splitlines() if "= conv_general_dilated" in line]
     assert convolutions
@@ -77,18 +108,14 @@ def test_dtype_is_what_the_convolutions_compute_in(name):
 
 
 def fits(module, size):
-    """Whether no layer's output is empty for an image of that size."""
+    """Whether nothing that is computed is empty for an image of that size."""
     image = jnp.zeros((1, size, size, 3))
-
-    def run(key):
-        _, state = module.init_with_output(key, image, train=False, capture_intermediates=True)
-        return state
-
+    run = functools.partial(module.init_with_output, x=image, train=False)
     try:
-        leaves = jax.tree.leaves(jax.eval_shape(run, jax.random.key(0)))
+        program = jax.make_jaxpr(run)(jax.random.key(0))
     except (ValueError, TypeError, ZeroDivisionError):
         return False
-    return all(leaf.size > 0 for leaf in leaves)
+    return not re.search(r"f32\[(\d+,)*0[,\]]", str(program))
 
 
 @pytest.mark.parametrize(
@@ -105,6 +132,12 @@ def fits(module, size):
         ("wrn16_8", {}, 1),
         ("resnet18", {}, 1),
         ("resnet18", {"stem": "cifar"}, 1),
+        ("resnet18", {"stem": "deep", "pooled_shortcut": True}, 1),
+        ("alexnet", {}, 63),
+        ("cifar_alexnet", {}, 29),
+        ("vgg11", {}, 32),
+        ("densenet121", {}, 29),
+        ("densenet_bc", {"depth": 10}, 4),
     ],
 )
 def test_the_minimum_image_size_is_the_least_that_leaves_no_layer_empty(name, options, minimum):
@@ -120,8 +153,10 @@ def test_the_minimum_image_size_is_the_least_that_leaves_no_layer_empty(name, op
 @pytest.mark.parametrize("name", models.MODELS)
 def test_number_of_images_may_be_open(name):
     module = models.build(name, num_classes=3)
-    variables = models.shapes(module, (18, 18, 3))
-    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 18, 18, 3"), jnp.float32)
+    size = size_for(module, 18)
+    variables = models.shapes(module, (size, size, 3))
+    shape = jax.export.symbolic_shape(f"b, {size}, {size}, 3")
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
     logits = jax.eval_shape(functools.partial(module.apply, train=False), variables, images)
     assert (str(logits.shape[0]), *logits.shape[1:]) == ("b", 3)
 
@@ -155,7 +190,9 @@ def test_every_option_has_an_annotation_and_a_default_that_builds(name):
 def test_options_leave_out_what_a_name_fixes():
     assert set(models.options("wrn")) == {"depth", "width", "dropout"}
     assert set(models.options("wrn28_10")) == {"dropout"}
-    assert set(models.options("resnet50")) == {"stem", "width", "zero_init_residual"}
+    resnet = {"stem", "width", "zero_init_residual", "pooled_shortcut"}
+    assert set(models.options("resnet50")) == resnet
+    assert set(models.options("resnet50d")) == resnet - {"stem", "pooled_shortcut"}
 
 
 @pytest.mark.parametrize(
@@ -176,10 +213,12 @@ def test_options_leave_out_what_a_name_fixes():
         (
             "resnet50",
             {"stem": "imagnet"},
-            "stem must be 'imagenet' or 'cifar' for resnet50, got 'imagnet'",
+            "stem must be 'imagenet' or 'deep' or 'cifar' for resnet50, got 'imagnet'",
         ),
         ("resnet50", {"width": 0}, "config.model.width must be int at least 1 for resnet50, got 0"),
         ("wrn", {"depth": 27}, "`depth` of wrn must be 4 plus a multiple of 6, got 27"),
+        ("densenet_bc", {"depth": 41}, "`depth` of densenet_bc must be 4 plus a multiple of 6"),
+        ("resnext50_32x4d", {"width": 8}, "`width` of resnext50_32x4d must be a multiple of 16"),
         ("wrn", {"depth": 4}, "`depth` of wrn must be 4 plus a multiple of 6, got 4"),
         ("wrn", {"dropout": 1.0}, "dropout must be float at least 0 and below 1 for wrn, got 1.0"),
         (
@@ -235,11 +274,15 @@ def test_a_list_option_makes_a_hashable_module():
         ("keras_small", {}),
         ("digits_cnn", {}),
         ("wrn", {"depth": 10, "width": 1}),
+        ("alexnet", {"hidden": 8}),
+        ("cifar_vgg11_bn", {}),
+        ("densenet_bc", {"depth": 10, "growth": 4}),
     ],
 )
 def test_dropout_acts_in_training_only(name, options):
     module = models.build(name, num_classes=3, dropout=0.5, **options)
-    image = jax.random.normal(jax.random.key(0), (2, 10, 10, 1))
+    size = size_for(module, 10)
+    image = jax.random.normal(jax.random.key(0), (2, size, size, 1))
     variables = jax.jit(lambda key: module.init(key, image, train=False))(jax.random.key(1))
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from flaxcls.models.resnet import BottleneckBlock, ResNeXtBlock
+
 _spec = importlib.util.spec_from_file_location(
     "references", Path(__file__).with_name("references.py")
 )
@@ -12,7 +14,75 @@ references = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(references)
 
 
+def torch_networks():
+    """torchvision.models and torch.nn."""
+    return references.torchvision_models(), pytest.importorskip("torch").nn
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_equals_torchvision(name):
     make = getattr(references.torchvision_models(), name)
     references.compare(name, make(num_classes=7), size=65)
+
+
+def test_wide_bottlenecks_of_groups_equal_torchvision():
+    resnet = references.torchvision_models().resnet
+    reference = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 7, groups=32, width_per_group=4)
+    name, options = "flaxcls.models.resnet:ResNet", {"block": ResNeXtBlock}
+    references.compare(name, reference, size=33, stage_sizes=(1, 1, 1, 1), **options)
+
+
+def test_deep_stem_and_pooled_shortcut_equal_timm():
+    resnet = references.timm().models.resnet
+    reference = resnet.ResNet(
+        resnet.Bottleneck, (1, 1, 1, 1), 7, stem_width=32, stem_type="deep", avg_down=True
+    )
+    options = {"stem": "deep", "pooled_shortcut": True}
+    options |= {"stage_sizes": (1, 1, 1, 1), "block": BottleneckBlock}
+    references.compare("flaxcls.models.resnet:ResNet", reference, size=39, **options)
+
+
+def test_alexnet_equals_torchvision():
+    library, nn = torch_networks()
+    reference = library.alexnet(num_classes=7)
+    reference.classifier[1], reference.classifier[4] = nn.Linear(256 * 36, 8), nn.Linear(8, 8)
+    reference.classifier[6] = nn.Linear(8, 7)
+    references.compare("alexnet", reference, size=97, hidden=8, dropout=0.0)
+
+
+def test_cifar_alexnet_is_that_of_torchvision_with_smaller_pools():
+    library, nn = torch_networks()
+    reference = library.alexnet(num_classes=7)
+    reference.features[0] = nn.Conv2d(3, 64, 11, stride=4, padding=5)
+    for pool in (2, 5, 12):
+        reference.features[pool] = nn.MaxPool2d(2)
+    reference.avgpool, reference.classifier = nn.AdaptiveAvgPool2d(1), nn.Linear(256, 7)
+    references.compare("cifar_alexnet", reference, size=33)
+
+
+@pytest.mark.parametrize(("norm", "pool_size"), [(False, 7), (True, 1)])
+def test_vgg_equals_torchvision(norm, pool_size):
+    library, nn = torch_networks()
+    widths = [64, "M", 128, "M", 256, 256, "M", 512, "M", 512, "M"]
+    reference = library.VGG(library.vgg.make_layers(widths, batch_norm=norm), 7, False)
+    reference.avgpool = nn.AdaptiveAvgPool2d(pool_size)
+    layers = (nn.Linear(512 * pool_size**2, 8), nn.Linear(8, 8), nn.Linear(8, 7))
+    reference.classifier[0], reference.classifier[3], reference.classifier[6] = layers
+    options = {"stage_sizes": (1, 1, 2, 1, 1), "norm": norm, "pool_size": pool_size}
+    name = "flaxcls.models.vgg:VGG"
+    references.compare(name, reference, size=67, hidden=8, dropout=0.0, **options)
+
+
+def test_densenet_equals_torchvision():
+    reference = references.torchvision_models().DenseNet(8, (2, 3, 2, 1), 16, num_classes=7)
+    options = {"block_sizes": (2, 3, 2, 1), "growth": 8, "stem_width": 16}
+    references.compare("flaxcls.models.densenet:DenseNet", reference, size=67, **options)
+
+
+def test_densenet_bc_is_that_of_torchvision_with_another_stem():
+    library, nn = torch_networks()
+    reference = library.DenseNet(8, (2, 2, 2), 16, num_classes=7)
+    reference.features.conv0 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+    for layer in ("norm0", "relu0", "pool0"):
+        delattr(reference.features, layer)
+    references.compare("densenet_bc", reference, size=33, depth=16, growth=8)
