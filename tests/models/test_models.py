@@ -44,6 +44,12 @@ def shapes(module, image_shape):
         ("resnet50", (224, 224, 3), 1000, {}, 25_557_032),
         ("resnet101", (224, 224, 3), 1000, {}, 44_549_160),
         ("resnet152", (224, 224, 3), 1000, {}, 60_192_808),
+        ("efficientnet_b0", (224, 224, 3), 1000, {}, 5_288_548),
+        ("efficientnet_b4", (380, 380, 3), 1000, {}, 19_341_616),
+        ("efficientnet_lite0", (224, 224, 3), 1000, {}, 4_652_008),
+        ("mobilenet_v3_small", (224, 224, 3), 1000, {}, 2_542_856),
+        ("mobilenet_v3_large", (224, 224, 3), 1000, {}, 5_483_032),
+        ("mobilenetv4_conv_medium", (256, 256, 3), 1000, {}, 9_715_512),
     ],
 )
 def test_parameter_count_is_the_published_one(name, image_shape, num_classes, options, count):
@@ -54,7 +60,9 @@ def test_parameter_count_is_the_published_one(name, image_shape, num_classes, op
 
 
 SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50"}
-SMALL |= {name for name in models.MODELS if not name.startswith(("cifar_", "wrn", "resnet"))}
+SMALL |= {"efficientnet_b0", "efficientnet_lite0", "mobilenet_v3_small"}
+_families = ("cifar_", "wrn", "resnet", "efficientnet", "mobilenet_v3")
+SMALL |= {name for name in models.MODELS if not name.startswith(_families)}
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -117,7 +125,7 @@ def test_the_minimum_image_size_is_the_least_that_leaves_no_layer_empty(name, op
             models.check_image_shape(module, (minimum, minimum - 1, 3))
 
 
-@pytest.mark.parametrize("name", models.MODELS)
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_number_of_images_may_be_open(name):
     module = models.build(name, num_classes=3)
     variables = models.shapes(module, (18, 18, 3))
