@@ -143,7 +143,10 @@ def test_code_that_has_changed_is_noted_and_both_are_kept(tmp_path, config, besi
     sys.path.insert(0, str(beside))
     config.duration = "6 steps"
     train(config, workdir)
-    assert "note: lazy.py is not as when the run began: the run resumes with" in capsys.readouterr().out
+    assert (
+        "note: lazy.py is not as when the run began: the run resumes with"
+        in capsys.readouterr().out
+    )
     content = json.loads((workdir / "config.json").read_text())
     now, (change,) = content["code"], content["changes"]
     assert change["code"] == first and now["digest"] != first["digest"]

@@ -14,7 +14,9 @@ from flaxcls.errors import ConfigError
 from flaxcls.models.convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
 from flaxcls.models.dense import DenseNetwork
 from flaxcls.models.densenet import DenseNet, DenseNetBC
+from flaxcls.models.efficientnet import EfficientNet, EfficientNetLite
 from flaxcls.models.layers import title
+from flaxcls.models.mobilenet import MobileNetV3, MobileNetV4
 from flaxcls.models.quick import Quick
 from flaxcls.models.resnet import (
     BasicBlock,
@@ -73,6 +75,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet169": _partial(DenseNet, block_sizes=(6, 12, 32, 32)),
     "densenet201": _partial(DenseNet, block_sizes=(6, 12, 48, 32)),
     "densenet_bc": DenseNetBC,
+    "efficientnet_b0": _partial(EfficientNet, member="b0"),
+    "efficientnet_b1": _partial(EfficientNet, member="b1"),
+    "efficientnet_b2": _partial(EfficientNet, member="b2"),
+    "efficientnet_b3": _partial(EfficientNet, member="b3"),
+    "efficientnet_b4": _partial(EfficientNet, member="b4"),
+    "efficientnet_lite0": _partial(EfficientNetLite, member="lite0"),
+    "efficientnet_lite1": _partial(EfficientNetLite, member="lite1"),
+    "efficientnet_lite2": _partial(EfficientNetLite, member="lite2"),
+    "efficientnet_lite3": _partial(EfficientNetLite, member="lite3"),
+    "efficientnet_lite4": _partial(EfficientNetLite, member="lite4"),
+    "mobilenet_v3_small": _partial(MobileNetV3, member="small"),
+    "mobilenet_v3_large": _partial(MobileNetV3, member="large"),
+    "mobilenetv4_conv_medium": MobileNetV4,
 }
 
 

@@ -188,6 +188,20 @@ def flatten(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1)
 
 
+def drop_path(x: jax.Array, rate: float, train: bool) -> jax.Array:
+    """Stochastic depth: zeroes whole examples of a branch [B, ...], scales the others up.
+
+    Huang et al. 2016, arXiv:1603.09382; per example as in timm and torchvision.
+    """
+    alike = tuple(range(1, x.ndim))
+    return nn.Dropout(rate, broadcast_dims=alike, deterministic=not train)(x)
+
+
+def global_average(x: jax.Array) -> jax.Array:
+    """The mean over the pixels of [B,H,W,C], at least in float32: [B,C]."""
+    return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
 POOLS = {"max": max_pool, "average": average_pool}
 ACTIVATIONS = {"relu": nn.relu, "sigmoid": nn.sigmoid, "tanh": jnp.tanh, "gelu": nn.gelu}
 
@@ -200,6 +214,9 @@ Widths = Annotated[tuple[int, ...], Range(1)]
 torch_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # He et al. 2015 (arXiv:1502.01852), by the outputs as torchvision's ResNets and VGGs use it.
 he_normal_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+he_normal_fan_in = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+# U(-1, 1) / sqrt(fan_out): EfficientNet's last layer.
+uniform_fan_out = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")
 
 
 def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
@@ -212,14 +229,16 @@ def torch_bias_init(fan_in: int) -> Callable[..., jax.Array]:
     return init
 
 
-def batch_norm(train: bool, dtype: jnp.dtype, momentum: float = 0.9) -> Callable[..., nn.Module]:
+def batch_norm(
+    train: bool, dtype: jnp.dtype, momentum: float = 0.9, epsilon: float = 1e-5
+) -> Callable[..., nn.Module]:
     """BatchNorm as the ResNets use it: PyTorch's momentum 0.1 is 0.9 here.
 
     The running variance is Flax's, of the batch as it is (biased); PyTorch multiplies it
     by n / (n - 1), which at 128 images of 8x8 pixels is 1.0001.
     """
     return functools.partial(
-        nn.BatchNorm, use_running_average=not train, momentum=momentum, epsilon=1e-5, dtype=dtype
+        nn.BatchNorm, use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=dtype
     )
 
 

@@ -5,6 +5,7 @@ are declared here, as no network needs them.
 """
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,15 @@ from flaxcls import models
 from flaxcls.weights import torch_names
 
 torch = pytest.importorskip("torch")
+
+# Compiling takes most of the time.
+_jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+    },
+)
 
 
 def torchvision_models():
@@ -69,7 +79,7 @@ def compare(name, reference, *, size, train=True, rtol=1e-4, dtype="float32", **
     count = sum(parameter.numel() for parameter in reference.parameters())
     assert models.parameter_count(variables["params"]) == count
 
-    ours = jax.jit(lambda v, x: network.apply(v, x, train=False))(variables, images)
+    ours = _jit(lambda v, x: network.apply(v, x, train=False))(variables, images)
     with torch.no_grad():
         theirs = reference.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     errors = {"logits": _error(ours, theirs)}
@@ -106,7 +116,7 @@ def _training_errors(network, variables, reference, images):
             logits = logits.astype(jnp.float64)
             return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(2), labels]), logits
 
-        (_, ours), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(given["params"])
+        (_, ours), grads = _jit(jax.value_and_grad(loss, has_aux=True))(given["params"])
     reference.double().train()
     for module in reference.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,5 +1,6 @@
 """The networks of torchvision and timm, equal to ours."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -86,3 +87,18 @@ def test_densenet_bc_is_that_of_torchvision_with_another_stem():
     for layer in ("norm0", "relu0", "pool0"):
         delattr(reference.features, layer)
     references.compare("densenet_bc", reference, size=33, depth=16, growth=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("efficientnet_b0", "efficientnet_b0"),
+        ("efficientnet_lite0", "tf_efficientnet_lite0"),
+        ("mobilenet_v3_small", "mobilenet_v3_small"),
+        ("mobilenetv4_conv_medium", "mobilenetv4_conv_medium"),
+    ],
+)
+def test_mobile_networks_equal_torchvision_and_timm(name, reference):
+    theirs = getattr(references.torchvision_models(), reference, None)
+    make = theirs or functools.partial(references.timm().create_model, reference)
+    references.compare(name, make(num_classes=7), size=65, train=False)
