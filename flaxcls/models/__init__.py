@@ -16,6 +16,7 @@ from flaxcls.models.dense import DenseNetwork
 from flaxcls.models.layers import title
 from flaxcls.models.quick import Quick
 from flaxcls.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
+from flaxcls.models.vit import VisionTransformer
 
 _partial = functools.partial
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -39,6 +40,23 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": _partial(ResNet, stage_sizes=(3, 4, 6, 3), block=BottleneckBlock),
     "resnet101": _partial(ResNet, stage_sizes=(3, 4, 23, 3), block=BottleneckBlock),
     "resnet152": _partial(ResNet, stage_sizes=(3, 8, 36, 3), block=BottleneckBlock),
+    "vit": VisionTransformer,
+    "vit_ti16": _partial(VisionTransformer, patch=16, width=192, depth=12, heads=3),
+    "vit_s16": _partial(VisionTransformer, patch=16, width=384, depth=12, heads=6),
+    "vit_s32": _partial(VisionTransformer, patch=32, width=384, depth=12, heads=6),
+    "vit_b16": _partial(VisionTransformer, patch=16, width=768, depth=12, heads=12),
+    "vit_b32": _partial(VisionTransformer, patch=32, width=768, depth=12, heads=12),
+    "vit_l16": _partial(VisionTransformer, patch=16, width=1024, depth=24, heads=16),
+    "vit_l32": _partial(VisionTransformer, patch=32, width=1024, depth=24, heads=16),
+    "deit3_s16": _partial(
+        VisionTransformer,
+        patch=16,
+        width=384,
+        depth=12,
+        heads=6,
+        no_embed_class=True,
+        layer_scale=1e-6,
+    ),
 }
 
 

@@ -44,6 +44,13 @@ def shapes(module, image_shape):
         ("resnet50", (224, 224, 3), 1000, {}, 25_557_032),
         ("resnet101", (224, 224, 3), 1000, {}, 44_549_160),
         ("resnet152", (224, 224, 3), 1000, {}, 60_192_808),
+        ("vit_ti16", (224, 224, 3), 1000, {}, 5_717_416),
+        ("vit_s16", (224, 224, 3), 1000, {}, 22_050_664),
+        ("vit_b16", (224, 224, 3), 1000, {}, 86_567_656),
+        ("vit_b32", (224, 224, 3), 1000, {}, 88_224_232),
+        ("vit_l16", (224, 224, 3), 1000, {}, 304_326_632),
+        ("vit_l32", (224, 224, 3), 1000, {}, 306_535_400),
+        ("deit3_s16", (224, 224, 3), 1000, {}, 22_059_496),
     ],
 )
 def test_parameter_count_is_the_published_one(name, image_shape, num_classes, options, count):
@@ -55,6 +62,9 @@ def test_parameter_count_is_the_published_one(name, image_shape, num_classes, op
 
 SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50"}
 SMALL |= {name for name in models.MODELS if not name.startswith(("cifar_", "wrn", "resnet"))}
+WITHOUT_CONVOLUTION = {name for name in models.MODELS if "vit" in name or "deit3" in name} | {
+    "dense"
+}
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -65,7 +75,7 @@ def test_logits_parameters_and_statistics_are_float32_when_computing_in_bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", sorted(SMALL - {"dense"}))
+@pytest.mark.parametrize("name", sorted(SMALL - WITHOUT_CONVOLUTION))
 def test_dtype_is_what_the_convolutions_compute_in(name):
     module = models.build(name, num_classes=7, dtype=jnp.bfloat16)
     image = jnp.zeros((1, 32, 32, 3))
@@ -120,8 +130,9 @@ def test_the_minimum_image_size_is_the_least_that_leaves_no_layer_empty(name, op
 @pytest.mark.parametrize("name", models.MODELS)
 def test_number_of_images_may_be_open(name):
     module = models.build(name, num_classes=3)
-    variables = models.shapes(module, (18, 18, 3))
-    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape("b, 18, 18, 3"), jnp.float32)
+    size = getattr(module, "image_size_multiple", 18)
+    variables = models.shapes(module, (size, size, 3))
+    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {size}, {size}, 3"), jnp.float32)
     logits = jax.eval_shape(functools.partial(module.apply, train=False), variables, images)
     assert (str(logits.shape[0]), *logits.shape[1:]) == ("b", 3)
 
@@ -179,6 +190,7 @@ def test_options_leave_out_what_a_name_fixes():
             "stem must be 'imagenet' or 'cifar' for resnet50, got 'imagnet'",
         ),
         ("resnet50", {"width": 0}, "config.model.width must be int at least 1 for resnet50, got 0"),
+        ("vit", {"heads": 5}, "`width` of vit must be a multiple of its 5 `heads`, got 384"),
         ("wrn", {"depth": 27}, "`depth` of wrn must be 4 plus a multiple of 6, got 27"),
         ("wrn", {"depth": 4}, "`depth` of wrn must be 4 plus a multiple of 6, got 4"),
         ("wrn", {"dropout": 1.0}, "dropout must be float at least 0 and below 1 for wrn, got 1.0"),
@@ -235,6 +247,7 @@ def test_a_list_option_makes_a_hashable_module():
         ("keras_small", {}),
         ("digits_cnn", {}),
         ("wrn", {"depth": 10, "width": 1}),
+        ("vit", {"depth": 1, "width": 8, "heads": 2, "patch": 5}),
     ],
 )
 def test_dropout_acts_in_training_only(name, options):

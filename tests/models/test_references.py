@@ -16,3 +16,32 @@ _spec.loader.exec_module(references)
 def test_equals_torchvision(name):
     make = getattr(references.torchvision_models(), name)
     references.compare(name, make(num_classes=7), size=65)
+
+
+VIT = {"depth": 2, "width": 64, "heads": 4, "patch": 8}
+AVERAGE = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "theirs"),
+    [
+        ({"remat": True}, {}),
+        ({"registers": 3}, {"reg_tokens": 3}),
+        (
+            {"pool": "average", "registers": 2, "no_embed_class": True, "layer_scale": 0.1},
+            {**AVERAGE, "reg_tokens": 2, "no_embed_class": True, "init_values": 0.1},
+        ),
+    ],
+)
+def test_vit_equals_timm(options, theirs):
+    make = references.timm().models.VisionTransformer
+    reference = make(
+        img_size=40, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=7, **theirs
+    )
+    references.compare("vit", reference, size=40, **VIT, **options)
+
+
+def test_deit3_equals_timm():
+    make = references.timm().create_model
+    reference = make("deit3_small_patch16_224", num_classes=7, img_size=48)
+    references.compare("deit3_s16", reference, size=48, train=False)
