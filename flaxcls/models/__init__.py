@@ -12,8 +12,10 @@ from flaxcls.config.options import accepted, check, look_up
 from flaxcls.config.user_code import file_of, in_user_code
 from flaxcls.errors import ConfigError
 from flaxcls.models.convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
+from flaxcls.models.convnext import ConvNeXt
 from flaxcls.models.dense import DenseNetwork
 from flaxcls.models.layers import title
+from flaxcls.models.mixer import Mixer
 from flaxcls.models.quick import Quick
 from flaxcls.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
 from flaxcls.models.vit import VisionTransformer
@@ -57,6 +59,12 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         no_embed_class=True,
         layer_scale=1e-6,
     ),
+    "mixer": Mixer,
+    "mixer_b16": _partial(Mixer, patch=16, width=768, depth=12),
+    "convnext": ConvNeXt,
+    "convnext_tiny": _partial(ConvNeXt, depths=(3, 3, 9, 3), width=96),
+    "convnext_small": _partial(ConvNeXt, depths=(3, 3, 27, 3), width=96),
+    "convnext_base": _partial(ConvNeXt, depths=(3, 3, 27, 3), width=128),
 }
 
 

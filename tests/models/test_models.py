@@ -51,6 +51,10 @@ def shapes(module, image_shape):
         ("vit_l16", (224, 224, 3), 1000, {}, 304_326_632),
         ("vit_l32", (224, 224, 3), 1000, {}, 306_535_400),
         ("deit3_s16", (224, 224, 3), 1000, {}, 22_059_496),
+        ("mixer_b16", (224, 224, 3), 1000, {}, 59_880_472),
+        ("convnext_tiny", (224, 224, 3), 1000, {}, 28_589_128),
+        ("convnext_small", (224, 224, 3), 1000, {}, 50_223_688),
+        ("convnext_base", (224, 224, 3), 1000, {}, 88_591_464),
     ],
 )
 def test_parameter_count_is_the_published_one(name, image_shape, num_classes, options, count):
@@ -61,10 +65,9 @@ def test_parameter_count_is_the_published_one(name, image_shape, num_classes, op
 
 
 SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50"}
-SMALL |= {name for name in models.MODELS if not name.startswith(("cifar_", "wrn", "resnet"))}
-WITHOUT_CONVOLUTION = {name for name in models.MODELS if "vit" in name or "deit3" in name} | {
-    "dense"
-}
+FAMILIES = ("cifar_", "wrn", "resnet", "vit_", "mixer_", "convnext_")
+SMALL |= {name for name in models.MODELS if not name.startswith(FAMILIES)}
+WITHOUT_CONVOLUTION = {"dense", "vit", "deit3_s16", "mixer"}
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -114,6 +117,8 @@ def fits(module, size):
         ("cifar_resnet20", {}, 1),
         ("wrn16_8", {}, 1),
         ("resnet18", {}, 1),
+        ("convnext", {}, 32),
+        ("convnext", {"depths": (1, 1)}, 8),
         ("resnet18", {"stem": "cifar"}, 1),
     ],
 )
@@ -130,7 +135,7 @@ def test_the_minimum_image_size_is_the_least_that_leaves_no_layer_empty(name, op
 @pytest.mark.parametrize("name", models.MODELS)
 def test_number_of_images_may_be_open(name):
     module = models.build(name, num_classes=3)
-    size = getattr(module, "image_size_multiple", 18)
+    size = getattr(module, "image_size_multiple", 32)
     variables = models.shapes(module, (size, size, 3))
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {size}, {size}, 3"), jnp.float32)
     logits = jax.eval_shape(functools.partial(module.apply, train=False), variables, images)
@@ -248,12 +253,15 @@ def test_a_list_option_makes_a_hashable_module():
         ("digits_cnn", {}),
         ("wrn", {"depth": 10, "width": 1}),
         ("vit", {"depth": 1, "width": 8, "heads": 2, "patch": 5}),
+        ("mixer", {"depth": 1, "width": 8, "patch": 5}),
     ],
 )
 def test_dropout_acts_in_training_only(name, options):
     module = models.build(name, num_classes=3, dropout=0.5, **options)
     image = jax.random.normal(jax.random.key(0), (2, 10, 10, 1))
     variables = jax.jit(lambda key: module.init(key, image, train=False))(jax.random.key(1))
+    noise = functools.partial(jax.random.normal, jax.random.key(2))
+    variables = jax.tree.map(lambda x: x + 0.1 * noise(x.shape), variables)  # no head is zero
 
     @functools.partial(jax.jit, static_argnums=0)
     def logits(train, seed):

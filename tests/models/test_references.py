@@ -45,3 +45,17 @@ def test_deit3_equals_timm():
     make = references.timm().create_model
     reference = make("deit3_small_patch16_224", num_classes=7, img_size=48)
     references.compare("deit3_s16", reference, size=48, train=False)
+
+
+def test_mixer_equals_timm():
+    make = references.timm().models.MlpMixer
+    reference = make(num_classes=7, img_size=40, patch_size=8, num_blocks=2, embed_dim=64)
+    references.compare("mixer", reference, size=40, patch=8, width=64, depth=2)
+
+
+def test_convnext_equals_torchvision():
+    library = references.torchvision_models().convnext
+    stages = [(16, 32, 2), (32, 64, 1), (64, None, 1)]
+    stages = [library.CNBlockConfig(*stage) for stage in stages]
+    reference = library.ConvNeXt(stages, num_classes=7)
+    references.compare("convnext", reference, size=37, width=16, depths=(2, 1, 1))
