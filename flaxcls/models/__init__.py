@@ -18,6 +18,7 @@ from flaxcls.models.layers import title
 from flaxcls.models.mixer import Mixer
 from flaxcls.models.quick import Quick
 from flaxcls.models.resnet import BasicBlock, BottleneckBlock, CifarResNet, ResNet, WideResNet
+from flaxcls.models.swin import Swin
 from flaxcls.models.vit import VisionTransformer
 
 _partial = functools.partial
@@ -61,6 +62,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     "mixer": Mixer,
     "mixer_b16": _partial(Mixer, patch=16, width=768, depth=12),
+    "swin": Swin,
+    "swin_t": _partial(Swin, depths=(2, 2, 6, 2), width=96, head_width=32, window=7),
     "convnext": ConvNeXt,
     "convnext_tiny": _partial(ConvNeXt, depths=(3, 3, 9, 3), width=96),
     "convnext_small": _partial(ConvNeXt, depths=(3, 3, 27, 3), width=96),

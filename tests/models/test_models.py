@@ -52,6 +52,7 @@ def shapes(module, image_shape):
         ("vit_l32", (224, 224, 3), 1000, {}, 306_535_400),
         ("deit3_s16", (224, 224, 3), 1000, {}, 22_059_496),
         ("mixer_b16", (224, 224, 3), 1000, {}, 59_880_472),
+        ("swin_t", (224, 224, 3), 1000, {}, 28_288_354),
         ("convnext_tiny", (224, 224, 3), 1000, {}, 28_589_128),
         ("convnext_small", (224, 224, 3), 1000, {}, 50_223_688),
         ("convnext_base", (224, 224, 3), 1000, {}, 88_591_464),
@@ -65,7 +66,7 @@ def test_parameter_count_is_the_published_one(name, image_shape, num_classes, op
 
 
 SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50"}
-FAMILIES = ("cifar_", "wrn", "resnet", "vit_", "mixer_", "convnext_")
+FAMILIES = ("cifar_", "wrn", "resnet", "vit_", "mixer_", "swin_", "convnext_")
 SMALL |= {name for name in models.MODELS if not name.startswith(FAMILIES)}
 WITHOUT_CONVOLUTION = {"dense", "vit", "deit3_s16", "mixer"}
 
@@ -117,6 +118,7 @@ def fits(module, size):
         ("cifar_resnet20", {}, 1),
         ("wrn16_8", {}, 1),
         ("resnet18", {}, 1),
+        ("swin", {}, 4),
         ("convnext", {}, 32),
         ("convnext", {"depths": (1, 1)}, 8),
         ("resnet18", {"stem": "cifar"}, 1),
@@ -196,6 +198,7 @@ def test_options_leave_out_what_a_name_fixes():
         ),
         ("resnet50", {"width": 0}, "config.model.width must be int at least 1 for resnet50, got 0"),
         ("vit", {"heads": 5}, "`width` of vit must be a multiple of its 5 `heads`, got 384"),
+        ("swin", {"width": 48}, "`width` of swin must be a multiple of its `head_width`, 32, got"),
         ("wrn", {"depth": 27}, "`depth` of wrn must be 4 plus a multiple of 6, got 27"),
         ("wrn", {"depth": 4}, "`depth` of wrn must be 4 plus a multiple of 6, got 4"),
         ("wrn", {"dropout": 1.0}, "dropout must be float at least 0 and below 1 for wrn, got 1.0"),

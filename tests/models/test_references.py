@@ -59,3 +59,10 @@ def test_convnext_equals_torchvision():
     stages = [library.CNBlockConfig(*stage) for stage in stages]
     reference = library.ConvNeXt(stages, num_classes=7)
     references.compare("convnext", reference, size=37, width=16, depths=(2, 1, 1))
+
+
+def test_swin_equals_torchvision():
+    make = references.torchvision_models().SwinTransformer
+    reference = make([4, 4], 16, [2, 2], [2, 4], [3, 3], num_classes=7, stochastic_depth_prob=0.0)
+    options = {"width": 16, "depths": (2, 2), "head_width": 8, "window": 3}
+    references.compare("swin", reference, size=45, **options)
