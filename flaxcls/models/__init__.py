@@ -12,10 +12,12 @@ from flaxcls.config.options import accepted, check, look_up
 from flaxcls.config.user_code import file_of, in_user_code
 from flaxcls.errors import ConfigError
 from flaxcls.models.convnet import DigitsCNN, KerasCNN, KerasSmall, TorchConvNet
+from flaxcls.models.convnext import ConvNeXt
 from flaxcls.models.dense import DenseNetwork
 from flaxcls.models.densenet import DenseNet, DenseNetBC
 from flaxcls.models.efficientnet import EfficientNet, EfficientNetLite
 from flaxcls.models.layers import title
+from flaxcls.models.mixer import Mixer
 from flaxcls.models.mobilenet import MobileNetV3, MobileNetV4
 from flaxcls.models.quick import Quick
 from flaxcls.models.resnet import (
@@ -27,7 +29,9 @@ from flaxcls.models.resnet import (
     WideBottleneckBlock,
     WideResNet,
 )
+from flaxcls.models.swin import Swin
 from flaxcls.models.vgg import VGG, AlexNet, CifarAlexNet
+from flaxcls.models.vit import VisionTransformer
 
 _partial = functools.partial
 _resnet_d = _partial(ResNet, stem="deep", pooled_shortcut=True)
@@ -88,6 +92,31 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v3_small": _partial(MobileNetV3, member="small"),
     "mobilenet_v3_large": _partial(MobileNetV3, member="large"),
     "mobilenetv4_conv_medium": MobileNetV4,
+    "vit": VisionTransformer,
+    "vit_ti16": _partial(VisionTransformer, patch=16, width=192, depth=12, heads=3),
+    "vit_s16": _partial(VisionTransformer, patch=16, width=384, depth=12, heads=6),
+    "vit_s32": _partial(VisionTransformer, patch=32, width=384, depth=12, heads=6),
+    "vit_b16": _partial(VisionTransformer, patch=16, width=768, depth=12, heads=12),
+    "vit_b32": _partial(VisionTransformer, patch=32, width=768, depth=12, heads=12),
+    "vit_l16": _partial(VisionTransformer, patch=16, width=1024, depth=24, heads=16),
+    "vit_l32": _partial(VisionTransformer, patch=32, width=1024, depth=24, heads=16),
+    "deit3_s16": _partial(
+        VisionTransformer,
+        patch=16,
+        width=384,
+        depth=12,
+        heads=6,
+        no_embed_class=True,
+        layer_scale=1e-6,
+    ),
+    "mixer": Mixer,
+    "mixer_b16": _partial(Mixer, patch=16, width=768, depth=12),
+    "swin": Swin,
+    "swin_t": _partial(Swin, depths=(2, 2, 6, 2), width=96, head_width=32, window=7),
+    "convnext": ConvNeXt,
+    "convnext_tiny": _partial(ConvNeXt, depths=(3, 3, 9, 3), width=96),
+    "convnext_small": _partial(ConvNeXt, depths=(3, 3, 27, 3), width=96),
+    "convnext_base": _partial(ConvNeXt, depths=(3, 3, 27, 3), width=128),
 }
 
 

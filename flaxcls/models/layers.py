@@ -188,6 +188,18 @@ def flatten(x: jax.Array) -> jax.Array:
     return x.reshape(x.shape[0], -1)
 
 
+def patches(x: jax.Array, size: int) -> jax.Array:
+    """[B,H,W,C] -> [B, H/size, W/size, size * size * C]: a pixel a patch.
+
+    A Dense layer over them is the convolution of that size and stride: its kernel is the
+    convolution's [size, size, C, D], flattened. XLA:GPU is slow to tune convolutions of 16 pixels.
+    """
+    batch, height, width, channels = x.shape
+    rows, columns = height // size, width // size
+    x = x.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+    return x.reshape(batch, rows, columns, size * size * channels)
+
+
 def drop_path(x: jax.Array, rate: float, train: bool) -> jax.Array:
     """Stochastic depth: zeroes whole examples of a branch [B, ...], scales the others up.
 
@@ -200,6 +212,31 @@ def drop_path(x: jax.Array, rate: float, train: bool) -> jax.Array:
 def global_average(x: jax.Array) -> jax.Array:
     """The mean over the pixels of [B,H,W,C], at least in float32: [B,C]."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def drop_path_rates(last: float, depth: int) -> list[float]:
+    """The rate of each block: from 0 for the first, linearly, to `last`."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class Mlp(nn.Module):
+    """Two dense layers over the last axis, which keeps its size, with GELU (exact) between."""
+
+    hidden: int
+    dtype: jnp.dtype
+    kernel_init: Callable[..., jax.Array]
+    bias_init: Callable[..., jax.Array] = nn.initializers.zeros
+    dropout: float = 0.0
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dense = functools.partial(
+            nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
+        )
+        dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not self.train)
+        y = nn.gelu(dense(self.hidden, name="fc1")(x), approximate=False)
+        return dropout()(dense(x.shape[-1], name="fc2")(dropout()(y)))
 
 
 POOLS = {"max": max_pool, "average": average_pool}

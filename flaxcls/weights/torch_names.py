@@ -4,6 +4,9 @@ A network whose reference is torchvision's or timm's says in `torch_names` how t
 layers read there: pairs of a regular expression and its replacement, applied one after the other
 to a path such as "stage1/block2/conv1". What is left is the same for all networks: a kernel is a
 "weight" with its axes in another order, a scale is a "weight", the mean is "running_mean".
+An array that PyTorch keeps with other axes is in `torch_shapes`: pairs of a regular expression for
+its path, leaf included, and the shape to give it first, such as the [P, P, C, D] of a convolution
+whose kernel is the [P * P * C, D] of a dense layer over patches here.
 """
 
 import re
@@ -36,7 +39,7 @@ def torch_name(path: str, names: Names) -> str:
 def to_torch(network: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A network's variables as a PyTorch state dict of its reference has them."""
     return {
-        torch_name(path, _names(network)): _to_torch(path, np.asarray(array))
+        torch_name(path, _names(network)): _to_torch(network, path, np.asarray(array))
         for path, array in _leaves(variables)
     }
 
@@ -62,13 +65,13 @@ def from_torch(
         if name not in state:
             raise ConfigError(f"the weights lack {name}, which is {ours} of {network.name}")
         used.add(name)
-        array = _from_torch(ours, np.asarray(state[name], np.float32))
-        if array.shape != shape.shape:
+        array = np.asarray(state[name], np.float32)
+        needed = _to_torch(network, ours, np.empty(shape.shape)).shape
+        if array.shape != needed:
             raise ConfigError(
-                f"{name} of the weights has the shape {np.shape(state[name])}; {network.name} "
-                f"needs {_to_torch(ours, np.zeros(shape.shape)).shape}"
+                f"{name} of the weights has the shape {array.shape}; {network.name} needs {needed}"
             )
-        return array
+        return _from_torch(ours, array).reshape(shape.shape)
 
     variables = jax.tree.map_with_path(take, dict(shapes))
     left = sorted(name for name in state.keys() - used if not _IGNORED.search(name))
@@ -91,7 +94,10 @@ def _leaves(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _to_torch(path: str, array: np.ndarray) -> np.ndarray:
+def _to_torch(network: nn.Module, path: str, array: np.ndarray) -> np.ndarray:
+    for pattern, shape in getattr(network, "torch_shapes", ()):
+        if re.search(pattern, path):
+            array = array.reshape(shape)
     is_kernel = path.endswith("kernel") and array.ndim in _AXES
     return array.transpose(_AXES[array.ndim]) if is_kernel else array
 

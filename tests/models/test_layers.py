@@ -177,3 +177,31 @@ def test_torch_initialisers_are_uniform_within_one_over_root_fan_in():
 def test_he_normal_fan_out_has_variance_two_over_fan_out():
     kernel = layers.he_normal_fan_out(jax.random.key(0), (3, 3, 100, 32))
     np.testing.assert_allclose(np.var(kernel), 2 / (9 * 32), rtol=0.03)
+
+
+def test_a_dense_layer_over_patches_is_a_convolution():
+    x, kernel = normal(0, 2, 6, 9, 3), normal(1, 3, 3, 3, 5)
+    expected = jax.lax.conv_general_dilated(
+        x, kernel, (3, 3), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    actual = layers.patches(x, 3) @ kernel.reshape(-1, 5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_drop_path_drops_whole_examples_and_scales_up_the_others():
+    class Drop(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return layers.drop_path(x, 0.25, train)
+
+    x = normal(0, 4000, 2, 3)
+    assert jnp.array_equal(Drop().apply({}, x, train=False), x)
+    y = Drop().apply({}, x, train=True, rngs={"dropout": jax.random.key(1)})
+    kept = (y != 0).any(axis=(1, 2))
+    np.testing.assert_allclose(y[kept], x[kept] / 0.75, rtol=1e-6)
+    assert abs(kept.mean() - 0.75) < 0.04  # six standard deviations
+
+
+def test_drop_path_rates_rise_linearly():
+    np.testing.assert_allclose(layers.drop_path_rates(0.2, 5), [0, 0.05, 0.1, 0.15, 0.2])
+    assert layers.drop_path_rates(0.2, 1) == [0.0]

@@ -72,6 +72,18 @@ def shapes(module, image_shape):
         ("mobilenet_v3_small", (224, 224, 3), 1000, {}, 2_542_856),
         ("mobilenet_v3_large", (224, 224, 3), 1000, {}, 5_483_032),
         ("mobilenetv4_conv_medium", (256, 256, 3), 1000, {}, 9_715_512),
+        ("vit_ti16", (224, 224, 3), 1000, {}, 5_717_416),
+        ("vit_s16", (224, 224, 3), 1000, {}, 22_050_664),
+        ("vit_b16", (224, 224, 3), 1000, {}, 86_567_656),
+        ("vit_b32", (224, 224, 3), 1000, {}, 88_224_232),
+        ("vit_l16", (224, 224, 3), 1000, {}, 304_326_632),
+        ("vit_l32", (224, 224, 3), 1000, {}, 306_535_400),
+        ("deit3_s16", (224, 224, 3), 1000, {}, 22_059_496),
+        ("mixer_b16", (224, 224, 3), 1000, {}, 59_880_472),
+        ("swin_t", (224, 224, 3), 1000, {}, 28_288_354),
+        ("convnext_tiny", (224, 224, 3), 1000, {}, 28_589_128),
+        ("convnext_small", (224, 224, 3), 1000, {}, 50_223_688),
+        ("convnext_base", (224, 224, 3), 1000, {}, 88_591_464),
     ],
 )
 def test_parameter_count_is_the_published_one(name, image_shape, num_classes, options, count):
@@ -96,6 +108,9 @@ SMALL = {"cifar_resnet20", "wrn16_8", "resnet18", "resnet50"}
 SMALL |= {"efficientnet_b0", "efficientnet_lite0", "mobilenet_v3_small"}
 _families = ("cifar_", "wrn", "resnet", "efficientnet", "mobilenet_v3")
 SMALL |= {name for name in models.MODELS if not name.startswith(_families)}
+FAMILIES = ("cifar_", "wrn", "resnet", "vit_", "mixer_", "swin_", "convnext_")
+SMALL |= {name for name in models.MODELS if not name.startswith(FAMILIES)}
+WITHOUT_CONVOLUTION = {"dense", "vit", "deit3_s16", "mixer"}
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))
@@ -107,7 +122,7 @@ def test_logits_parameters_and_statistics_are_float32_when_computing_in_bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
 
 
-@pytest.mark.parametrize("name", sorted(SMALL - {"dense"}))
+@pytest.mark.parametrize("name", sorted(SMALL - WITHOUT_CONVOLUTION))
 def test_dtype_is_what_the_convolutions_compute_in(name):
     module = models.build(name, num_classes=7, dtype=jnp.bfloat16)
     size = size_for(module, 32)
@@ -143,6 +158,9 @@ def fits(module, size):
         ("cifar_resnet20", {}, 1),
         ("wrn16_8", {}, 1),
         ("resnet18", {}, 1),
+        ("swin", {}, 4),
+        ("convnext", {}, 32),
+        ("convnext", {"depths": (1, 1)}, 8),
         ("resnet18", {"stem": "cifar"}, 1),
         ("resnet18", {"stem": "deep", "pooled_shortcut": True}, 1),
         ("alexnet", {}, 63),
@@ -169,6 +187,9 @@ def test_number_of_images_may_be_open(name):
     variables = models.shapes(module, (size, size, 3))
     shape = jax.export.symbolic_shape(f"b, {size}, {size}, 3")
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    size = getattr(module, "image_size_multiple", 32)
+    variables = models.shapes(module, (size, size, 3))
+    images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {size}, {size}, 3"), jnp.float32)
     logits = jax.eval_shape(functools.partial(module.apply, train=False), variables, images)
     assert (str(logits.shape[0]), *logits.shape[1:]) == ("b", 3)
 
@@ -228,6 +249,8 @@ def test_options_leave_out_what_a_name_fixes():
             "stem must be 'imagenet' or 'deep' or 'cifar' for resnet50, got 'imagnet'",
         ),
         ("resnet50", {"width": 0}, "config.model.width must be int at least 1 for resnet50, got 0"),
+        ("vit", {"heads": 5}, "`width` of vit must be a multiple of its 5 `heads`, got 384"),
+        ("swin", {"width": 48}, "`width` of swin must be a multiple of its `head_width`, 32, got"),
         ("wrn", {"depth": 27}, "`depth` of wrn must be 4 plus a multiple of 6, got 27"),
         ("densenet_bc", {"depth": 41}, "`depth` of densenet_bc must be 4 plus a multiple of 6"),
         ("resnext50_32x4d", {"width": 8}, "`width` of resnext50_32x4d must be a multiple of 16"),
@@ -289,6 +312,8 @@ def test_a_list_option_makes_a_hashable_module():
         ("alexnet", {"hidden": 8}),
         ("cifar_vgg11_bn", {}),
         ("densenet_bc", {"depth": 10, "growth": 4}),
+        ("vit", {"depth": 1, "width": 8, "heads": 2, "patch": 5}),
+        ("mixer", {"depth": 1, "width": 8, "patch": 5}),
     ],
 )
 def test_dropout_acts_in_training_only(name, options):
@@ -296,6 +321,8 @@ def test_dropout_acts_in_training_only(name, options):
     size = size_for(module, 10)
     image = jax.random.normal(jax.random.key(0), (2, size, size, 1))
     variables = jax.jit(lambda key: module.init(key, image, train=False))(jax.random.key(1))
+    noise = functools.partial(jax.random.normal, jax.random.key(2))
+    variables = jax.tree.map(lambda x: x + 0.1 * noise(x.shape), variables)  # no head is zero
 
     @functools.partial(jax.jit, static_argnums=0)
     def logits(train, seed):

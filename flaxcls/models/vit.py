@@ -1,0 +1,198 @@
+"""Vision transformers: ViT, and DeiT III's with LayerScale."""
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flaxcls.config.options import BelowOne, Count, Positive, Range
+from flaxcls.errors import ConfigError
+from flaxcls.models.layers import (
+    Mlp,
+    drop_path,
+    drop_path_rates,
+    patches,
+    title,
+    torch_bias_init,
+    torch_kernel_init,
+)
+
+# timm's cuts the tails off at +-2, which is 100 deviations.
+_normal = nn.initializers.normal(0.02)
+
+
+def sincos2d(rows: int, columns: int, width: int) -> jax.Array:
+    """Fixed position embeddings [rows * columns, width] (MoCo v3's, as big_vision has them).
+
+    Sine and cosine of the column, then of the row, with width / 4 wavelengths from 2 pi to
+    20,000 pi patches (Chen et al. 2021, arXiv:2104.02057).
+    """
+    frequencies = 1e-4 ** jnp.linspace(0, 1, width // 4)
+    y, x = jnp.mgrid[:rows, :columns].reshape(2, -1, 1) * frequencies
+    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over [B,T,width]; the softmax is float32."""
+
+    heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, tokens, width = x.shape
+        dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
+        qkv = dense(3 * width, name="qkv")(x).reshape(batch, tokens, 3, self.heads, -1)
+        y = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0))
+        return dense(width, name="proj")(y.reshape(x.shape))
+
+
+class LayerScale(nn.Module):
+    """A factor a channel that starts small (Touvron et al. 2021, arXiv:2103.17239)."""
+
+    initial: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        initial = nn.initializers.constant(self.initial)
+        return x * self.param("gamma", initial, x.shape[-1:]).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each a residual branch that starts with a LayerNorm."""
+
+    heads: int
+    layer_scale: float | None
+    dropout: float
+    drop_path: float
+    norm: Callable[..., nn.Module]
+    dtype: jnp.dtype
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = Attention(self.heads, self.dtype, name="attn")(self.norm(name="norm1")(x))
+        y = nn.Dropout(self.dropout, deterministic=not self.train)(y)
+        x = x + self._branch(y, "ls1")
+        y = self.norm(name="norm2")(x)
+        mlp = Mlp(
+            4 * x.shape[-1], self.dtype, _normal, dropout=self.dropout, train=self.train, name="mlp"
+        )
+        return x + self._branch(mlp(y), "ls2")
+
+    def _branch(self, y: jax.Array, name: str) -> jax.Array:
+        if self.layer_scale is not None:
+            y = LayerScale(self.layer_scale, name=name)(y)
+        return drop_path(y, self.drop_path, self.train)
+
+
+class VisionTransformer(nn.Module, kw_only=True):
+    """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): the weights of timm's networks fit.
+
+    `pool` "token" classifies by a class token; "average" has none and takes the mean of the
+    patches (Beyer et al. 2022, arXiv:2205.01580). `posemb` "learn" has an embedding for each
+    position of the image size at init, and, without `no_embed_class`, for each added token; with
+    "sincos2d" they are fixed, and added tokens have none. `registers` are more tokens that are not
+    pooled (Darcet et al. 2023, arXiv:2309.16588). `layer_scale` is its initial value (DeiT III,
+    Touvron et al. 2022, arXiv:2204.07118: 1e-6). `drop_path` is the last block's rate.
+    `remat` computes blocks again in the backward pass: less memory, a third more time.
+
+    Initial values are timm's; big_vision's differ, its head starts at zero.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.float32
+    patch: Count = 16
+    width: Count = 384
+    depth: Count = 12
+    heads: Count = 6
+    pool: Literal["token", "average"] = "token"
+    posemb: Literal["learn", "sincos2d"] = "learn"
+    no_embed_class: bool = False
+    registers: Annotated[int, Range(0)] = 0
+    layer_scale: Positive | None = None
+    dropout: BelowOne = 0.0
+    drop_path: BelowOne = 0.0
+    remat: bool = False
+
+    torch_names = (  # timm's
+        (r"^block(\d+)", lambda match: f"blocks/{int(match[1]) - 1}"),
+        (r"^patch_embed", "patch_embed/proj"),
+    )
+
+    @property
+    def torch_shapes(self):
+        return ((r"^patch_embed/kernel", (self.patch, self.patch, -1, self.width)),)
+
+    @property
+    def image_size_multiple(self) -> int:
+        return self.patch
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ConfigError(
+                f"`width` of {title(self)} must be a multiple of its {self.heads} `heads`, "
+                f"got {self.width}"
+            )
+        if self.posemb == "sincos2d" and self.width % 4:
+            raise ConfigError(
+                f"`width` of {title(self)} must be a multiple of 4 for posemb='sincos2d', "
+                f"got {self.width}"
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Image [B,H,W,C] float32 -> logits [B,K] float32."""
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
+        block = nn.remat(Block) if self.remat else Block
+        x = self._embed(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
+            x = block(
+                heads=self.heads,
+                layer_scale=self.layer_scale,
+                dropout=self.dropout,
+                drop_path=rate,
+                norm=norm,
+                dtype=self.dtype,
+                train=train,
+                name=f"block{i + 1}",
+            )(x)
+        x = norm(name="norm")(x)
+        if self.pool == "token":
+            x = x[:, 0]
+        else:
+            x = jnp.mean(x[:, self.registers :], axis=1, dtype=jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x.astype(jnp.float32))
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        """Tokens [B, T, width]: the class token, registers, then patches row by row."""
+        x = patches(images, self.patch)
+        batch, rows, columns, inputs = x.shape
+        x = nn.Dense(
+            self.width,
+            dtype=self.dtype,
+            kernel_init=torch_kernel_init,
+            bias_init=torch_bias_init(inputs),
+            name="patch_embed",
+        )(x.reshape(batch, rows * columns, inputs))
+        added = {"cls_token": int(self.pool == "token"), "reg_token": self.registers}
+        tokens = [
+            self.param(name, nn.initializers.normal(1e-6), (1, count, self.width))
+            for name, count in added.items()
+            if count
+        ]
+        tokens = [jnp.broadcast_to(t, (batch, *t.shape[1:])).astype(x.dtype) for t in tokens]
+        if self.posemb == "sincos2d":
+            x = x + sincos2d(rows, columns, self.width).astype(x.dtype)
+        elif self.no_embed_class:
+            x = self._add_learned(x)
+        x = jnp.concatenate([*tokens, x], axis=1)
+        return x if self.posemb == "sincos2d" or self.no_embed_class else self._add_learned(x)
+
+    def _add_learned(self, x: jax.Array) -> jax.Array:
+        return x + self.param("pos_embed", _normal, (1, *x.shape[1:])).astype(x.dtype)
