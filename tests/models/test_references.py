@@ -8,6 +8,8 @@ import pytest
 
 from flaxcls.models.resnet import BottleneckBlock, ResNeXtBlock
 
+pytestmark = pytest.mark.slow
+
 _spec = importlib.util.spec_from_file_location(
     "references", Path(__file__).with_name("references.py")
 )
