@@ -47,6 +47,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_lite1": _partial(EfficientNetLite, member="lite1"),
     "efficientnet_lite2": _partial(EfficientNetLite, member="lite2"),
     "efficientnet_lite3": _partial(EfficientNetLite, member="lite3"),
+    "efficientnet_lite4": _partial(EfficientNetLite, member="lite4"),
     "mobilenet_v3_small": _partial(MobileNetV3, member="small"),
     "mobilenet_v3_large": _partial(MobileNetV3, member="large"),
     "mobilenetv4_conv_medium": MobileNetV4,
