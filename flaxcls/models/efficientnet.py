@@ -1,4 +1,4 @@
-"""EfficientNet-B0..B4 (Tan & Le 2019, arXiv:1905.11946) and TensorFlow's EfficientNet-Lite0..4."""
+"""EfficientNet (Tan & Le 2019, arXiv:1905.11946) and TensorFlow's EfficientNet-Lite."""
 
 import functools
 import math
@@ -73,7 +73,7 @@ def _timm_name(match: re.Match) -> str:
 
 
 class EfficientNet(nn.Module, kw_only=True):
-    """EfficientNet-B0..B4: the weights of torchvision's networks of the same names fit.
+    """EfficientNet-B: the weights of torchvision's networks of the same names fit.
 
     `dropout` None is the member's in SCALING. `drop_path` is the rate after the last block; that of
     the first is 0. Initial values are torchvision's.
@@ -131,7 +131,7 @@ class EfficientNet(nn.Module, kw_only=True):
 
 
 class EfficientNetLite(EfficientNet):
-    """EfficientNet-Lite0..4: the weights of timm's `tf_efficientnet_lite0` .. `lite4` fit.
+    """EfficientNet-Lite: the weights of timm's `tf_efficientnet_lite0` and so on fit.
 
     Without what quantised integers or mobile chips are bad at: squeeze-and-excitation and SiLU. The
     first and the last layers are not scaled. Initial values are TensorFlow's.

@@ -5,7 +5,6 @@ are declared here, as no network needs them.
 """
 
 import contextlib
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,6 @@ from flaxcls import models
 from flaxcls.weights import torch_names
 
 torch = pytest.importorskip("torch")
-
-# Compiling takes most of the time.
-_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
 
 
 def torchvision_models():
@@ -79,7 +69,9 @@ def compare(name, reference, *, size, train=True, rtol=1e-4, dtype="float32", **
     count = sum(parameter.numel() for parameter in reference.parameters())
     assert models.parameter_count(variables["params"]) == count
 
-    ours = _jit(lambda v, x: network.apply(v, x, train=False))(variables, images)
+    quickly = {"xla_backend_optimization_level": 0}  # compiled: it runs only once
+    apply = jax.jit(lambda v, x: network.apply(v, x, train=False), compiler_options=quickly)
+    ours = apply(variables, images)
     with torch.no_grad():
         theirs = reference.eval()(torch.from_numpy(images.transpose(0, 3, 1, 2).copy())).numpy()
     errors = {"logits": _error(ours, theirs)}
@@ -116,7 +108,7 @@ def _training_errors(network, variables, reference, images):
             logits = logits.astype(jnp.float64)
             return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(2), labels]), logits
 
-        (_, ours), grads = _jit(jax.value_and_grad(loss, has_aux=True))(given["params"])
+        (_, ours), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(given["params"])
     reference.double().train()
     for module in reference.modules():
         if isinstance(module, torch.nn.Dropout):

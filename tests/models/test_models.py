@@ -67,7 +67,7 @@ def shapes(module, image_shape):
         ("densenet_bc", (32, 32, 3), 10, {"depth": 40}, 176_122),
         ("densenet_bc", (32, 32, 3), 10, {}, 769_162),
         ("efficientnet_b0", (224, 224, 3), 1000, {}, 5_288_548),
-        ("efficientnet_b4", (380, 380, 3), 1000, {}, 19_341_616),
+        ("efficientnet_b1", (240, 240, 3), 1000, {}, 7_794_184),
         ("efficientnet_lite0", (224, 224, 3), 1000, {}, 4_652_008),
         ("mobilenet_v3_small", (224, 224, 3), 1000, {}, 2_542_856),
         ("mobilenet_v3_large", (224, 224, 3), 1000, {}, 5_483_032),
