@@ -81,6 +81,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet_bc": DenseNetBC,
     "efficientnet_b0": _partial(EfficientNet, member="b0"),
     "efficientnet_b1": _partial(EfficientNet, member="b1"),
+    "efficientnet_b2": _partial(EfficientNet, member="b2"),
     "efficientnet_lite0": _partial(EfficientNetLite, member="lite0"),
     "efficientnet_lite1": _partial(EfficientNetLite, member="lite1"),
     "efficientnet_lite2": _partial(EfficientNetLite, member="lite2"),

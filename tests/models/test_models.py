@@ -137,7 +137,10 @@ def test_dtype_is_what_the_convolutions_compute_in(name):
 
 
 def fits(module, size):
-    """Whether nothing that is computed is empty for an image of that size."""
+    """Whether nothing is empty for an image of that size, also between the layers.
+
+    Not for networks that roll or pad by nothing, which JAX does by slices of nothing.
+    """
     image = jnp.zeros((1, size, size, 3))
     run = functools.partial(module.init_with_output, x=image, train=False)
     try:
@@ -160,11 +163,9 @@ def fits(module, size):
         ("cifar_resnet20", {}, 1),
         ("wrn16_8", {}, 1),
         ("resnet18", {}, 1),
-        ("swin", {}, 4),
         ("convnext", {}, 32),
         ("convnext", {"depths": (1, 1)}, 8),
         ("resnet18", {"stem": "cifar"}, 1),
-        ("resnet18", {"stem": "deep", "pooled_shortcut": True}, 1),
         ("alexnet", {}, 63),
         ("cifar_alexnet", {}, 29),
         ("vgg11", {}, 32),
