@@ -389,7 +389,7 @@ def _data(name):
     [
         (_loss, "absent", r"loss.name is 'wrong:absent', but .*wrong.py defines no absent"),
         (_loss, "maen", "defines no maen, did you mean 'mean'"),
-        (_loss, "needs", "config.loss: wrong:needs is missing a required argument: 'gamma'"),
+        (_loss, "needs", "config.loss: wrong:needs is missing a required .*argument: 'gamma'"),
         (_loss, "mean", r"wrong:mean must give a loss for each example, of shape \(2,\), got \(\)"),
         (_loss, "strange", "strange.evaluated_as is 'softmax', which is not known; known: foc"),
         (_loss, "fails", r"wrong.py, line 19: NameError: name 'nonsense' is not defined"),
