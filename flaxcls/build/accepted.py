@@ -45,13 +45,13 @@ def _from(table: Mapping, where: str, builder: Callable | None, hidden: str) -> 
 
 
 def _source_options(name: str) -> Parameters:
-    return accepted(opener(name), ("name", "split", "data_dir", *_GIVEN_TO_SOURCES))
+    return accepted(opener(name), ("name", "split", "data_dir", "class_names", "max_bytes"))
 
 
-_GIVEN_TO_SOURCES = ("class_names", "max_bytes")
-_LOSS = "name options logits targets"
-_OPTIMIZER = "name options schedule params frozen plan"
-_SCHEDULE = "name options learning_rate total_steps to_steps run"
+# What the program gives to the builders by keyword, not the config's section.
+_LOSS = "name"
+_OPTIMIZER = "name schedule params frozen"
+_SCHEDULE = "name learning_rate total_steps to_steps"
 _CROP = _from(TRANSFORMS, "crop", None, "")
 SECTIONS = {
     "data": Section(

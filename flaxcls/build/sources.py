@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flaxcls.build import accepted
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
 from flaxcls.data import check_tfds_name, open_source, open_tfds, opener
@@ -13,12 +14,13 @@ from flaxcls.data.source import Source
 
 def check_source(config: ConfigDict) -> dict[str, Any]:
     """The options of the data, if they are right; the data are not opened."""
-    given = options_of(config.data, "train_split", "eval_split", "dir", "mean", "std")
-    open_split = opener(config.data.name)
-    if given and open_split is open_tfds:  # else the sentence would be about an option
+    section = accepted.SECTIONS["data"]
+    given = options_of(config.data, *section.own)
+    if (
+        given and opener(config.data.name) is open_tfds
+    ):  # else the sentence would be about an option
         check_tfds_name(config.data.name, config.data.dir)
-    known = options.accepted(open_split, ("name", "split", "data_dir", "class_names", "max_bytes"))
-    options.check("config.data", config.data.name, given, known)
+    options.check("config.data", config.data.name, given, section.options(config.data.name))
     return given
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from flaxcls.build.adapt import adapt
-from flaxcls.config.fields import fields, update
+from flaxcls.config.fields import changes, fields, plain, update
 from flaxcls.config.recipes import Recipe
 from flaxcls.runs import run_folder
 from flaxcls.runtime import processes
@@ -17,7 +17,7 @@ def completed(recipe: Recipe, workdir: Path | None) -> ConfigDict:
 
     A run that is resumed keeps what it chose at first: today the devices may be faster.
     """
-    before, chosen = dict(fields(recipe.config)), None
+    before, chosen = plain(recipe.config), None
     if recipe.adapt and workdir is not None:
         with contextlib.suppress(run_folder.NoRun):
             chosen = run_folder.load_config(workdir)
@@ -25,12 +25,7 @@ def completed(recipe: Recipe, workdir: Path | None) -> ConfigDict:
         kept = {name: value for name, value in fields(chosen) if name not in recipe.given}
         update(recipe.config, kept)
     said = "" if chosen else adapt(recipe)
-    after = dict(fields(recipe.config))
-    changed = {
-        name: after.get(name)
-        for name in before.keys() | after.keys()
-        if before.get(name) != after.get(name)
-    }
+    changed = {name: now for name, (_, now) in changes(before, recipe.config).items()}
     said, changed = processes.from_first([said, changed])
     if not processes.is_first():
         update(recipe.config, changed)

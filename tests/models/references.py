@@ -55,7 +55,7 @@ def randomize(module, seed=0):
     return module
 
 
-def compare(name, reference, *, size, train=True, rtol=1e-4, dtype="float32", **options):
+def compare(name, reference, *, size, train=True, rtol=1e-4, **options):
     """Logits in evaluation and, with `train`, those and the gradients of a training step.
 
     Errors are relative to the largest value of what is compared. The training step is computed in
