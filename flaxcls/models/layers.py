@@ -1,5 +1,6 @@
 """What the networks share: convolution, pooling, initialisers and types of options."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -277,6 +278,24 @@ def batch_norm(
     return functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=dtype
     )
+
+
+def batch_stats_frozen() -> contextlib.AbstractContextManager:
+    """In this context BatchNorm, of any network, is as in evaluation, though the rest is trained.
+
+    The trainer says "train" to the whole network, so that its dropout is on: each nn.BatchNorm is
+    replaced by its like that uses the running statistics, and so changes none.
+    """
+
+    def as_evaluated(call, arguments, keywords, context):
+        module = context.module
+        if not isinstance(module, nn.BatchNorm) or module.use_running_average:
+            return call(*arguments, **keywords)
+        keywords = {k: v for k, v in keywords.items() if k != "use_running_average"}
+        like = module.clone(parent=module.scope, use_running_average=True)
+        return like(*arguments, **keywords)
+
+    return nn.intercept_methods(as_evaluated)
 
 
 def title(module: nn.Module) -> str:

@@ -214,6 +214,8 @@ def make_update(
         experiment.optimizer,
         augment.build(experiment.augmentations, mean=metadata["mean"], std=metadata["std"]),
         num_classes=len(metadata["class_names"]),
+        frozen=experiment.frozen,
+        freeze_batch_stats=experiment.freeze_batch_stats,
         ema_decay=experiment.ema_decay,
         gradient_accumulation=experiment.gradient_accumulation,
         max_grad_norm=experiment.divergence.max_grad_norm,
