@@ -76,6 +76,8 @@ def _convolve_blocks(convolution: Callable[..., jax.Array], x: jax.Array, kernel
     return convolution(x, kernel, window_strides=(1, 1), padding=((2, 1), (2, 1)))
 
 
+View = Callable[[jax.Array], jax.Array]
+
 # `nn.Conv` with the same parameters, otherwise computed.
 Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
 FixedConv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve_fixed)
@@ -208,6 +210,18 @@ def drop_path(x: jax.Array, rate: float, train: bool) -> jax.Array:
     """
     alike = tuple(range(1, x.ndim))
     return nn.Dropout(rate, broadcast_dims=alike, deterministic=not train)(x)
+
+
+def record(module: nn.Module, name: str, x: jax.Array, view: View = lambda x: x) -> None:
+    """Keeps `view(x)` as the network's feature `name` where features are asked for.
+
+    "pooled" [B,D] is what the head is given, before dropout; "stage1", "stage2" and so on [B,H,W,C]
+    are the last maps of each resolution, and "block1" and so on those of transformers, whose tokens
+    are patches. The last map of all is what is pooled, where the network pools by a mean.
+    `models.features` asks for them; elsewhere this costs nothing. The last of a name stays.
+    """
+    if module.is_mutable_collection("features") and not module.is_initializing():
+        module.put_variable("features", name, view(x))  # `sow` wants a name that no layer has
 
 
 def global_average(x: jax.Array) -> jax.Array:
