@@ -57,6 +57,7 @@ class Experiment:
       augmentations: as `augment.build` takes them.
       network, loss, optimizer: what a step computes.
       gradient_accumulation: parts a batch is computed in.
+      init_from: where the first weights are from; None: the network's initialisation.
       ema_decay: of the average of the parameters; None: none is kept.
       learning_rate: as a function of the step.
       parameter_groups: what the optimizer does to which parameters, in words.
@@ -79,6 +80,7 @@ class Experiment:
     loss: LossSpec
     optimizer: optax.GradientTransformation
     gradient_accumulation: int
+    init_from: str | None
     ema_decay: float | None
     learning_rate: Callable[[Any], jax.Array]
     parameter_groups: str
@@ -157,6 +159,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         loss=pieces.loss(config, num_classes),
         optimizer=optimizer,
         gradient_accumulation=config.gradient_accumulation,
+        init_from=config.init_from,
         ema_decay=config.ema_decay,
         learning_rate=rate,
         parameter_groups=parameter_groups,
