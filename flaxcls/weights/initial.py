@@ -204,9 +204,8 @@ class _Fitting:
         of = f"of {whose} " if whose and whose != network else ""
         known = [self._layout.name(path) for path in self._shapes]
         if not {*known} & self._weights.arrays.keys():
-            problems = [
-                f"they have {_some(self._weights.arrays)} and none of {_some(known)}, which it needs"
-            ]
+            given = _some(self._weights.arrays)
+            problems = [f"they have {given} and none of {_some(known)}, which it needs"]
         return f"the weights {of}don't fit {network}: {_some(problems)}"
 
     def _sentence(
