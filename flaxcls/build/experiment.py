@@ -58,6 +58,7 @@ class Experiment:
       frozen: the paths of the parameters that are not trained.
       freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
       gradient_accumulation: parts a batch is computed in.
+      init_from: where the first weights are from; None: the network's initialisation.
       ema_decay: of the average of the parameters; None: none is kept.
       learning_rate: as a function of the step.
       parameter_groups: what the optimizer does to which parameters, in words.
@@ -82,6 +83,7 @@ class Experiment:
     frozen: frozenset[str]
     freeze_batch_stats: bool
     gradient_accumulation: int
+    init_from: str | None
     ema_decay: float | None
     learning_rate: Callable[[Any], jax.Array]
     parameter_groups: str
@@ -162,6 +164,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         frozen=frozen,
         freeze_batch_stats=config.finetune.freeze_batch_stats,
         gradient_accumulation=config.gradient_accumulation,
+        init_from=config.init_from,
         ema_decay=config.ema_decay,
         learning_rate=rate,
         parameter_groups=parameter_groups,

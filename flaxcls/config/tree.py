@@ -102,6 +102,10 @@ def default() -> ConfigDict:
     config.schedule.warmup = None  # duration of the linear start
     config.schedule.cooldown = None  # duration of the linear end
 
+    # Weights to begin with: a run's folder, a file (.safetensors, .pth) or a name, such as
+    # "efficientnet_lite0"; None: those of the network's initialisation. See docs/weights.md.
+    config.init_from = placeholder(str)
+
     config.eval = ConfigDict()
     config.eval.every = "1 epochs"
     config.eval.batch_size = placeholder(int)  # examples; None: as in training

@@ -1,7 +1,7 @@
 """Initialisation, one update and one evaluation batch: pure functions, no I/O, no devices."""
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -33,17 +33,19 @@ def seed_key(seed: int) -> jax.Array:
 def make_init(
     model: nn.Module, optimizer: optax.GradientTransformation, *, num_classes: int, ema: bool
 ) -> Callable[[jax.Array, jax.Array], TrainState]:
-    """Returns `init(rng, images) -> TrainState`.
+    """Returns `init(rng, images, weights={}) -> TrainState`.
 
     `rng` is uint32 key data; `images` float32 [B, H, W, C] are normalised training images, for the
-    models whose first weights depend on the data.
+    models whose first weights depend on the data. `weights`, {"params", "batch_stats"}, are what
+    some of the variables, or all, begin with instead of what the model initialises.
     """
 
-    def init(rng: jax.Array, images: jax.Array) -> TrainState:
+    def init(rng: jax.Array, images: jax.Array, weights: Mapping[str, Any] = {}) -> TrainState:
         params_key, dropout_key = jax.random.split(jax.random.wrap_key_data(rng))
         keys = {"params": params_key, "dropout": dropout_key}
         variables = dict(model.init(keys, images[:1], train=False))
         variables = models.initialize_from_data(model, variables, images)
+        variables = _replaced(variables, weights)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -62,6 +64,16 @@ def make_init(
         )
 
     return init
+
+
+def _replaced(tree: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with those leaves that are `given`."""
+    return {
+        name: _replaced(value, given.get(name, {}))
+        if isinstance(value, Mapping)
+        else given.get(name, value)
+        for name, value in tree.items()
+    }
 
 
 def step_keys(key: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -129,6 +129,11 @@ class VisionTransformer(nn.Module, kw_only=True):
         return ((r"^patch_embed/kernel", (self.patch, self.patch, -1, self.width)),)
 
     @property
+    def embedded_tokens(self) -> int:
+        """How many tokens before the patches have a learned position embedding."""
+        return 0 if self.no_embed_class else (self.pool == "token") + self.registers
+
+    @property
     def image_size_multiple(self) -> int:
         return self.patch
 

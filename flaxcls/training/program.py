@@ -127,9 +127,9 @@ class Program:
             },
         )
 
-    def init(self) -> TrainState:
-        """The state before the first step."""
-        return self._init(self._rng, self._sample)
+    def init(self, weights: Mapping[str, Any] = {}) -> TrainState:
+        """The state before the first step, with `weights` as in `make_init`, if any."""
+        return self._init(self._rng, self._sample, weights)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of the update number `step`, counted from 0, on the devices."""
