@@ -35,10 +35,14 @@ def probe_config(tiny_config):
     return make
 
 
-def is_used(config):
+def described(config):
     build.check(config)
     with Program.open(build.make_experiment(config, sharding.make_mesh())) as opened:
-        return "computed once" in opened.describe_input()
+        return opened.describe_input()
+
+
+def is_used(config):
+    return "are computed once" in described(config)
 
 
 PLAIN = {}
@@ -127,26 +131,33 @@ def test_logits_from_features_are_those_from_images(name):
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("freeze", [None, "^conv"])
+def test_nothing_is_said_where_more_than_the_head_is_trained(probe_config, freeze):
+    assert "head" not in described(probe_config(finetune__freeze=freeze))
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "why"),
     [
-        {"finetune__freeze": None},
-        {"finetune__freeze": "^conv"},
-        {"finetune__freeze_batch_stats": False},
-        {"model__dropout": 0.2},
-        {"augment": ({"name": "flip"},)},
-        {
-            "image_size": (("0 steps", 8), ("6 steps", 16)),
-            "model__name": "wrn",
-            "model__depth": 10,
-            "model__width": 1,
-        },
-        {"crop__name": "random_resized_crop", "image_size": 8},
+        ({"finetune__freeze_batch_stats": False}, "BatchNorm's statistics are those of the batch"),
+        ({"model__dropout": 0.2}, "something random, such as dropout"),
+        ({"augment": ({"name": "flip"},)}, "augmented"),
+        (
+            {
+                "image_size": (("0 steps", 8), ("6 steps", 16)),
+                "model__name": "wrn",
+                "model__depth": 10,
+                "model__width": 1,
+            },
+            "several sizes",
+        ),
+        ({"crop__name": "random_resized_crop", "image_size": 8}, "cropped at random"),
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_pictures_are_seen_in_every_step_where_it_makes_a_difference(probe_config, changes):
-    assert not is_used(probe_config(**changes))
+def test_pictures_are_seen_in_every_step_where_it_makes_a_difference(probe_config, changes, why):
+    text = described(probe_config(**changes))
+    assert "in every step, not once: " in text and why in text
 
 
 def test_features_that_do_not_fit_are_not_kept(probe_config, monkeypatch):
@@ -154,7 +165,8 @@ def test_features_that_do_not_fit_are_not_kept(probe_config, monkeypatch):
     monkeypatch.setattr(head_only, "RESIDENT_BYTES", 96 * 1024 * 4)
     assert is_used(config)
     monkeypatch.setattr(head_only, "RESIDENT_BYTES", 96 * 1024 * 4 - 1)
-    assert not is_used(config)
+    text = described(config)
+    assert "they would take 0 MiB (config.input.mode='resident' allows it)" in text
     config.input.mode = "resident"
     assert is_used(config)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxcls import augment, models
 from flaxcls.build import Experiment
-from flaxcls.core.update_rules import path_name
+from flaxcls.core.optim import paths_of
 from flaxcls.data.pipeline import RESIDENT_BYTES
 from flaxcls.data.resident import Resident
 from flaxcls.inference.features import split_features
@@ -75,29 +75,30 @@ class HeadOnly:
         )
 
 
-def head_only(experiment: Experiment, data: RunData) -> HeadOnly | None:
+def head_only(experiment: Experiment, data: RunData) -> HeadOnly | str | None:
     """What a run trains its head with, where that is the same as training it with the pictures.
 
-    That is where nothing else is trained, BatchNorm's statistics are frozen or there are none, the
-    pictures come without augmentation or random crop, nothing else is random (dropout, drop-path),
-    and the features fit into the memory that pictures may be given.
+    None where more than the head is trained. Where only that is, but its features are not the same
+    in every epoch or don't fit into the memory that pictures may be given: why, in words.
     """
-    if experiment.augmentations or experiment.train.is_changing or not experiment.frozen:
+    if not experiment.frozen:
         return None
     network, shape = experiment.network, experiment.train.image_shape()
-    if experiment.evaluation.image_shape() != shape:
-        return None
     variables = models.shapes(network, shape)
-    paths = {path_name(path) for path, _ in jax.tree.leaves_with_path(variables["params"])}
-    if not all(path.startswith(f"{HEAD}/") for path in paths - experiment.frozen):
+    trained = set(paths_of(variables["params"])) - experiment.frozen
+    if not all(path.startswith(f"{HEAD}/") for path in trained):
         return None
     if variables.get("batch_stats") and not experiment.freeze_batch_stats:
-        return None
+        return "BatchNorm's statistics are those of the batch"
+    if experiment.augmentations:
+        return "the pictures are augmented"
+    if experiment.train.is_changing or experiment.evaluation.image_shape() != shape:
+        return "the pictures are cropped at random or have several sizes"
     found = begin_at_head(network, variables, shape)
     if found is None:
-        return None
+        return "the network has something random, such as dropout, or logits not of its head alone"
     above, features = found
     size = max(len(data.train), len(data.evaluation)) * features.size * 4
     if size > RESIDENT_BYTES and experiment.train.options.mode != "resident":
-        return None
+        return f"they would take {size / 2**20:,.0f} MiB (config.input.mode='resident' allows it)"
     return HeadOnly(experiment, data, above, features)

@@ -41,7 +41,9 @@ class Program:
         mesh, source = experiment.mesh, experiment.train.source
         self._mesh, self._rate, self._data = mesh, experiment.learning_rate, data
         self._sizes = experiment.train.sizes
-        self._head_only = head_only(experiment, data)
+        found = head_only(experiment, data)
+        self._head_only = found if isinstance(found, HeadOnly) else None
+        self._not_once = found if isinstance(found, str) else None
         self._input = self._head_only.train if self._head_only else data.train
         self._arrays: Any = None  # of the input, on the devices
         self._make_evaluator = partial(_evaluator, experiment, data, self._head_only)
@@ -94,7 +96,13 @@ class Program:
             return self._head_only.describe()
         copies = sharding.copies(self._arrays["image"]) if self._arrays else 1
         on_devices = f" on each of {copies} devices" if copies > 1 else ""
-        return self._data.train.describe() + on_devices + self._sizes.describe()
+        text = self._data.train.describe() + on_devices + self._sizes.describe()
+        if self._not_once:
+            text += (
+                "\nonly the head is trained, but what is below is computed in every step, not "
+                f"once: {self._not_once}"
+            )
+        return text
 
     def prepare(self, state: TrainState) -> None:
         """Computes, once, what of the network's work is the same in every step; mostly nothing.
