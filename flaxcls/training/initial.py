@@ -19,8 +19,8 @@ def complete(config: ConfigDict) -> None:
     if name not in pretrained.PRETRAINED:
         return
     with processes.first_before_others():  # it may have to prepare the data for all
-        any_size = None in build.source(config, config.data.eval_split).image_shape
-    fields = pretrained.apply_preprocessing(config, name, any_size)
+        shape = build.source(config, config.data.eval_split).image_shape
+    fields = pretrained.apply_preprocessing(config, name, shape)
     if fields:
         values = ", ".join(f"config.{field} = {get(config, field)!r}" for field in fields)
         processes.say(f"as {name} needs it: {values}")
@@ -44,10 +44,7 @@ def inherited_normalization(experiment: Experiment) -> tuple[list[float], list[f
         )
         return None
     channels = experiment.evaluation.image_shape()[-1]
-    mean, std = (
-        values if len(values) == channels else [sum(values) / len(values)] * channels
-        for values in found
-    )
+    mean, std = (list(pretrained.for_channels(values, channels)) for values in found)
     processes.say(
         f"images are normalised as for {printable(source)}: mean "
         f"{[round(value, 4) for value in mean]}, standard deviation "
