@@ -90,6 +90,13 @@ def default() -> ConfigDict:
     config.optimizer.learning_rate_batch = None  # examples the rate is meant for; scales it
     config.optimizer.weight_decay = 0.0
 
+    config.finetune = ConfigDict()  # of weights that are there already: see docs/finetuning.md
+    # Regular expression for the paths of parameters that are not trained: "^(?!head/)".
+    config.finetune.freeze = placeholder(str)
+    # The learning rate of each layer as a multiple of that of the layer above; None: all the same.
+    config.finetune.layer_decay = placeholder(float)
+    config.finetune.freeze_batch_stats = False  # BatchNorm keeps its running statistics, uses them
+
     config.schedule = _open()
     config.schedule.name = "cosine"
     config.schedule.warmup = None  # duration of the linear start

@@ -1,7 +1,7 @@
 """Initialisation, one update and one evaluation batch: pure functions, no I/O, no devices."""
 
-import re
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from flaxcls.core import metrics
 from flaxcls.core.optim import ema_update
 from flaxcls.core.state import TrainState
 from flaxcls.core.update_rules import path_name
+from flaxcls.models.layers import batch_stats_frozen
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -120,6 +121,8 @@ def make_train_step(
     augment: Callable[[jax.Array, Batch], Batch],
     *,
     num_classes: int,
+    frozen: Collection[str] = (),
+    freeze_batch_stats: bool = False,
     ema_decay: float | None,
     gradient_accumulation: int,
     max_grad_norm: float,
@@ -141,28 +144,29 @@ def make_train_step(
     its running statistics move once, by the mean over the parts. Dropout and augmentation, which
     each part has to itself, draw other random numbers.
 
+    Nothing is differentiated by the parameters whose paths are `frozen`, so that there is no
+    backward pass below the lowest of the others. With `freeze_batch_stats` BatchNorm normalises by
+    its running statistics, which stay as they are; dropout is as ever.
+
     `platform`, "cpu", "gpu" or "tpu", is what the step is for, not what it is compiled on: the
     results are the same but for rounding, what is fast differs.
     """
 
     def trained(params: Any) -> Any:
         """The parameters, with nothing to differentiate by in those that are frozen."""
-        frozen = models.frozen(model)
-        if frozen is None:
-            return params
         return jax.tree.map_with_path(
-            lambda path, x: jax.lax.stop_gradient(x) if re.search(frozen, path_name(path)) else x,
-            params,
+            lambda path, x: jax.lax.stop_gradient(x) if path_name(path) in frozen else x, params
         )
 
     def loss_sum(params, batch_stats, key, batch):
-        logits, updates = model.apply(
-            {"params": trained(params), "batch_stats": batch_stats},
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
+        with batch_stats_frozen() if freeze_batch_stats else contextlib.nullcontext():
+            logits, updates = model.apply(
+                {"params": trained(params), "batch_stats": batch_stats},
+                batch["image"],
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )
         losses, weights = loss(logits, batch["label"])
         sums = metrics.classification_metrics(logits, batch["label"], losses, weights)
         return jnp.sum(losses * weights), (jnp.sum(weights), updates.get("batch_stats", {}), sums)
@@ -182,6 +186,8 @@ def make_train_step(
         total = _sum_over_parts(part, batch, gradient_accumulation, platform)
         grads = jax.tree.map(lambda g: g / total["weight"], total["grads"])
         batch_stats = jax.tree.map(lambda s: s / gradient_accumulation, total["batch_stats"])
+        if freeze_batch_stats:  # not their mean over the parts, which rounds
+            batch_stats = state.batch_stats
 
         # A norm is finite only if every element is.
         grad_norm, stats_norm = optax.tree.norm(grads), optax.tree.norm(batch_stats)

@@ -113,7 +113,7 @@ class Session:
         config = dict(fields(self._experiment.config))
         self._log.track(self._experiment.log_to, config)
         if self._total_steps:
-            self._compile()
+            self._compile(state)
         experiment, total = self._experiment, self._total_steps
         self._log_due = Due(experiment.log_every, total)
         self._eval_due = Due(experiment.eval_every, total)
@@ -172,9 +172,10 @@ class Session:
         path = self._workdir / "goodput.json" if processes.is_first() else None
         self._clock.resume(path, self._progress["seconds"])
 
-    def _compile(self) -> None:
+    def _compile(self, state: TrainState) -> None:
         with self._clock.spending("compile"):
             seconds = self._program.compile(self.step)
+            self._program.prepare(state)
         saved = compilation_cache.saved_seconds()
         if self.step:
             self._log.say(f"resumed from step {self.step:,} of {self._total_steps:,}")
