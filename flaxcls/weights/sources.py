@@ -73,6 +73,15 @@ def read(source: str) -> Weights:
         return _read_run(*_run(source))
 
 
+def check(source: str) -> None:
+    """Raises ConfigError, as `read` does, for a text that names nothing that is there."""
+    with about(source):
+        if source in pretrained.PRETRAINED:
+            pretrained.find(source)
+        elif not Path(source).expanduser().is_file():
+            _run(source)
+
+
 def preprocessing(source: str) -> Preprocessing | None:
     """How images were normalised for the weights that a text names; None for a file, which does not
     tell.
@@ -97,7 +106,7 @@ def _run(source: str) -> tuple[Path, str | None]:
         path = Path(folder).expanduser()
     if not path.is_dir():
         known = did_you_mean(source, pretrained.PRETRAINED)
-        raise ConfigError(f"there is no such folder or file{known}")
+        raise ConfigError(f"there is no such run, file or known name{known}")
     run_folder.load_config(path)  # NoRun, which says so
     return path, step
 

@@ -92,7 +92,7 @@ def test_killed_run_resumes_bitwise_and_needs_the_weights_until_its_first_checkp
     hidden = source.rename(tmp_path / "hidden")
     result = run_main(*command, f"--workdir={killed.folder}")
     assert result.returncode == 2
-    assert f"config.init_from={source}: there is no such folder or file" in result.stderr
+    assert f"config.init_from={source}: there is no such run, file or known name" in result.stderr
     hidden.rename(source)
     process = start_main(*command, f"--workdir={killed.folder}")
     assert wait_until(process, lambda: max(killed.steps(), default=0) >= 10)
@@ -153,7 +153,7 @@ def test_what_can_not_be_begun_with_is_a_sentence_and_exit_code_2(
         ("cut.safetensors", [], "is not a readable file of weights"),
         ("notes.txt", [], "a file of weights is one of .safetensors, .pth, .pt, .bin"),
         ("empty", [], "there is no run in"),
-        ("nothing", [], "there is no such folder or file"),
+        ("nothing", [], "there is no such run, file or known name"),
         (
             "source",
             ["--config.model.name=digits_cnn"],
@@ -221,5 +221,5 @@ def test_train_takes_init_from_as_well(tmp_path, source, tiny_config, recipe):
     overrides = {"init_from": str(source), "duration": "3 steps"}
     summary = flaxcls.train(recipe, tmp_path / "run", overrides=overrides)
     assert summary["step"] == 3
-    with pytest.raises(flaxcls.FlaxclsError, match="there is no such folder or file"):
+    with pytest.raises(flaxcls.FlaxclsError, match="there is no such run, file or known name"):
         flaxcls.train(recipe, tmp_path / "other", overrides={"init_from": str(tmp_path / "no")})
