@@ -23,7 +23,6 @@ class Pretrained(NamedTuple):
       image_size: pixels per side.
       crop_ratio: of the picture's shorter side, in evaluation.
       interpolation: of the resizing.
-      classes: what it tells apart.
       licence: of the weights.
       accuracy: as published, top-1 in percent on ImageNet's validation split.
     """
@@ -37,7 +36,6 @@ class Pretrained(NamedTuple):
     image_size: int
     crop_ratio: float
     interpolation: str
-    classes: str
     licence: str
     accuracy: float
 
@@ -54,7 +52,6 @@ def _lite(number: int, sha256: str, image_size: int, crop_ratio: float, accuracy
         image_size=image_size,
         crop_ratio=crop_ratio,
         interpolation="bicubic",
-        classes="the 1,000 of ImageNet",
         licence="Apache-2.0",
         accuracy=accuracy,
     )

@@ -64,7 +64,9 @@ def read(source: str) -> Weights:
     with about(source):
         if source in pretrained.PRETRAINED:
             known = pretrained.PRETRAINED[source]
-            return Weights(read_weights(pretrained.find(source)), known.network)
+            about_it = f"ImageNet, published top-1 {known.accuracy} %, {known.licence}"
+            arrays = read_weights(pretrained.find(source))
+            return Weights(arrays, known.network, about=about_it)
         path = Path(source).expanduser()
         if path.is_file():
             if path.suffix not in SUFFIXES:
