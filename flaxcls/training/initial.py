@@ -22,8 +22,8 @@ def complete(config: ConfigDict) -> str:
         return ""
     if source in pretrained.PRETRAINED:
         with processes.first_before_others():  # it may have to prepare the data for all
-            any_size = None in build.source(config, config.data.eval_split).image_shape
-        pretrained.apply_preprocessing(config, source, any_size)
+            shape = build.source(config, config.data.eval_split).image_shape
+        pretrained.apply_preprocessing(config, source, shape)
     elif config.model.name is None:
         found = sources.network(source)
         if found is None:
@@ -57,10 +57,7 @@ def inherited_normalization(experiment: Experiment) -> tuple[list[float], list[f
         )
         return None
     channels = experiment.evaluation.image_shape()[-1]
-    mean, std = (
-        values if len(values) == channels else [sum(values) / len(values)] * channels
-        for values in found
-    )
+    mean, std = (list(pretrained.for_channels(values, channels)) for values in found)
     processes.say(
         f"images are normalised as for {printable(source)}: mean "
         f"{[round(value, 4) for value in mean]}, standard deviation "

@@ -48,9 +48,10 @@ def initial_weights(
 
     The head is zero for another number of classes, other `class_names` or where the source has
     none: the features are trained, and large, so that random weights would begin with confident
-    nonsense (EfficientNet-Lite0 on 10 classes: a loss of 8 instead of ln 10 = 2.3). Learned position embeddings are resampled to another image size and the first
-    convolution is adapted to another number of channels, as timm does. Raises ConfigError, which
-    names what differs, if anything else does not fit, and for what can't be read.
+    nonsense (EfficientNet-Lite0 on 10 classes: a loss of 8 instead of ln 10 = 2.3). Learned
+    position embeddings are resampled to another image size and the first convolution is adapted to
+    another number of channels, as timm does. Raises ConfigError, which names what differs, if
+    anything else does not fit, and for what can't be read.
     """
     weights = read(source)
     with about(source):

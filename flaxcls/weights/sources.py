@@ -65,13 +65,24 @@ def read(source: str) -> Weights:
     with about(source):
         if source in pretrained.PRETRAINED:
             known = pretrained.PRETRAINED[source]
-            return Weights(read_weights(pretrained.find(source)), known.network)
+            about_it = f"ImageNet, published top-1 {known.accuracy} %, {known.licence}"
+            arrays = read_weights(pretrained.find(source))
+            return Weights(arrays, known.network, about=about_it)
         path = Path(source).expanduser()
         if path.is_file():
             if path.suffix not in SUFFIXES:
                 raise ConfigError(f"a file of weights is one of {', '.join(SUFFIXES)}")
             return Weights(read_weights(path))
         return _read_run(*_run(source))
+
+
+def check(source: str) -> None:
+    """Raises ConfigError, as `read` does, for a text that names nothing that is there."""
+    with about(source):
+        if source in pretrained.PRETRAINED:
+            pretrained.find(source)
+        elif not Path(source).expanduser().is_file():
+            _run(source)
 
 
 def preprocessing(source: str) -> Preprocessing | None:
@@ -115,7 +126,7 @@ def _run(source: str) -> tuple[Path, str | None]:
         path = Path(folder).expanduser()
     if not path.is_dir():
         known = did_you_mean(source, pretrained.PRETRAINED)
-        raise ConfigError(f"there is no such folder or file{known}")
+        raise ConfigError(f"there is no such run, file or known name{known}")
     run_folder.load_config(path)  # NoRun, which says so
     return path, step
 
