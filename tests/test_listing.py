@@ -82,7 +82,10 @@ def test_what_all_take_is_listed_once_and_variants_say_what_they_fix():
     ]
     wrn = entries("models")["wrn28_10"]
     assert wrn.about.endswith("pre-activation. Here depth = 28, width = 10.")
-    assert [field for field, _ in wrn.options] == ["config.model.dropout=0.0"]
+    assert [field for field, _ in wrn.options] == [
+        "config.model.dropout=0.0",
+        "config.model.remat=False",
+    ]
 
 
 def test_recipes_are_described_without_being_run(tmp_path, monkeypatch):

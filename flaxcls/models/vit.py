@@ -12,10 +12,13 @@ from flaxcls.config.options import BelowOne, Count, Positive, Range
 from flaxcls.errors import ConfigError
 from flaxcls.models.layers import (
     Mlp,
+    PatchEmbedding,
     drop_path,
     drop_path_rates,
     patches,
     record,
+    rematerialized,
+    scale_channels,
     title,
     torch_bias_init,
     torch_kernel_init,
@@ -52,14 +55,13 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor a channel that starts small (Touvron et al. 2021, arXiv:2103.17239)."""
+    """`scale_channels` with timm's name of the factors."""
 
     initial: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        initial = nn.initializers.constant(self.initial)
-        return x * self.param("gamma", initial, x.shape[-1:]).astype(x.dtype)
+        return scale_channels(self, "gamma", x, self.initial)
 
 
 class Block(nn.Module):
@@ -90,7 +92,7 @@ class Block(nn.Module):
         return drop_path(y, self.drop_path, self.train)
 
 
-class VisionTransformer(nn.Module, kw_only=True):
+class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): the weights of timm's networks fit.
 
     `pool` "token" classifies by a class token; "average" has none and takes the mean of the
@@ -124,14 +126,6 @@ class VisionTransformer(nn.Module, kw_only=True):
         (r"^patch_embed", "patch_embed/proj"),
     )
 
-    @property
-    def torch_shapes(self):
-        return ((r"^patch_embed/kernel", (self.patch, self.patch, -1, self.width)),)
-
-    @property
-    def image_size_multiple(self) -> int:
-        return self.patch
-
     def __post_init__(self):
         if self.width % self.heads:
             raise ConfigError(
@@ -149,7 +143,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-        block = nn.remat(Block) if self.remat else Block
+        block = rematerialized(Block, self.remat)
         rows, columns = (side // self.patch for side in x.shape[1:3])
         x = self._embed(x)
         added = x.shape[1] - rows * columns
