@@ -141,6 +141,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
     shapes = [train.image_shape(begin) for begin in sizes.begins]
 
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
+    models.check_partition(network, mesh.shape.get("model", 1))
     rate = pieces.learning_rate(config, run)
     params = models.shapes(network, shapes[0])["params"]
     optimizer, parameter_groups = pieces.optimizer(config, network, params, rate)

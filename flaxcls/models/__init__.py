@@ -2,12 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import accepted, check, look_up
 from flaxcls.config.user_code import file_of, in_user_code
@@ -213,6 +214,32 @@ def initialize_from_data(module: nn.Module, variables: dict, images: jax.Array) 
     """
     method = getattr(module, "initialize_from_data", None)
     return method(variables, images) if method else variables
+
+
+def partition_rules(module: nn.Module) -> Sequence[tuple[str, PartitionSpec]]:
+    """How the network's parameters are split over the mesh's axis `model`: its `partition_rules`.
+
+    Pairs of a regular expression, searched for in a path such as "block1/mlp/fc1/kernel", and the
+    PartitionSpec of the arrays that have it. Most networks have none.
+    """
+    return getattr(module, "partition_rules", ())
+
+
+def check_partition(module: nn.Module, count: int) -> None:
+    """Raises ConfigError unless the network can be split over `count` devices, config.mesh.model.
+
+    Networks say what `count` must divide in `partition_units`, such as ("heads", 6).
+    """
+    if count > 1 and not partition_rules(module):
+        raise ConfigError(
+            f"config.mesh.model must be 1 for {title(module)}, which offers no rules to split its "
+            f"layers, got {count}"
+        )
+    kind, units = getattr(module, "partition_units", ("", count))
+    if units % count:
+        raise ConfigError(
+            f"config.mesh.model must divide the {units} {kind} of {title(module)}, got {count}"
+        )
 
 
 def frozen(module: nn.Module) -> str | None:

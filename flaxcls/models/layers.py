@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import Range
 from flaxcls.errors import ConfigError
@@ -152,6 +153,14 @@ def pyramid(
             x = block(width, i, drop_path=next(rates), name=f"stage{stage}_block{i + 1}")(x)
         record(network, f"stage{stage}", x)
     return x
+
+
+# How an Mlp is split over the mesh's axis `model`: each device has some of the hidden channels.
+MLP_PARTITION_RULES = (
+    (r"/fc1/kernel$", PartitionSpec(None, "model")),
+    (r"/fc1/bias$", PartitionSpec("model")),
+    (r"/fc2/kernel$", PartitionSpec("model", None)),
+)
 
 
 class PatchEmbedding:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne, Count
 from flaxcls.models.layers import (
+    MLP_PARTITION_RULES,
     Mlp,
     PatchEmbedding,
     drop_path,
@@ -66,6 +67,12 @@ class Mixer(PatchEmbedding, nn.Module, kw_only=True):
         (r"^block(\d+)", lambda match: f"blocks/{int(match[1]) - 1}"),
         (r"^patch_embed", "stem/proj"),
     )
+
+    partition_rules = MLP_PARTITION_RULES
+
+    @property
+    def partition_units(self) -> tuple[str, int]:
+        return "hidden channels over the patches", self.width // 2
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

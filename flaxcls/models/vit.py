@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import BelowOne, Count, Positive, Range
 from flaxcls.errors import ConfigError
 from flaxcls.models.layers import (
+    MLP_PARTITION_RULES,
     Mlp,
     PatchEmbedding,
     drop_path,
@@ -125,6 +127,17 @@ class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
         (r"^block(\d+)", lambda match: f"blocks/{int(match[1]) - 1}"),
         (r"^patch_embed", "patch_embed/proj"),
     )
+
+    partition_rules = (
+        (r"/qkv/kernel$", PartitionSpec(None, "model")),
+        (r"/qkv/bias$", PartitionSpec("model")),
+        (r"/proj/kernel$", PartitionSpec("model", None)),
+        *MLP_PARTITION_RULES,
+    )
+
+    @property
+    def partition_units(self) -> tuple[str, int]:
+        return "heads", self.heads
 
     def __post_init__(self):
         if self.width % self.heads:
