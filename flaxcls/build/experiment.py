@@ -56,7 +56,10 @@ class Experiment:
       normalization: mean and standard deviation per channel; None: those of the training images.
       augmentations: as `augment.build` takes them.
       network, loss, optimizer: what a step computes.
+      frozen: the paths of the parameters that are not trained.
+      freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
       gradient_accumulation: parts a batch is computed in.
+      init_from: where the first weights are from; None: the network's initialisation.
       ema_decay: of the average of the parameters; None: none is kept.
       learning_rate: as a function of the step.
       parameter_groups: what the optimizer does to which parameters, in words.
@@ -78,7 +81,10 @@ class Experiment:
     network: nn.Module
     loss: LossSpec
     optimizer: optax.GradientTransformation
+    frozen: frozenset[str]
+    freeze_batch_stats: bool
     gradient_accumulation: int
+    init_from: str | None
     ema_decay: float | None
     learning_rate: Callable[[Any], jax.Array]
     parameter_groups: str
@@ -134,7 +140,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         )
     with about("image_size"):
         sizes = inputs.image_sizes(config, run.to_steps)
-    reached = sum(begin < run.total_steps for begin in sizes.begins)
+    reached = sum(begin < max(run.total_steps, 1) for begin in sizes.begins)
     sizes = Sizes(sizes.begins[:reached], sizes.sizes[:reached])
     train = inputs.training(config, train_source, sizes)
     evaluation = inputs.evaluation(config, eval_source)
@@ -143,8 +149,8 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
     models.check_partition(network, mesh.shape.get("model", 1))
     rate = pieces.learning_rate(config, run)
-    params = models.shapes(network, shapes[0])["params"]
-    optimizer, parameter_groups = pieces.optimizer(config, network, params, rate)
+    frozen = pieces.frozen(config, network, shapes[0])
+    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, rate)
     return Experiment(
         config=plain(config),
         mesh=mesh,
@@ -157,7 +163,10 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         network=network,
         loss=pieces.loss(config, num_classes),
         optimizer=optimizer,
+        frozen=frozen,
+        freeze_batch_stats=config.finetune.freeze_batch_stats,
         gradient_accumulation=config.gradient_accumulation,
+        init_from=config.init_from,
         ema_decay=config.ema_decay,
         learning_rate=rate,
         parameter_groups=parameter_groups,

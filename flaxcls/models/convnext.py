@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne, Count, Positive
 from flaxcls.models.layers import (
+    Conv,
     Mlp,
     Widths,
     drop_path,
@@ -85,7 +86,7 @@ class ConvNeXt(nn.Module, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
-        conv = functools.partial(nn.Conv, dtype=self.dtype, kernel_init=_normal)
+        conv = functools.partial(Conv, dtype=self.dtype, kernel_init=_normal)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
 
         def begin(x: jax.Array, stage: int, width: int) -> jax.Array:

@@ -170,6 +170,27 @@ class EfficientNetLite(EfficientNet):
         (r"^head", "classifier"),
     )
 
+    @property
+    def other_torch_names(self):
+        """Of lukemelas/EfficientNet-PyTorch, which Google's weights were first converted to."""
+        blocks = {name: i for i, name in enumerate(scaled_blocks(SCALING[self.member], self.lite))}
+
+        def name(match: re.Match) -> str:
+            block, layer, kind = match.groups()
+            number = ("expand", "depthwise", "project").index(layer)
+            return f"_blocks/{blocks[block]}/" + (
+                f"_{layer}_conv" if kind == "conv" else f"_bn{number}"
+            )
+
+        return (
+            (r"^(stage\d_block\d+)/(\w+)/(\w+)", name),
+            (r"^stem/conv", "_conv_stem"),
+            (r"^stem/norm", "_bn0"),
+            (r"^last/conv", "_conv_head"),
+            (r"^last/norm", "_bn1"),
+            (r"^head", "_fc"),
+        )
+
 
 def scaled_blocks(scaling: Scaling, lite: bool) -> dict[str, Stage]:
     """Stages of one block each, by name; the first and the last stage of Lite keep their depth."""

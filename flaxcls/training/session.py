@@ -3,7 +3,7 @@
 import contextlib
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from flaxcls.training.due import Due
 from flaxcls.training.hooks import NO_HOOKS, HookCalls, Hooks
 from flaxcls.training.introduction import check_new_length
 from flaxcls.training.program import Program
+from flaxcls.weights.initial import initial_weights
 
 _START = {
     "seconds": {},
@@ -111,7 +112,8 @@ class Session:
         )
         config = dict(fields(self._experiment.config))
         self._log.track(self._experiment.log_to, config)
-        self._compile()
+        if self._total_steps:
+            self._compile(state)
         experiment, total = self._experiment, self._total_steps
         self._log_due = Due(experiment.log_every, total)
         self._eval_due = Due(experiment.eval_every, total)
@@ -122,6 +124,9 @@ class Session:
         enter(jax.transfer_guard("disallow"))
         enter(self._clock.spending("step"))
         self._watchdog = enter(Watchdog(experiment.hang_after or None))
+        if not self._total_steps and not self._progress["results"]:  # of weights as they came
+            self._evaluate(state)
+            self._save(state, must=True)
         return state
 
     def _restored(self) -> TrainState:
@@ -131,12 +136,27 @@ class Session:
         if not found:
             with self._clock.spending("compile"):
                 self.step, self._progress = 0, dict(_START)
-                return self._program.init()
+                return self._program.init(self._initial_weights())
         self.step, state, metadata = found
         if metadata["fingerprint"] != self._program.metadata["fingerprint"]:
             raise DataError(f"the training data are not those that {self._workdir} began with")
         self._progress = metadata["progress"]
         return state
+
+    def _initial_weights(self) -> Mapping[str, Any]:
+        """What config.init_from names, the same in all processes; nothing where it is None."""
+        experiment = self._experiment
+        if experiment.init_from is None:
+            return {}
+        initial = initial_weights(
+            experiment.network,
+            self._program.metadata["image_shape"],
+            experiment.init_from,
+            experiment.class_names,
+        )
+        processes.check_same({"the weights of config.init_from": initial.digest})
+        processes.say(initial.sentence)
+        return initial.variables
 
     def _record(self) -> None:
         """Writes config.json, and resumes the clock of goodput.json."""
@@ -152,9 +172,10 @@ class Session:
         path = self._workdir / "goodput.json" if processes.is_first() else None
         self._clock.resume(path, self._progress["seconds"])
 
-    def _compile(self) -> None:
+    def _compile(self, state: TrainState) -> None:
         with self._clock.spending("compile"):
             seconds = self._program.compile(self.step)
+            self._program.prepare(state)
         saved = compilation_cache.saved_seconds()
         if self.step:
             self._log.say(f"resumed from step {self.step:,} of {self._total_steps:,}")

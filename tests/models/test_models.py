@@ -223,7 +223,7 @@ def test_every_option_has_an_annotation_and_a_default_that_builds(name):
 def test_options_leave_out_what_a_name_fixes():
     assert set(models.options("wrn")) == {"depth", "width", "dropout", "remat"}
     assert set(models.options("wrn28_10")) == {"dropout", "remat"}
-    resnet = {"stem", "width", "zero_init_residual", "pooled_shortcut", "remat"}
+    resnet = {"stem", "width", "zero_init_residual", "pooled_shortcut", "remat", "drop_path"}
     assert set(models.options("resnet50")) == resnet
     assert set(models.options("resnet50d")) == resnet - {"stem", "pooled_shortcut"}
 
