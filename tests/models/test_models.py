@@ -69,6 +69,8 @@ def shapes(module, image_shape):
         ("densenet_bc", (32, 32, 3), 10, {}, 769_162),
         ("efficientnet_b0", (224, 224, 3), 1000, {}, 5_288_548),
         ("efficientnet_b1", (240, 240, 3), 1000, {}, 7_794_184),
+        ("efficientnet_b3", (300, 300, 3), 1000, {}, 12_233_232),
+        ("efficientnet_b4", (380, 380, 3), 1000, {}, 19_341_616),
         ("efficientnet_lite0", (224, 224, 3), 1000, {}, 4_652_008),
         ("mobilenet_v3_small", (224, 224, 3), 1000, {}, 2_542_856),
         ("mobilenet_v3_large", (224, 224, 3), 1000, {}, 5_483_032),
@@ -222,9 +224,9 @@ def test_every_option_has_an_annotation_and_a_default_that_builds(name):
 
 
 def test_options_leave_out_what_a_name_fixes():
-    assert set(models.options("wrn")) == {"depth", "width", "dropout"}
-    assert set(models.options("wrn28_10")) == {"dropout"}
-    resnet = {"stem", "width", "zero_init_residual", "pooled_shortcut", "drop_path"}
+    assert set(models.options("wrn")) == {"depth", "width", "dropout", "remat"}
+    assert set(models.options("wrn28_10")) == {"dropout", "remat"}
+    resnet = {"stem", "width", "zero_init_residual", "pooled_shortcut", "remat", "drop_path"}
     assert set(models.options("resnet50")) == resnet
     assert set(models.options("resnet50d")) == resnet - {"stem", "pooled_shortcut"}
 
