@@ -1,6 +1,7 @@
 """What is exported says the same of pictures as the run; what does not is not there."""
 
 import errno
+import importlib.util
 import json
 import os
 import shutil
@@ -26,7 +27,19 @@ from flaxcls.weights.torch_names import from_torch
 pytest.importorskip("safetensors")
 
 CLASSES = ("a \N{SNOWMAN} b", 'quo"te\\', "z\n\udcff")  # a file system gives such names
-FORMATS = ["safetensors", "stablehlo"]
+
+
+def needs(format, package):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.param(format, marks=pytest.mark.skipif(missing, reason=f"needs {package}"))
+
+
+FORMATS = [
+    "safetensors",
+    "stablehlo",
+    needs("onnx", "onnxruntime"),
+    needs("savedmodel", "tensorflow"),
+]
 
 
 def photograph(random, height, width, channels=3):

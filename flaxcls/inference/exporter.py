@@ -22,12 +22,14 @@ from flaxcls.errors import ConfigError, OutputError
 from flaxcls.inference import parity
 from flaxcls.inference.predictor import PROBABILITIES, WEIGHTS, Predictor
 from flaxcls.runtime.output import printable
-from flaxcls.weights import export_safetensors, export_stablehlo
+from flaxcls.weights import export_onnx, export_safetensors, export_savedmodel, export_stablehlo
 from flaxcls.weights.exportable import Exportable, Outputs
 
 FORMATS = {
     "safetensors": export_safetensors.write,
     "stablehlo": export_stablehlo.write,
+    "onnx": export_onnx.write,
+    "savedmodel": export_savedmodel.write,
 }
 
 
