@@ -326,19 +326,19 @@ def test_decoupled_weight_decay_is_multiplied_by_the_learning_rate():
 
 @pytest.mark.parametrize("name", optim.RULES)
 def test_frozen_parameters_never_move_and_have_no_state(name):
+    frozen = frozenset(("conv1/kernel", "conv1/bias", "norm1/scale"))
     optimizer, text = optim.build(
-        name, schedule=schedule, params=PARAMS, frozen="^conv1/|scale", weight_decay=0.1
+        name, schedule=schedule, params=PARAMS, frozen=frozen, weight_decay=0.1
     )
-    trained = train(name, frozen="^conv1/|scale", weight_decay=0.1)
+    trained = train(name, frozen=frozen, weight_decay=0.1)
     for path, value in flat(PARAMS).items():
-        is_frozen = path.startswith("conv1/") or "scale" in path
-        assert np.array_equal(trained[path], value) == is_frozen, path
+        assert np.array_equal(trained[path], value) == (path in frozen), path
     assert not [path for path in flat(optimizer.init(PARAMS)) if "conv1" in path or "scale" in path]
     assert "frozen: 3 arrays, 80 parameters: conv1/bias, conv1/kernel, norm1/scale" in text
 
 
 def test_frozen_parameters_take_no_part_in_the_clipping():
-    options = {"gradient_clip_norm": 0.01, "frozen": "^head/"}
+    options = {"gradient_clip_norm": 0.01, "frozen": ("head/kernel", "head/bias")}
     optimizer, _ = optim.build("sgd", schedule=lambda _: 1.0, params=PARAMS, **options)
     grads = jax.tree.map(jnp.asarray, GRADS[0])
     grads["head"]["kernel"] = jnp.full((6, 5), jnp.nan)
@@ -387,7 +387,7 @@ def test_the_learning_rate_follows_the_count_in_the_state():
 
 
 @pytest.mark.parametrize("name", optim.RULES)
-@pytest.mark.parametrize("frozen", [None, "norm1"])
+@pytest.mark.parametrize("frozen", [(), ("norm1/scale", "norm1/bias")])
 def test_state_is_float32_and_its_paths_end_in_those_of_the_parameters(name, frozen):
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.bfloat16), PARAMS)
     optimizer, _ = optim.build(name, schedule=schedule, params=params, frozen=frozen)
@@ -426,7 +426,7 @@ def test_the_description_has_a_line_a_group():
         params=jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PARAMS)),
         weight_decay=5e-4,
         learning_rate_factors=(("^head/", 10),),
-        frozen="^norm1/scale",
+        frozen=("norm1/scale",),
     )
     assert text.split("\n") == [
         "sgd, weight decay 0.0005 (l2): 2 arrays, 96 parameters: conv1/kernel, hidden/kernel",
@@ -463,8 +463,6 @@ def test_the_description_has_a_line_a_group():
             "must be 'l2' or 'decoupled' or None for sgd, got 'L2'",
         ),
         ("sgd", {"no_weight_decay": "("}, "`no_weight_decay` is not a regular expression"),
-        ("sgd", {"frozen": "^stem/"}, "`frozen` '\\^stem/' is found in no parameter's path"),
-        ("sgd", {"frozen": "."}, "leaves no parameter to train"),
         ("sgd", {"learning_rate_factors": (("stem", 2.0),)}, "`learning_rate_factors` 'stem'"),
         (
             "sgd",

@@ -137,8 +137,9 @@ def tiny_batch(size=24, classes=5):
 def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
     """State and metrics after some steps on one batch that is computed in parts."""
     network = models.build(config.model.name, num_classes=5, **options_of(config.model, "dtype"))
-    params = models.shapes(network, (8, 8, 1))["params"]
-    optimizer, _ = build.optimizer(config, network, params, lambda step: jnp.float32(0.1))
+    shape = (8, 8, 1)
+    frozen = build.frozen(config, network, shape)
+    optimizer, _ = build.optimizer(config, network, shape, frozen, lambda step: jnp.float32(0.1))
     init = make_init(network, optimizer, num_classes=5, ema=True)
     step = make_train_step(
         network,
@@ -146,6 +147,7 @@ def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
         optimizer,
         augment.build(config.augment or (), mean=(0.5,), std=(0.25,)),
         num_classes=5,
+        frozen=frozen,
         ema_decay=0.9,
         gradient_accumulation=parts,
         max_grad_norm=max_grad_norm,

@@ -30,13 +30,15 @@ def test_state_dict_of_pytorch_is_read_as_it_is(tmp_path):
         {"epoch": 3, "state_dict": state},
         {"module." + k: state[k] for k in state},
     ):
-        torch.save(wrapped, tmp_path / "weights.pth")
-        arrays = read_weights(tmp_path / "weights.pth")
-        assert arrays.keys() == state.keys()
-        for name, tensor in state.items():
-            np.testing.assert_array_equal(
-                np.asarray(arrays[name], np.float64), tensor.detach().double().numpy()
-            )
+        for as_archive in (True, False):  # as since PyTorch 1.6, and as before
+            path = tmp_path / "weights.pth"
+            torch.save(wrapped, path, _use_new_zipfile_serialization=as_archive)
+            arrays = read_weights(path)
+            assert arrays.keys() == state.keys()
+            for name, tensor in state.items():
+                np.testing.assert_array_equal(
+                    np.asarray(arrays[name], np.float64), tensor.detach().double().numpy()
+                )
 
 
 def test_safetensors_is_read(tmp_path):
@@ -66,6 +68,11 @@ def test_file_that_would_run_something_is_refused(tmp_path, monkeypatch):
         path = pth(tmp_path / "evil.pth", pickle.dumps(thing))
         with pytest.raises(ConfigError, match="evil.pth is refused: it asks for .*tensors only"):
             read_weights(path)
+    magic = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})
+    for thing in (magic[:1], magic, ()):  # as before PyTorch 1.6: the first, the fourth, any
+        path.write_bytes(b"".join(map(pickle.dumps, (*thing, {"a": Malicious()}))))
+        with pytest.raises(ConfigError, match="evil.pth is refused: it asks for .*tensors only"):
+            read_weights(path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -82,11 +89,23 @@ def test_tensor_beyond_its_bytes_is_refused(tmp_path):
             read_weights(pth(tmp_path / "w.pth", content, **{"0": data[:cut]}))
 
 
+def test_old_file_that_is_cut_off_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    buffer = io.BytesIO()
+    state = {"a": torch.zeros(400), "b": torch.ones(3)}
+    torch.save(state, buffer, _use_new_zipfile_serialization=False)
+    content = buffer.getvalue()
+    for size in (9, 40, 300, len(content) - 1700, len(content) - 2):
+        (tmp_path / "w.pth").write_bytes(content[:size])
+        with pytest.raises(ConfigError, match="w.pth is not a readable file of weights"):
+            read_weights(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b"", "is no file that PyTorch 1.6 or newer has saved"),
-        (b"no zip", "is no file that PyTorch 1.6 or newer has saved"),
+        (b"", "is not a readable file of weights: it does not begin as torch.save's do"),
+        (b"no zip", "is not a readable file of weights: it does not begin as torch.save's do"),
         (None, "can't be read: No such file"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Times the peer: torchvision's network in PyTorch, compiled, on one workload.
+"""Times the peer: torchvision's or timm's network in PyTorch, compiled, on one workload.
 
     python benchmarks/gpu/torch_step.py NAME [--tiny] [--rounds=5] [--mode=default]
 
@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,21 @@ def cifar_resnet18(num_classes: int) -> torch.nn.Module:
     return network
 
 
-NETWORKS = {"resnet50": torchvision.models.resnet50, "cifar_resnet18": cifar_resnet18}
+def timm_network(name: str, num_classes: int) -> torch.nn.Module:
+    import timm
+
+    return timm.create_model(name, num_classes=num_classes)
+
+
+NETWORKS = {
+    "resnet50": torchvision.models.resnet50,
+    "cifar_resnet18": cifar_resnet18,
+    "vit_small_patch16_224": partial(timm_network, "vit_small_patch16_224"),
+    "vit_base_patch16_224": partial(timm_network, "vit_base_patch16_224"),
+    # Without the stochastic depth of 0.1 that torchvision has: flaxcls' has none unless asked for.
+    "convnext_tiny": partial(torchvision.models.convnext_tiny, stochastic_depth_prob=0.0),
+    "efficientnet_b0": torchvision.models.efficientnet_b0,
+}
 
 
 def main() -> None:

@@ -29,6 +29,16 @@ class Workload(NamedTuple):
     overrides: Mapping[str, Any] = {}
 
 
+_BATCH_OF_256 = ("imagenet_resnet50", 224, 1000, 256, 20)
+
+
+def _network(name: str, gmacs: float, peer: str, **options: Any) -> Workload:
+    """A network in imagenet_resnet50's step: SGD, flips."""
+    model = {"name": name, "zero_init_residual": None, **options}
+    overrides = {f"model.{option}": value for option, value in model.items()}
+    return Workload(*_BATCH_OF_256, gmacs, peer, overrides)
+
+
 _A3 = (
     "imagenet_resnet50_a3",
     160,
@@ -39,7 +49,11 @@ _A3 = (
 )  # the recipe's batch is 2048, on several GPUs
 
 WORKLOADS = {
-    "resnet50": Workload("imagenet_resnet50", 224, 1000, 256, 20, 4.09, "resnet50"),
+    "resnet50": Workload(*_BATCH_OF_256, 4.09, "resnet50"),
+    "vit_s16": _network("vit_s16", 4.6, "vit_small_patch16_224"),
+    "vit_b16": _network("vit_b16", 17.6, "vit_base_patch16_224"),
+    "convnext_tiny": _network("convnext_tiny", 4.46, "convnext_tiny"),
+    "efficientnet_b0": _network("efficientnet_b0", 0.39, "efficientnet_b0"),
     "cifar_resnet18_128": Workload("cifar10_resnet18", 32, 10, 128, 200, 0.556, "cifar_resnet18"),
     "cifar_resnet18_1024": Workload("cifar10_resnet18", 32, 10, 1024, 50, 0.556, "cifar_resnet18"),
     "resnet50_a3": Workload(*_A3),

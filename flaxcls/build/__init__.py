@@ -9,6 +9,7 @@ from flaxcls.build.experiment import before as before
 from flaxcls.build.experiment import make_experiment as make_experiment
 from flaxcls.build.fake import on_fake_data as on_fake_data
 from flaxcls.build.length import run_length as run_length
+from flaxcls.build.pieces import frozen as frozen
 from flaxcls.build.pieces import learning_rate as learning_rate
 from flaxcls.build.pieces import loss as loss
 from flaxcls.build.pieces import mesh as mesh

@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import models
 from flaxcls.build import inputs, log_to, notes, pieces
 from flaxcls.build.length import Length, interval, run_length
 from flaxcls.build.sources import source
@@ -56,7 +55,10 @@ class Experiment:
       normalization: mean and standard deviation per channel; None: those of the training images.
       augmentations: as `augment.build` takes them.
       network, loss, optimizer: what a step computes.
+      frozen: the paths of the parameters that are not trained.
+      freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
       gradient_accumulation: parts a batch is computed in.
+      init_from: where the first weights are from; None: the network's initialisation.
       ema_decay: of the average of the parameters; None: none is kept.
       learning_rate: as a function of the step.
       parameter_groups: what the optimizer does to which parameters, in words.
@@ -78,7 +80,10 @@ class Experiment:
     network: nn.Module
     loss: LossSpec
     optimizer: optax.GradientTransformation
+    frozen: frozenset[str]
+    freeze_batch_stats: bool
     gradient_accumulation: int
+    init_from: str | None
     ema_decay: float | None
     learning_rate: Callable[[Any], jax.Array]
     parameter_groups: str
@@ -142,8 +147,8 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
 
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
     rate = pieces.learning_rate(config, run)
-    params = models.shapes(network, shapes[0])["params"]
-    optimizer, parameter_groups = pieces.optimizer(config, network, params, rate)
+    frozen = pieces.frozen(config, network, shapes[0])
+    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, rate)
     return Experiment(
         config=plain(config),
         mesh=mesh,
@@ -156,7 +161,10 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         network=network,
         loss=pieces.loss(config, num_classes),
         optimizer=optimizer,
+        frozen=frozen,
+        freeze_batch_stats=config.finetune.freeze_batch_stats,
         gradient_accumulation=config.gradient_accumulation,
+        init_from=config.init_from,
         ema_decay=config.ema_decay,
         learning_rate=rate,
         parameter_groups=parameter_groups,

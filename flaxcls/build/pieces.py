@@ -19,6 +19,7 @@ from flaxcls.config.user_code import is_path
 from flaxcls.core import optim, schedules
 from flaxcls.core.losses import LossSpec
 from flaxcls.errors import ConfigError
+from flaxcls.models.layer_order import layers_of
 from flaxcls.runtime import processes, sharding
 
 
@@ -90,15 +91,38 @@ def learning_rate(config: ConfigDict, run: Length) -> Callable[[Any], jax.Array]
         )
 
 
+def frozen(
+    config: ConfigDict, network: nn.Module, image_shape: tuple[int, int, int]
+) -> frozenset[str]:
+    """The paths of the parameters that are not trained, by the network's or the config's wish."""
+    patterns = {"`frozen` of the network": models.frozen(network)}
+    patterns["config.finetune.freeze"] = config.finetune.freeze
+    patterns = {field: pattern for field, pattern in patterns.items() if pattern is not None}
+    if not patterns:
+        return frozenset()
+    paths = optim.paths_of(models.shapes(network, image_shape)["params"])
+    found = set().union(*(optim.found_in(*pattern, paths) for pattern in patterns.items()))
+    if len(found) == len(paths):
+        field, pattern = patterns.popitem()
+        raise ConfigError(f"{field} leaves no parameter to train, got {pattern!r}")
+    return frozenset(found)
+
+
 def optimizer(
-    config: ConfigDict, network: nn.Module, params: Any, rate: Callable[[Any], jax.Array]
+    config: ConfigDict,
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    frozen: frozenset[str],
+    rate: Callable[[Any], jax.Array],
 ) -> tuple[optax.GradientTransformation, str]:
-    """The optimizer and what it does to which parameters, in words; `params` may be shapes."""
+    """The optimizer and what it does to which parameters, in words."""
+    decay = config.finetune.layer_decay
     return optim.build(
         config.optimizer.name,
         schedule=rate,
-        params=params,
-        frozen=models.frozen(network),
+        params=models.shapes(network, image_shape)["params"],
+        frozen=frozen,
+        layers=None if decay is None else (decay, layers_of(network, image_shape)),
         **options_of(config.optimizer, "learning_rate", "learning_rate_batch"),
     )
 

@@ -39,6 +39,8 @@ def check(config: ConfigDict) -> None:
     log_to.names(config.log_to)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
+    decay = config.finetune.layer_decay
+    require("finetune.layer_decay", decay is None or 0 < decay <= 1, "above 0 and at most 1")
     for field in (
         "repeats",
         "input.threads",

@@ -90,10 +90,21 @@ def default() -> ConfigDict:
     config.optimizer.learning_rate_batch = None  # examples the rate is meant for; scales it
     config.optimizer.weight_decay = 0.0
 
+    config.finetune = ConfigDict()  # of weights that are there already: see docs/finetuning.md
+    # Regular expression for the paths of parameters that are not trained: "^(?!head/)".
+    config.finetune.freeze = placeholder(str)
+    # The learning rate of each layer as a multiple of that of the layer above; None: all the same.
+    config.finetune.layer_decay = placeholder(float)
+    config.finetune.freeze_batch_stats = False  # BatchNorm keeps its running statistics, uses them
+
     config.schedule = _open()
     config.schedule.name = "cosine"
     config.schedule.warmup = None  # duration of the linear start
     config.schedule.cooldown = None  # duration of the linear end
+
+    # Weights to begin with: a run's folder, a file (.safetensors, .pth) or a name, such as
+    # "efficientnet_lite0"; None: those of the network's initialisation. See docs/weights.md.
+    config.init_from = placeholder(str)
 
     config.eval = ConfigDict()
     config.eval.every = "1 epochs"

@@ -17,7 +17,7 @@ how sharding rules find them), and scalars. The state is float32 whatever the pa
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -52,7 +52,8 @@ def build(
     no_weight_decay: str = r"(^|/)(bias|scale)$",
     weight_decay_factors: Sequence[tuple[str, NonNegative]] = (),
     learning_rate_factors: Sequence[tuple[str, NonNegative]] = (),
-    frozen: str | None = None,
+    frozen: Collection[str] = (),
+    layers: tuple[float, Sequence[Sequence[str]]] | None = None,
     gradient_clip_norm: Positive | None = None,
     gradient_clip_value: Positive | None = None,
     **options,
@@ -61,7 +62,7 @@ def build(
 
     Regular expressions are searched for in paths such as "block1/conv1/kernel". In the lists of
     (regular expression, factor) the first that is found counts, and one that is found in no path is
-    an error, as is a `frozen` that is.
+    an error.
 
     Args:
       name: one of RULES, or a user's own.
@@ -73,7 +74,10 @@ def build(
         and LARS.
       weight_decay_factors: multiples of the weight decay for some parameters.
       learning_rate_factors: multiples of the learning rate for some parameters.
-      frozen: parameters that are not trained: no update, no state, no part in the gradient's norm.
+      frozen: paths of parameters that are not trained: no update, no state, no part in the
+        gradient's norm.
+      layers: a decay and the paths of each layer, the lowest first: the learning rate of each is
+        that of the layer above times the decay, besides its `learning_rate_factors`.
       gradient_clip_norm: largest global norm of the gradient.
       gradient_clip_value: largest absolute value of each element of the gradient.
       **options: those of the named rule.
@@ -95,19 +99,16 @@ def build(
     mode = weight_decay_mode or ("l2" if name in L2_BY_DEFAULT else "decoupled")
 
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
-    paths = list(shapes)
+    paths = paths_of(params)
     decay_factor = _factor_of("weight_decay_factors", weight_decay_factors, paths)
     rate_factor = _factor_of("learning_rate_factors", learning_rate_factors, paths)
-    is_frozen = _found_in("frozen", frozen, paths) if frozen else set()
-    if len(is_frozen) == len(paths):
-        raise ConfigError(f"`frozen` leaves no parameter to train, got {frozen!r}")
-    exempt = compiled("no_weight_decay", no_weight_decay)
+    exempt = compiled("`no_weight_decay`", no_weight_decay)
     groups = {}
     for path, shape in shapes.items():
         is_exempt = bool(exempt.search(path))
         groups[path] = ParamGroup(
             shape=tuple(shape),
-            rule="frozen" if path in is_frozen else name,
+            rule="frozen" if path in frozen else name,
             weight_decay=0.0 if is_exempt else weight_decay * decay_factor(path),
             learning_rate_factor=rate_factor(path),
             is_exempt=is_exempt,
@@ -121,14 +122,14 @@ def build(
         needed = decoupled if weight_decay and mode == "decoupled" else None
         _check_transforms(name, transforms, needed)
     trained = optax.chain(*_clip(gradient_clip_norm, gradient_clip_value), l2, *transforms)
-    if is_frozen:
+    if frozen:
         trained = only(context, trained, lambda t: t.rule != "frozen")
         trained = optax.chain(
             only(context, optax.set_to_zero(), lambda t: t.rule == "frozen"), trained
         )
     optimizer = optax.chain(
         trained,
-        _scale_by_factors(groups),
+        _scale_by_factors(groups, _layer_factors(*layers) if layers else {}),
         optax.scale_by_schedule(schedule),
         optax.scale(-1.0),
         *context.last,
@@ -137,7 +138,8 @@ def build(
     if is_path(name):  # whose errors are told now, and by file and line
         with in_user_code(file_of(rule)):
             jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), params)
-    return optimizer, describe(groups, mode)
+    text = describe(groups, mode)
+    return optimizer, f"{text}\n{_describe_layers(*layers)}" if layers else text
 
 
 def _check_transforms(
@@ -225,8 +227,29 @@ def _add_decay(groups: dict[str, ParamGroup]) -> optax.GradientTransformation:
     return by_path(lambda path, update, param: update + groups[path].weight_decay * param)
 
 
-def _scale_by_factors(groups: dict[str, ParamGroup]) -> optax.GradientTransformation:
-    return by_path(lambda path, update, _: update * groups[path].learning_rate_factor)
+def _scale_by_factors(
+    groups: dict[str, ParamGroup], by_layer: Mapping[str, float]
+) -> optax.GradientTransformation:
+    def scale(path: str, update: jax.Array, _param: jax.Array) -> jax.Array:
+        return update * (groups[path].learning_rate_factor * by_layer.get(path, 1.0))
+
+    return by_path(scale)
+
+
+def _layer_factors(decay: float, layers: Sequence[Sequence[str]]) -> dict[str, float]:
+    """What each path's learning rate is multiplied by: decay ** (layers above)."""
+    top = len(layers) - 1
+    return {path: decay ** (top - i) for i, paths in enumerate(layers) for path in paths}
+
+
+def _describe_layers(decay: float, layers: Sequence[Sequence[str]]) -> str:
+    """The factor of each layer, which is named by the modules at the network's top that it has."""
+    parts = []
+    for above, paths in enumerate(reversed(layers)):
+        names = list(dict.fromkeys(path.split("/")[0] for path in paths))
+        names = names if len(names) <= 3 else [names[0], "...", names[-1]]
+        parts.append(f"x {decay**above:.3g} {', '.join(names)}")
+    return f"learning rate by layer, decay {decay:g}: " + "; ".join(reversed(parts))
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -242,11 +265,17 @@ def _to_float32(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
-def _found_in(option: str, pattern: str, paths: list[str]) -> set[str]:
+def paths_of(params: Any) -> list[str]:
+    """The paths of parameters or their shapes, such as "block1/conv1/kernel"."""
+    return [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
+
+
+def found_in(option: str, pattern: str, paths: Sequence[str]) -> set[str]:
+    """The paths that a regular expression is found in; ConfigError where there are none."""
     found = {path for path in paths if compiled(option, pattern).search(path)}
     if not found:
         raise ConfigError(
-            f"`{option}` {pattern!r} is found in no parameter's path, such as '{paths[0]}'"
+            f"{option} {pattern!r} is found in no parameter's path, such as '{paths[0]}'"
         )
     return found
 
@@ -255,7 +284,7 @@ def _factor_of(
     option: str, factors: Sequence[tuple[str, float]], paths: list[str]
 ) -> Callable[[str], float]:
     for pattern, _ in factors:
-        _found_in(option, pattern, paths)
+        found_in(f"`{option}`", pattern, paths)
 
     def factor_of(path: str) -> float:
         return next((factor for pattern, factor in factors if re.search(pattern, path)), 1.0)

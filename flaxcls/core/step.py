@@ -1,7 +1,7 @@
 """Initialisation, one update and one evaluation batch: pure functions, no I/O, no devices."""
 
-import re
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from flaxcls.core import metrics
 from flaxcls.core.optim import ema_update
 from flaxcls.core.state import TrainState
 from flaxcls.core.update_rules import path_name
+from flaxcls.models.layers import batch_stats_frozen
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -32,17 +33,19 @@ def seed_key(seed: int) -> jax.Array:
 def make_init(
     model: nn.Module, optimizer: optax.GradientTransformation, *, num_classes: int, ema: bool
 ) -> Callable[[jax.Array, jax.Array], TrainState]:
-    """Returns `init(rng, images) -> TrainState`.
+    """Returns `init(rng, images, weights={}) -> TrainState`.
 
     `rng` is uint32 key data; `images` float32 [B, H, W, C] are normalised training images, for the
-    models whose first weights depend on the data.
+    models whose first weights depend on the data. `weights`, {"params", "batch_stats"}, are what
+    some of the variables, or all, begin with instead of what the model initialises.
     """
 
-    def init(rng: jax.Array, images: jax.Array) -> TrainState:
+    def init(rng: jax.Array, images: jax.Array, weights: Mapping[str, Any] = {}) -> TrainState:
         params_key, dropout_key = jax.random.split(jax.random.wrap_key_data(rng))
         keys = {"params": params_key, "dropout": dropout_key}
         variables = dict(model.init(keys, images[:1], train=False))
         variables = models.initialize_from_data(model, variables, images)
+        variables = _replaced(variables, weights)
         params, batch_stats = variables["params"], variables.get("batch_stats", {})
         return TrainState(
             step=jnp.zeros((), jnp.int32),
@@ -61,6 +64,16 @@ def make_init(
         )
 
     return init
+
+
+def _replaced(tree: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with those leaves that are `given`."""
+    return {
+        name: _replaced(value, given.get(name, {}))
+        if isinstance(value, Mapping)
+        else given.get(name, value)
+        for name, value in tree.items()
+    }
 
 
 def step_keys(key: jax.Array, step: int | jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,6 +121,8 @@ def make_train_step(
     augment: Callable[[jax.Array, Batch], Batch],
     *,
     num_classes: int,
+    frozen: Collection[str] = (),
+    freeze_batch_stats: bool = False,
     ema_decay: float | None,
     gradient_accumulation: int,
     max_grad_norm: float,
@@ -129,28 +144,29 @@ def make_train_step(
     its running statistics move once, by the mean over the parts. Dropout and augmentation, which
     each part has to itself, draw other random numbers.
 
+    Nothing is differentiated by the parameters whose paths are `frozen`, so that there is no
+    backward pass below the lowest of the others. With `freeze_batch_stats` BatchNorm normalises by
+    its running statistics, which stay as they are; dropout is as ever.
+
     `platform`, "cpu", "gpu" or "tpu", is what the step is for, not what it is compiled on: the
     results are the same but for rounding, what is fast differs.
     """
 
     def trained(params: Any) -> Any:
         """The parameters, with nothing to differentiate by in those that are frozen."""
-        frozen = models.frozen(model)
-        if frozen is None:
-            return params
         return jax.tree.map_with_path(
-            lambda path, x: jax.lax.stop_gradient(x) if re.search(frozen, path_name(path)) else x,
-            params,
+            lambda path, x: jax.lax.stop_gradient(x) if path_name(path) in frozen else x, params
         )
 
     def loss_sum(params, batch_stats, key, batch):
-        logits, updates = model.apply(
-            {"params": trained(params), "batch_stats": batch_stats},
-            batch["image"],
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": key},
-        )
+        with batch_stats_frozen() if freeze_batch_stats else contextlib.nullcontext():
+            logits, updates = model.apply(
+                {"params": trained(params), "batch_stats": batch_stats},
+                batch["image"],
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": key},
+            )
         losses, weights = loss(logits, batch["label"])
         sums = metrics.classification_metrics(logits, batch["label"], losses, weights)
         return jnp.sum(losses * weights), (jnp.sum(weights), updates.get("batch_stats", {}), sums)
@@ -170,6 +186,8 @@ def make_train_step(
         total = _sum_over_parts(part, batch, gradient_accumulation, platform)
         grads = jax.tree.map(lambda g: g / total["weight"], total["grads"])
         batch_stats = jax.tree.map(lambda s: s / gradient_accumulation, total["batch_stats"])
+        if freeze_batch_stats:  # not their mean over the parts, which rounds
+            batch_stats = state.batch_stats
 
         # A norm is finite only if every element is.
         grad_norm, stats_norm = optax.tree.norm(grads), optax.tree.norm(batch_stats)

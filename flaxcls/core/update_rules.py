@@ -149,7 +149,7 @@ def muon(
       rest_learning_rate: the rest's learning rate as a multiple of the kernels'.
       rest_momentum: momentum, or Adam's b1, of the rest.
     """
-    excluded = compiled("exclude", exclude)
+    excluded = compiled("`exclude`", exclude)
     matrices = {}
     for path, group in context.groups.items():
         matrix = None if excluded.search(path) else _matrix(path, group.shape)
@@ -285,5 +285,5 @@ def compiled(option: str, pattern: str) -> re.Pattern:
         return re.compile(pattern)
     except re.error as error:
         raise ConfigError(
-            f"`{option}` is not a regular expression ({error}), got {pattern!r}"
+            f"{option} is not a regular expression ({error}), got {pattern!r}"
         ) from None

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from PIL import Image
 
-from flaxcls import augment
+from flaxcls import augment, models
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import best_of
 from flaxcls.data.decode import Picture, available_cores
@@ -51,9 +50,7 @@ class Predictions(NamedTuple):
 
     logits: np.ndarray  # [N, K]
     probabilities: np.ndarray  # [N, K]
-    # [N, D]: what the last layer is given: the one named "head", else the last nn.Dense. The logits
-    # where there is neither.
-    features: np.ndarray
+    features: np.ndarray  # [N, D], "pooled" of `models.features`
 
 
 class Prediction(NamedTuple):
@@ -224,21 +221,10 @@ def make_forward(
     """Returns `forward(variables, images uint8 [B, H, W, C]) -> Predictions`, to be jitted."""
 
     def forward(variables: Any, images: jax.Array) -> Predictions:
-        given = {}
-
-        def note(call, arguments, keywords, context):
-            if context.module.name == "head":  # the last layer of every network of flaxcls
-                given.setdefault("head", arguments[0])
-            elif isinstance(context.module, nn.Dense) and arguments:
-                given["dense"] = arguments[0]
-            return call(*arguments, **keywords)
-
-        with nn.intercept_methods(note):
-            logits = network.apply(variables, augment.normalize(images, mean, std), train=False)
-        logits = logits.astype(jnp.float32)
-        features = given.get("head", given.get("dense", logits)).reshape(len(logits), -1)
+        images = augment.normalize(images, mean, std)
+        logits, features = models.logits_and_features(network, variables, images)
         probabilities = PROBABILITIES[evaluated_as(loss_name)](logits)
-        return Predictions(logits, probabilities, features.astype(jnp.float32))
+        return Predictions(logits, probabilities, features["pooled"])
 
     return forward
 

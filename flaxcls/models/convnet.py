@@ -14,6 +14,7 @@ from flaxcls.models.layers import (
     batch_norm,
     flatten,
     max_pool,
+    record,
     torch_bias_init,
     torch_kernel_init,
 )
@@ -40,11 +41,15 @@ class KerasCNN(nn.Module, kw_only=True):
             Conv, kernel_size=(3, 3), padding="VALID", dtype=self.dtype, **_keras_init
         )
         pool = POOLS[self.pool]
-        x = pool(nn.relu(conv(32, name="conv1")(x)))
-        x = pool(nn.relu(conv(64, name="conv2")(x)))
-        x = nn.relu(conv(64, name="conv3")(x))
+        x = nn.relu(conv(32, name="conv1")(x))
+        record(self, "stage1", x)
+        x = nn.relu(conv(64, name="conv2")(pool(x)))
+        record(self, "stage2", x)
+        x = nn.relu(conv(64, name="conv3")(pool(x)))
+        record(self, "stage3", x)
         x = flatten(x)
         x = nn.relu(nn.Dense(64, dtype=self.dtype, name="hidden", **_keras_init)(x))
+        record(self, "pooled", x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head", **_keras_init)(x)
 
 
@@ -68,9 +73,13 @@ class KerasSmall(nn.Module, kw_only=True):
             Conv, kernel_size=(3, 3), padding="VALID", dtype=self.dtype, **_keras_init
         )
         pool = POOLS[self.pool]
-        x = pool(nn.relu(conv(32, name="conv1")(x)))
-        x = pool(nn.relu(conv(64, name="conv2")(x)))
-        x = nn.Dropout(self.dropout, deterministic=not train)(flatten(x))
+        x = nn.relu(conv(32, name="conv1")(x))
+        record(self, "stage1", x)
+        x = nn.relu(conv(64, name="conv2")(pool(x)))
+        record(self, "stage2", x)
+        x = flatten(pool(x))
+        record(self, "pooled", x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head", **_keras_init)(x)
 
 
@@ -100,10 +109,12 @@ class TorchConvNet(nn.Module, kw_only=True):
             init = {"kernel_init": torch_kernel_init, "bias_init": torch_bias_init(x.shape[-1])}
             return nn.Dense(width, dtype=dtype, name=name, **init)(x)
 
-        x = pool(nn.relu(conv(x, 32, "conv1")))
-        x = pool(nn.relu(conv(x, 64, "conv2")))
-        x = flatten(x)
-        x = nn.relu(dense(x, 512, self.dtype, "hidden"))
+        x = nn.relu(conv(x, 32, "conv1"))
+        record(self, "stage1", x)
+        x = nn.relu(conv(pool(x), 64, "conv2"))
+        record(self, "stage2", x)
+        x = nn.relu(dense(flatten(pool(x)), 512, self.dtype, "hidden"))
+        record(self, "pooled", x)
         return dense(x, self.num_classes, jnp.float32, "head")
 
 
@@ -121,9 +132,12 @@ class DigitsCNN(nn.Module, kw_only=True):
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         conv = functools.partial(Conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype)
         norm = batch_norm(train, self.dtype)
-        for i, width in enumerate((32, 64, 64)):
-            x = nn.relu(norm(name=f"norm{i + 1}")(conv(width, name=f"conv{i + 1}")(x)))
-            if i == 1:
-                x = max_pool(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(flatten(x))
+        x = nn.relu(norm(name="norm1")(conv(32, name="conv1")(x)))
+        x = nn.relu(norm(name="norm2")(conv(64, name="conv2")(x)))
+        record(self, "stage1", x)
+        x = nn.relu(norm(name="norm3")(conv(64, name="conv3")(max_pool(x))))
+        record(self, "stage2", x)
+        x = flatten(x)
+        record(self, "pooled", x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne, Count, Positive
-from flaxcls.models.layers import Mlp, Widths, drop_path, drop_path_rates
+from flaxcls.models.layers import Mlp, Widths, drop_path, drop_path_rates, global_average, record
 
 # torchvision cuts the tails off at +-2, which is 100 deviations.
 _normal = nn.initializers.normal(0.02)
@@ -100,6 +100,7 @@ class ConvNeXt(nn.Module, kw_only=True):
                     train=train,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-        x = nn.LayerNorm(epsilon=1e-6, name="norm")(x)
+            record(self, f"stage{stage + 1}", x)
+        x = nn.LayerNorm(epsilon=1e-6, name="norm")(global_average(x))
+        record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)

@@ -12,7 +12,9 @@ from flaxcls.models.layers import (
     Conv,
     average_pool,
     batch_norm,
+    global_average,
     overlapping_max_pool,
+    record,
     require_depth,
     torch_kernel_init,
 )
@@ -98,9 +100,12 @@ def _blocks_and_head(
             y = conv(network.growth, (3, 3), padding=1, name=f"{name}_conv2")(y)
             x = jnp.concatenate([x, dropout()(y)], axis=-1)
         if block < len(block_sizes):
+            record(network, f"stage{block}", x)
             y = nn.relu(norm(name=f"transition{block}_norm")(x))
             y = conv(x.shape[-1] // 2, (1, 1), name=f"transition{block}_conv")(y)
             x = average_pool(y)
     x = nn.relu(norm(name="norm5")(x))
-    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+    record(network, f"stage{len(block_sizes)}", x)
+    x = global_average(x)
+    record(network, "pooled", x)
     return nn.Dense(network.num_classes, kernel_init=torch_kernel_init, name="head")(x)

@@ -1,6 +1,7 @@
 """EfficientNet (Tan & Le 2019, arXiv:1905.11946) and TensorFlow's EfficientNet-Lite."""
 
 import functools
+import itertools
 import math
 import re
 from typing import NamedTuple
@@ -10,7 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne
-from flaxcls.models.layers import batch_norm, global_average, he_normal_fan_in, uniform_fan_out
+from flaxcls.models.layers import (
+    batch_norm,
+    global_average,
+    he_normal_fan_in,
+    record,
+    uniform_fan_out,
+)
 from flaxcls.models.mobilenet import ConvNorm, InvertedResidual, SqueezeExcitation, round_channels
 
 
@@ -107,7 +114,10 @@ class EfficientNet(nn.Module, kw_only=True):
         blocks = scaled_blocks(scaling, self.lite)
         stem = 32 if self.lite else round_channels(32 * scaling.width)
         x = layer(stem, 3, strides=2, activation=activation, name="stem")(x)
+        stages = itertools.count(1)
         for i, (name, block) in enumerate(blocks.items()):
+            if block.strides == 2:
+                record(self, f"stage{next(stages)}", x)
             squeeze = functools.partial(
                 SqueezeExcitation, x.shape[-1] // 4, nn.silu, nn.sigmoid, self.dtype
             )
@@ -124,7 +134,10 @@ class EfficientNet(nn.Module, kw_only=True):
                 name=name,
             )(x)
         last = 1280 if self.lite else 4 * x.shape[-1]
-        x = global_average(layer(last, 1, activation=activation, name="last")(x))
+        x = layer(last, 1, activation=activation, name="last")(x)
+        record(self, f"stage{next(stages)}", x)
+        x = global_average(x)
+        record(self, "pooled", x)
         dropout = scaling.dropout if self.dropout is None else self.dropout
         x = nn.Dropout(dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, kernel_init=uniform_fan_out, name="head")(x)
@@ -147,6 +160,27 @@ class EfficientNetLite(EfficientNet):
         (r"^last/norm", "bn2"),
         (r"^head", "classifier"),
     )
+
+    @property
+    def other_torch_names(self):
+        """Of lukemelas/EfficientNet-PyTorch, which Google's weights were first converted to."""
+        blocks = {name: i for i, name in enumerate(scaled_blocks(SCALING[self.member], self.lite))}
+
+        def name(match: re.Match) -> str:
+            block, layer, kind = match.groups()
+            number = ("expand", "depthwise", "project").index(layer)
+            return f"_blocks/{blocks[block]}/" + (
+                f"_{layer}_conv" if kind == "conv" else f"_bn{number}"
+            )
+
+        return (
+            (r"^(stage\d_block\d+)/(\w+)/(\w+)", name),
+            (r"^stem/conv", "_conv_stem"),
+            (r"^stem/norm", "_bn0"),
+            (r"^last/conv", "_conv_head"),
+            (r"^last/norm", "_bn1"),
+            (r"^head", "_fc"),
+        )
 
 
 def scaled_blocks(scaling: Scaling, lite: bool) -> dict[str, Stage]:

@@ -1,5 +1,6 @@
 """What the networks share: convolution, pooling, initialisers and types of options."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -74,6 +75,8 @@ def _convolve_blocks(convolution: Callable[..., jax.Array], x: jax.Array, kernel
     kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(4, 4, 4 * channels, -1)
     return convolution(x, kernel, window_strides=(1, 1), padding=((2, 1), (2, 1)))
 
+
+View = Callable[[jax.Array], jax.Array]
 
 # `nn.Conv` with the same parameters, otherwise computed.
 Conv = functools.partial(nn.Conv, conv_general_dilated_cls=lambda: convolve)
@@ -209,6 +212,18 @@ def drop_path(x: jax.Array, rate: float, train: bool) -> jax.Array:
     return nn.Dropout(rate, broadcast_dims=alike, deterministic=not train)(x)
 
 
+def record(module: nn.Module, name: str, x: jax.Array, view: View = lambda x: x) -> None:
+    """Keeps `view(x)` as the network's feature `name` where features are asked for.
+
+    "pooled" [B,D] is what the head is given, before dropout; "stage1", "stage2" and so on [B,H,W,C]
+    are the last maps of each resolution, and "block1" and so on those of transformers, whose tokens
+    are patches. The last map of all is what is pooled, where the network pools by a mean.
+    `models.features` asks for them; elsewhere this costs nothing. The last of a name stays.
+    """
+    if module.is_mutable_collection("features") and not module.is_initializing():
+        module.put_variable("features", name, view(x))  # `sow` wants a name that no layer has
+
+
 def global_average(x: jax.Array) -> jax.Array:
     """The mean over the pixels of [B,H,W,C], at least in float32: [B,C]."""
     return jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
@@ -277,6 +292,24 @@ def batch_norm(
     return functools.partial(
         nn.BatchNorm, use_running_average=not train, momentum=momentum, epsilon=epsilon, dtype=dtype
     )
+
+
+def batch_stats_frozen() -> contextlib.AbstractContextManager:
+    """In this context BatchNorm, of any network, is as in evaluation, though the rest is trained.
+
+    The trainer says "train" to the whole network, so that its dropout is on: each nn.BatchNorm is
+    replaced by its like that uses the running statistics, and so changes none.
+    """
+
+    def as_evaluated(call, arguments, keywords, context):
+        module = context.module
+        if not isinstance(module, nn.BatchNorm) or module.use_running_average:
+            return call(*arguments, **keywords)
+        keywords = {k: v for k, v in keywords.items() if k != "use_running_average"}
+        like = module.clone(parent=module.scope, use_running_average=True)
+        return like(*arguments, **keywords)
+
+    return nn.intercept_methods(as_evaluated)
 
 
 def title(module: nn.Module) -> str:

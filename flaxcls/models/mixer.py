@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne, Count
-from flaxcls.models.layers import Mlp, drop_path, drop_path_rates, patches
+from flaxcls.models.layers import Mlp, drop_path, drop_path_rates, patches, record
 
 
 class Block(nn.Module):
@@ -72,9 +72,12 @@ class Mixer(nn.Module, kw_only=True):
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         block = nn.remat(Block) if self.remat else Block
         x = nn.Dense(self.width, dtype=self.dtype, name="stem")(patches(x, self.patch))
+        map_shape = x.shape
         x = x.reshape(x.shape[0], -1, self.width)
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             x = block(self.dropout, rate, self.dtype, train, name=f"block{i + 1}")(x)
+            record(self, f"block{i + 1}", x, lambda x: x.reshape(map_shape))
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         x = jnp.mean(x, axis=1, dtype=jnp.float32)
+        record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)

@@ -1,6 +1,7 @@
 """MobileNetV3 and V4, and the inverted residual of which they and the EfficientNets are made."""
 
 import functools
+import itertools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from flaxcls.models.layers import (
     global_average,
     he_normal_fan_in,
     he_normal_fan_out,
+    record,
     uniform_fan_out,
 )
 
@@ -199,7 +201,10 @@ class MobileNetV3(nn.Module, kw_only=True):
         norm = batch_norm(train, self.dtype, momentum=0.99, epsilon=1e-3)
         layer = functools.partial(ConvNorm, norm=norm, dtype=self.dtype)
         x = layer(16, 3, strides=2, activation=nn.hard_swish, name="stem")(x)
+        stages = itertools.count(1)
         for i, row in enumerate(MOBILENET_V3[self.member]):
+            if row.strides == 2:
+                record(self, f"stage{next(stages)}", x)
             squeeze = functools.partial(
                 SqueezeExcitation,
                 round_channels(row.hidden // 4),
@@ -218,9 +223,11 @@ class MobileNetV3(nn.Module, kw_only=True):
                 name=f"block{i + 1}",
             )(x)
         x = layer(6 * x.shape[-1], 1, activation=nn.hard_swish, name="last")(x)
+        record(self, f"stage{next(stages)}", x)
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
         width = 1280 if self.member == "large" else 1024
         x = nn.hard_swish(dense(width, dtype=self.dtype, name="hidden")(global_average(x)))
+        record(self, "pooled", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return dense(self.num_classes, name="head")(x)
 
@@ -321,6 +328,7 @@ class MobileNetV4(nn.Module, kw_only=True):
         )
         active = functools.partial(layer, activation=nn.relu)
         x = active(32, 3, strides=2, name="stem")(x)
+        record(self, "stage1", x)
         x = layer(48, 1, name="fused_project")(active(128, 3, strides=2, name="fused_expand")(x))
         blocks = {
             f"stage{stage}_block{i}": row
@@ -328,8 +336,11 @@ class MobileNetV4(nn.Module, kw_only=True):
             for i, row in enumerate(rows, start=1)
         }
         total = len(blocks) + 2  # with the stages before and after, as in timm
+        stages = itertools.count(2)
         for i, (name, row) in enumerate(blocks.items(), start=1):
             first_kernel, kernel, strides, expansion, features = row
+            if strides == 2:
+                record(self, f"stage{next(stages)}", x)
             x = UniversalBottleneck(
                 features=features,
                 hidden=expansion * x.shape[-1],
@@ -342,6 +353,8 @@ class MobileNetV4(nn.Module, kw_only=True):
                 name=name,
             )(x)
         x = active(960, 1, name="wide")(x)
-        x = active(1280, 1, name="last")(jnp.mean(x, axis=(1, 2), keepdims=True))
-        x = nn.Dropout(self.dropout, deterministic=not train)(x[:, 0, 0])
+        record(self, f"stage{next(stages)}", x)
+        x = active(1280, 1, name="last")(global_average(x)[:, None, None])[:, 0, 0]
+        record(self, "pooled", x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, kernel_init=uniform_fan_out, name="head")(x)

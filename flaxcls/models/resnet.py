@@ -14,8 +14,10 @@ from flaxcls.models.layers import (
     Conv,
     average_pool,
     batch_norm,
+    global_average,
     he_normal_fan_out,
     overlapping_max_pool,
+    record,
     require_depth,
     title,
     torch_kernel_init,
@@ -177,13 +179,15 @@ class ResNet(nn.Module, kw_only=True):
                     pooled_shortcut=self.pooled_shortcut,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
-        return _head(x, self.num_classes)
+            record(self, f"stage{stage + 1}", x)
+        return _head(self, x)
 
 
-def _head(x: jax.Array, num_classes: int) -> jax.Array:
+def _head(network: nn.Module, x: jax.Array) -> jax.Array:
     """Global average and logits, in float32."""
-    x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
-    return nn.Dense(num_classes, kernel_init=torch_kernel_init, name="head")(x)
+    x = global_average(x)
+    record(network, "pooled", x)
+    return nn.Dense(network.num_classes, kernel_init=torch_kernel_init, name="head")(x)
 
 
 class CifarResNet(nn.Module, kw_only=True):
@@ -214,7 +218,8 @@ class CifarResNet(nn.Module, kw_only=True):
                 y = nn.relu(norm(name=f"{name}_norm1")(y))
                 y = norm(name=f"{name}_norm2")(conv(width, name=f"{name}_conv2")(y))
                 x = nn.relu(y + _subsample(x, width, strides))
-        return _head(x, self.num_classes)
+            record(self, f"stage{stage + 1}", x)
+        return _head(self, x)
 
 
 def _subsample(x: jax.Array, features: int, strides: int) -> jax.Array:
@@ -254,8 +259,10 @@ class WideResNet(nn.Module, kw_only=True):
                     dropout=dropout,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
+            record(self, f"stage{stage + 1}", x)
         x = nn.relu(norm(name="norm1")(x))
-        return _head(x, self.num_classes)
+        record(self, "stage3", x)  # what is pooled
+        return _head(self, x)
 
 
 class WideBlock(nn.Module):

@@ -16,7 +16,9 @@ from flaxcls.models.layers import (
     Widths,
     drop_path,
     drop_path_rates,
+    global_average,
     patches,
+    record,
     title,
     torch_bias_init,
     torch_kernel_init,
@@ -176,7 +178,11 @@ class Swin(nn.Module, kw_only=True):
                     train=train,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
-        x = jnp.mean(norm(name="norm")(x), axis=(1, 2), dtype=jnp.float32)
+            record(self, f"stage{stage + 1}", x)
+        x = norm(name="norm")(x)
+        record(self, f"stage{len(self.depths)}", x)  # what is pooled
+        x = global_average(x)
+        record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -13,9 +14,11 @@ from flaxcls.models.layers import (
     adaptive_average_pool,
     batch_norm,
     flatten,
+    global_average,
     he_normal_fan_out,
     max_pool,
     overlapping_max_pool,
+    record,
     torch_bias_init,
     torch_kernel_init,
 )
@@ -47,18 +50,13 @@ class AlexNet(nn.Module, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
-        x = _alexnet_convolution(self, x, 64, 11, strides=4, padding=2, name="conv1")
-        x = overlapping_max_pool(x, padding=0)
-        x = _alexnet_convolution(self, x, 192, 5, name="conv2")
-        x = overlapping_max_pool(x, padding=0)
-        x = _alexnet_convolution(self, x, 384, 3, name="conv3")
-        x = _alexnet_convolution(self, x, 256, 3, name="conv4")
-        x = _alexnet_convolution(self, x, 256, 3, name="conv5")
-        x = overlapping_max_pool(x, padding=0)
+        pool = functools.partial(overlapping_max_pool, padding=0)
+        x = pool(_alexnet_convolutions(self, x, pool, padding=2))
         x = _flatten_channels_first(adaptive_average_pool(x, 6))
         for name in ("hidden1", "hidden2"):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = nn.relu(_torch_dense(x, self.hidden, self.dtype, name))
+        record(self, "pooled", x)
         return _torch_dense(x, self.num_classes, jnp.float32, "head")
 
 
@@ -85,25 +83,32 @@ class CifarAlexNet(nn.Module, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
-        x = max_pool(_alexnet_convolution(self, x, 64, 11, strides=4, padding=5, name="conv1"))
-        x = max_pool(_alexnet_convolution(self, x, 192, 5, name="conv2"))
-        x = _alexnet_convolution(self, x, 384, 3, name="conv3")
-        x = _alexnet_convolution(self, x, 256, 3, name="conv4")
-        x = max_pool(_alexnet_convolution(self, x, 256, 3, name="conv5"))
-        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        x = global_average(max_pool(_alexnet_convolutions(self, x, max_pool, padding=5)))
+        record(self, "pooled", x)
         return _torch_dense(x, self.num_classes, jnp.float32, "head")
 
 
-def _alexnet_convolution(
-    network: nn.Module, x: jax.Array, width: int, window: int, **options
+def _alexnet_convolutions(
+    network: nn.Module, x: jax.Array, pool: Callable[..., jax.Array], padding: int
 ) -> jax.Array:
-    """A square convolution with PyTorch's initial values, and ReLU; by default the size stays."""
-    init = {
-        "kernel_init": torch_kernel_init,
-        "bias_init": torch_bias_init(window * window * x.shape[-1]),
-    }
-    options = {"padding": window // 2, "dtype": network.dtype, **init, **options}
-    return nn.relu(Conv(width, (window, window), **options)(x))
+    """The five convolutions, each with ReLU; `padding` is that of the first, 11x11."""
+
+    def conv(x: jax.Array, width: int, window: int, name: str, **options) -> jax.Array:
+        init = {
+            "kernel_init": torch_kernel_init,
+            "bias_init": torch_bias_init(window * window * x.shape[-1]),
+        }
+        options = {"padding": window // 2, "dtype": network.dtype, **init, **options}
+        return nn.relu(Conv(width, (window, window), name=name, **options)(x))
+
+    x = conv(x, 64, 11, "conv1", strides=4, padding=padding)
+    record(network, "stage1", x)
+    x = conv(pool(x), 192, 5, "conv2")
+    record(network, "stage2", x)
+    x = conv(pool(x), 384, 3, "conv3")
+    x = conv(conv(x, 256, 3, "conv4"), 256, 3, "conv5")
+    record(network, "stage3", x)
+    return x
 
 
 def _torch_dense(x: jax.Array, width: int, dtype: jnp.dtype, name: str) -> jax.Array:
@@ -161,10 +166,12 @@ class VGG(nn.Module, kw_only=True):
             for i in range(1, size + 1):
                 x = conv(width, kernel_init=he_normal_fan_out, name=f"stage{stage}_conv{i}")(x)
                 x = nn.relu(norm(name=f"stage{stage}_norm{i}")(x) if self.norm else x)
+            record(self, f"stage{stage}", x)
             x = max_pool(x)
         x = _flatten_channels_first(adaptive_average_pool(x, self.pool_size))
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
         for name in ("hidden1", "hidden2"):
             x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
+            record(self, "pooled", x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return dense(self.num_classes, dtype=jnp.float32, name="head")(x)

@@ -15,6 +15,7 @@ from flaxcls.models.layers import (
     drop_path,
     drop_path_rates,
     patches,
+    record,
     title,
     torch_bias_init,
     torch_kernel_init,
@@ -128,6 +129,11 @@ class VisionTransformer(nn.Module, kw_only=True):
         return ((r"^patch_embed/kernel", (self.patch, self.patch, -1, self.width)),)
 
     @property
+    def embedded_tokens(self) -> int:
+        """How many tokens before the patches have a learned position embedding."""
+        return 0 if self.no_embed_class else (self.pool == "token") + self.registers
+
+    @property
     def image_size_multiple(self) -> int:
         return self.patch
 
@@ -149,7 +155,9 @@ class VisionTransformer(nn.Module, kw_only=True):
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         block = nn.remat(Block) if self.remat else Block
+        rows, columns = (side // self.patch for side in x.shape[1:3])
         x = self._embed(x)
+        added = x.shape[1] - rows * columns
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             x = block(
@@ -162,12 +170,19 @@ class VisionTransformer(nn.Module, kw_only=True):
                 train=train,
                 name=f"block{i + 1}",
             )(x)
+            record(
+                self,
+                f"block{i + 1}",
+                x,
+                lambda x: x[:, added:].reshape(x.shape[0], rows, columns, self.width),
+            )
         x = norm(name="norm")(x)
         if self.pool == "token":
-            x = x[:, 0]
+            x = x[:, 0].astype(jnp.float32)
         else:
             x = jnp.mean(x[:, self.registers :], axis=1, dtype=jnp.float32)
-        return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x.astype(jnp.float32))
+        record(self, "pooled", x)
+        return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """Tokens [B, T, width]: the class token, registers, then patches row by row."""

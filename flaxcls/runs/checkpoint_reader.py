@@ -13,7 +13,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -150,6 +150,22 @@ class CheckpointReader:
         self.verify(step)
         self.compare(step, shapes)
         return self._state(step, shapes, shardings)
+
+    def arrays(self, step: int, names: Collection[str]) -> dict[str, Any]:
+        """What a checkpoint has under some names, such as "params", as trees of NumPy's arrays.
+
+        Needs no shapes and no devices. Raises Damaged if a file of the checkpoint is.
+        """
+        self.verify(step)
+        with self._reading(step):
+            handler, folder = ocp.PyTreeCheckpointHandler(), self.folder(step) / "state"
+            saved = handler.metadata(folder).tree
+            wanted = {name: saved[name] for name in names if saved.get(name)}
+            as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            arguments = ocp.args.PyTreeRestore(
+                item=wanted, restore_args=as_numpy, partial_restore=True
+            )
+            return handler.restore(folder, args=arguments)
 
     def state_and_metadata(
         self, step: int, shapes: Any, shardings: Any

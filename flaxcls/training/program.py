@@ -127,9 +127,9 @@ class Program:
             },
         )
 
-    def init(self) -> TrainState:
-        """The state before the first step."""
-        return self._init(self._rng, self._sample)
+    def init(self, weights: Mapping[str, Any] = {}) -> TrainState:
+        """The state before the first step, with `weights` as in `make_init`, if any."""
+        return self._init(self._rng, self._sample, weights)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of the update number `step`, counted from 0, on the devices."""
@@ -214,6 +214,8 @@ def make_update(
         experiment.optimizer,
         augment.build(experiment.augmentations, mean=metadata["mean"], std=metadata["std"]),
         num_classes=len(metadata["class_names"]),
+        frozen=experiment.frozen,
+        freeze_batch_stats=experiment.freeze_batch_stats,
         ema_decay=experiment.ema_decay,
         gradient_accumulation=experiment.gradient_accumulation,
         max_grad_norm=experiment.divergence.max_grad_norm,

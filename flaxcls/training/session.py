@@ -3,7 +3,7 @@
 import contextlib
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from flaxcls.training.due import Due
 from flaxcls.training.hooks import NO_HOOKS, HookCalls, Hooks
 from flaxcls.training.introduction import check_new_length
 from flaxcls.training.program import Program
+from flaxcls.weights.initial import initial_weights
 
 _START = {
     "seconds": {},
@@ -131,12 +132,27 @@ class Session:
         if not found:
             with self._clock.spending("compile"):
                 self.step, self._progress = 0, dict(_START)
-                return self._program.init()
+                return self._program.init(self._initial_weights())
         self.step, state, metadata = found
         if metadata["fingerprint"] != self._program.metadata["fingerprint"]:
             raise DataError(f"the training data are not those that {self._workdir} began with")
         self._progress = metadata["progress"]
         return state
+
+    def _initial_weights(self) -> Mapping[str, Any]:
+        """What config.init_from names, the same in all processes; nothing where it is None."""
+        experiment = self._experiment
+        if experiment.init_from is None:
+            return {}
+        initial = initial_weights(
+            experiment.network,
+            self._program.metadata["image_shape"],
+            experiment.init_from,
+            experiment.class_names,
+        )
+        processes.check_same({"the weights of config.init_from": initial.digest})
+        processes.say(initial.sentence)
+        return initial.variables
 
     def _record(self) -> None:
         """Writes config.json, and resumes the clock of goodput.json."""

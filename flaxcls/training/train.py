@@ -13,6 +13,7 @@ from flaxcls.runs.broken_images import broken_images_log
 from flaxcls.runs.goodput import Goodput
 from flaxcls.runtime import processes
 from flaxcls.training.hooks import NO_HOOKS, Hooks
+from flaxcls.training.initial import complete, inherited_normalization
 from flaxcls.training.introduction import introduce
 from flaxcls.training.program import Program
 from flaxcls.training.session import Session
@@ -38,7 +39,11 @@ def train(
     and, when a signal asked the run to end and it has saved itself, Interrupted.
     """
     fingerprint = experiment.train.source.fingerprint
-    normalization = run_folder.normalization(workdir, fingerprint)
+    normalization = (
+        run_folder.normalization(workdir, fingerprint)
+        or experiment.normalization
+        or inherited_normalization(experiment)
+    )
     program = Program.open(experiment, broken_images_log(workdir), normalization)
     introduce(experiment, program, workdir, before)
 
@@ -65,6 +70,7 @@ def train_config(
     """
     clock = Goodput(age)
     build.check(config)
+    complete(config)
     mesh = build.mesh(config)
     workdir = Path(processes.gather(str(workdir))[0])
     earlier, finished = run_folder.claim(workdir, config)

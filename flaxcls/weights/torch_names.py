@@ -25,7 +25,7 @@ _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var":
 # From flax to PyTorch: HWIO -> OIHW, [inputs, outputs] -> [outputs, inputs].
 _AXES = {4: (3, 2, 0, 1), 2: (1, 0)}
 # What PyTorch keeps and a network does not need.
-_IGNORED = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index|attn_mask)$")
+IGNORED = re.compile(r"(^|\.)(num_batches_tracked|relative_position_index|attn_mask)$")
 
 
 def torch_name(path: str, names: Names) -> str:
@@ -39,7 +39,7 @@ def torch_name(path: str, names: Names) -> str:
 def to_torch(network: nn.Module, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A network's variables as a PyTorch state dict of its reference has them."""
     return {
-        torch_name(path, _names(network)): _to_torch(network, path, np.asarray(array))
+        torch_name(path, _names(network)): to_torch_layout(network, path, np.asarray(array))
         for path, array in _leaves(variables)
     }
 
@@ -66,15 +66,15 @@ def from_torch(
             raise ConfigError(f"the weights lack {name}, which is {ours} of {network.name}")
         used.add(name)
         array = np.asarray(state[name], np.float32)
-        needed = _to_torch(network, ours, np.empty(shape.shape)).shape
+        needed = to_torch_layout(network, ours, np.empty(shape.shape)).shape
         if array.shape != needed:
             raise ConfigError(
                 f"{name} of the weights has the shape {array.shape}; {network.name} needs {needed}"
             )
-        return _from_torch(ours, array).reshape(shape.shape)
+        return from_torch_layout(ours, array).reshape(shape.shape)
 
     variables = jax.tree.map_with_path(take, dict(shapes))
-    left = sorted(name for name in state.keys() - used if not _IGNORED.search(name))
+    left = sorted(name for name in state.keys() - used if not IGNORED.search(name))
     if left:
         raise ConfigError(f"the weights have {left[0]}, which {network.name} does not")
     return variables
@@ -94,14 +94,22 @@ def _leaves(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def _to_torch(network: nn.Module, path: str, array: np.ndarray) -> np.ndarray:
-    for pattern, shape in getattr(network, "torch_shapes", ()):
-        if re.search(pattern, path):
-            array = array.reshape(shape)
+def to_torch_layout(network: nn.Module, path: str, array: np.ndarray) -> np.ndarray:
+    """A variable, by its path in params, with the axes that it has in PyTorch."""
+    array = unfolded(network, path, array)
     is_kernel = path.endswith("kernel") and array.ndim in _AXES
     return array.transpose(_AXES[array.ndim]) if is_kernel else array
 
 
-def _from_torch(path: str, array: np.ndarray) -> np.ndarray:
+def from_torch_layout(path: str, array: np.ndarray) -> np.ndarray:
+    """An array of PyTorch's with the axes of the variable at a path, `unfolded`."""
     is_kernel = path.endswith("kernel") and array.ndim in _AXES
     return array.transpose(np.argsort(_AXES[array.ndim])) if is_kernel else array
+
+
+def unfolded(network: nn.Module, path: str, array: np.ndarray) -> np.ndarray:
+    """A variable in the shape that the network's `torch_shapes` give it."""
+    for pattern, shape in getattr(network, "torch_shapes", ()):
+        if re.search(pattern, path):
+            array = array.reshape(shape)
+    return array

@@ -4,9 +4,11 @@ import functools
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flaxcls.models.resnet import BottleneckBlock, ResNeXtBlock
+from flaxcls.weights.resampling import adapt_channels, resample_positions
 
 pytestmark = pytest.mark.slow
 
@@ -154,3 +156,25 @@ def test_swin_equals_torchvision():
     reference = make([4, 4], 16, [2, 2], [2, 4], [3, 3], num_classes=7, stochastic_depth_prob=0.0)
     options = {"width": 16, "depths": (2, 2), "head_width": 8, "window": 3}
     references.compare("swin", reference, size=45, **options)
+
+
+def test_resampling_equals_timm():
+    timm = references.timm()
+    embedding = np.random.default_rng(0).normal(size=(1, 1 + 14 * 14, 5)).astype(np.float32)
+    for rows, columns in ((7, 7), (16, 16), (24, 12), (14, 14), (15, 3)):
+        expected = timm.layers.resample_abs_pos_embed(
+            references.torch.from_numpy(embedding), [rows, columns]
+        )
+        ours = resample_positions(embedding, rows, columns, 1)
+        np.testing.assert_allclose(ours, expected.numpy(), atol=1e-5)
+
+
+def test_adapting_channels_equals_timm():
+    timm = references.timm()
+    kernel = np.random.default_rng(0).normal(size=(3, 5, 3, 4)).astype(np.float32)
+    for channels in (1, 2, 3, 4, 7):
+        expected = timm.models.adapt_input_conv(
+            channels, references.torch.from_numpy(kernel.transpose(3, 2, 0, 1))
+        )
+        ours = adapt_channels(kernel, channels).transpose(3, 2, 0, 1)
+        np.testing.assert_allclose(ours, expected.numpy(), atol=1e-6)
