@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls import augment
+from flaxcls.config import options
 from flaxcls.core.losses import evaluated_as
 from flaxcls.data.transform import TRANSFORMS, Resize, Transform
 from flaxcls.errors import ConfigError, OutputError
@@ -24,6 +25,7 @@ from flaxcls.inference.predictor import PROBABILITIES, WEIGHTS, Predictor
 from flaxcls.runtime.output import printable
 from flaxcls.weights import export_onnx, export_safetensors, export_savedmodel, export_stablehlo
 from flaxcls.weights.exportable import Exportable, Outputs
+from flaxcls.weights.pretrained import PRETRAINED
 
 FORMATS = {
     "safetensors": export_safetensors.write,
@@ -40,7 +42,7 @@ def export_run(
     out: Path,
     checkpoint: str = "last",
     ema: bool | None = None,
-    names: export_safetensors.Names = "flaxcls",
+    names: str = "flaxcls",
     license: str | None = None,
     pictures: Sequence[str] = (),
     count: int = 256,
@@ -54,7 +56,8 @@ def export_run(
       format: one of FORMATS.
       out: a folder that is not there yet, or empty.
       names: of the weights in safetensors.
-      license: a line about the weights' licence; None: that nothing is known.
+      license: a line about the weights' licence; None: that of the weights it was fine-tuned
+        from, if flaxcls knows them.
       pictures: files to certify with; none: `count` of the run's evaluation split.
       data_dir: where the data is, if it has moved.
       tolerance: the largest difference of a probability, and of a logit as a share of the largest
@@ -63,9 +66,11 @@ def export_run(
     Raises ConfigError for what can't be exported, ParityError where the export disagrees with the
     run, OutputError where it can't be written; nothing is in `out` then.
     """
+    write = options.look_up("format", format, FORMATS)
+    if names not in export_safetensors.NAMES:
+        raise ConfigError(f"names must be flaxcls or torch, got {names!r}")
     if names != "flaxcls" and format != "safetensors":
         raise ConfigError(f"--names={names} is for --format=safetensors, not for {format}")
-    write = FORMATS[format]
     if format == "safetensors":
         write = functools.partial(write, names=names)
     with _appearing(out) as folder:
@@ -84,7 +89,7 @@ def exportable(predictor: Predictor, license: str | None) -> Exportable:
     """The network of a run, computing in float32, and what is to be known of it."""
     experiment = predictor.restored.experiment
     network = experiment.network
-    if hasattr(network, "dtype"):
+    if any(field.name == "dtype" for field in fields(network)):
         network = network.clone(dtype=jnp.float32)
     to_probabilities = PROBABILITIES[evaluated_as(experiment.loss.name)]
 
@@ -118,9 +123,15 @@ def _metadata(predictor: Predictor, license: str | None) -> dict[str, Any]:
         "network": {k: v for k, v in model.items() if v is not None and k != "dtype"},
         "step": predictor.step,
         "weights": WEIGHTS[predictor.weights],
-        "license": license or "nothing is known about the licence of these weights",
+        "license": license or _license(restored.metadata["config"].get("init_from")),
         "flaxcls": importlib.metadata.version("flaxcls"),
     }
+
+
+def _license(init_from: str | None) -> str:
+    if known := PRETRAINED.get(init_from or ""):
+        return f"fine-tuned from weights of {known.package}, whose licence is {known.licence}"
+    return "nothing is known about the licence of these weights"
 
 
 def _describe(transform: Transform | None) -> dict[str, Any]:

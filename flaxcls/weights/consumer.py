@@ -158,7 +158,47 @@ def load(folder: Path, metadata: dict):
             return outputs["logits"].numpy(), outputs["probabilities"].numpy()
 
         return classify, f"TensorFlow {tf.__version__}"
-    return None
+    return _reference(folder, metadata) if metadata.get("reference") else None
+
+
+def _reference(folder: Path, metadata: dict):
+    """The network of torchvision or timm with the weights, if PyTorch and they are there."""
+    wanted = metadata["reference"]
+    to_probabilities = {"sigmoid_cross_entropy": "sigmoid", "squared_error": None}
+    activation = to_probabilities.get(metadata["outputs"], "softmax")
+    if activation is None:  # probabilities would be the nearest point of the simplex
+        return None
+    try:
+        import torch
+
+        if wanted["library"] == "timm":
+            import timm
+
+            network = timm.create_model(wanted["name"], **wanted["options"])
+        else:
+            import torchvision
+
+            network = getattr(torchvision.models, wanted["name"])(**wanted["options"])
+    except (ImportError, RuntimeError):  # a library for CUDA raises the second beside another torch
+        return None
+    from safetensors.torch import load_file
+
+    state = load_file(folder / "model.safetensors")
+    # What only training counts, or what follows from the network's shape, is in no export.
+    buffers = ("num_batches_tracked", "relative_position_index", "attn_mask")
+    own = {k: v for k, v in network.state_dict().items() if k.endswith(buffers)}
+    network.load_state_dict({**own, **state}, strict=True)
+    network.eval()
+    mean, std = (torch.tensor(metadata["preprocessing"][name]) for name in ("mean", "std"))
+
+    def classify(images):
+        with torch.no_grad():
+            x = (torch.from_numpy(images).float() / 255 - mean) / std
+            logits = network(x.permute(0, 3, 1, 2))
+            shares = logits.sigmoid() if activation == "sigmoid" else logits.softmax(1)
+            return logits.numpy(), shares.numpy()
+
+    return classify, f"PyTorch {torch.__version__} ({wanted['library']} {wanted['name']})"
 
 
 def main(folder: Path, request: dict) -> dict[str, np.ndarray]:

@@ -35,7 +35,7 @@ def write(model: Exportable, folder: Path) -> None:
     except Unsupported as error:
         name = model.network.name or type(model.network).__name__
         raise ConfigError(
-            f"the network {name} can't be written as ONNX, which lacks {error}"
+            f"the network {name} can't be written as ONNX: {error} has no counterpart there"
         ) from error
     names = ("logits", "probabilities")  # in the order of jax.tree
     for name, value, aval in zip(names, outputs, traced.out_avals, strict=True):

@@ -1,26 +1,30 @@
 """Weights as safetensors: a table of names and arrays, and text that says what they are."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from flaxcls.errors import ConfigError
 from flaxcls.weights.exportable import Exportable, as_text, flatten
+from flaxcls.weights.references import reference
 from flaxcls.weights.torch_names import to_torch
 
-Names = Literal["flaxcls", "torch"]
+NAMES = ("flaxcls", "torch")
 
 
-def write(model: Exportable, folder: Path, names: Names = "flaxcls") -> None:
+def write(model: Exportable, folder: Path, names: str = "flaxcls") -> None:
     """Writes model.safetensors.
 
     The arrays are called as the network has them ("params/conv1/kernel"), or as the state dict of
     its reference in PyTorch ("conv1.weight"), with that one's axes.
     """
+    more: dict[str, Any] = {"names": names}
     if names == "torch":
         arrays, format = to_torch(model.network, model.variables), "pt"
+        classes = len(model.metadata["class_names"])
+        more["reference"] = reference(model.metadata["network"], classes, model.image_shape[0])
     else:
         arrays, format = flatten(model.variables), "flax"
-    metadata = as_text({**model.metadata, "names": names})
+    metadata = as_text({**model.metadata, **more})
     save(folder / "model.safetensors", arrays, {**metadata, "format": format})
 
 

@@ -6,6 +6,7 @@ by platform the default is taken.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -223,14 +224,20 @@ def _window(graph: Graph, x: Value, starts: Sequence[int], sizes: Sequence[Any])
 
 
 def _gather(call: Call) -> Value:
-    """Parts at positions that are known: a window, or every pair of some rows and some columns."""
+    """Parts at positions that are known: a window, or every pair of some rows and some columns.
+
+    Of a matrix also an element of each row, at any position inside of it.
+    """
     x, indices = call.operands
     numbers, sizes = call.parameters["dimension_numbers"], call.parameters["slice_sizes"]
     axes = list(numbers.start_index_map)
+    if (numbers.operand_batching_dims, axes, len(x.shape)) == ((0,), [1], 2):
+        at = _cast(call.graph, [call.graph.name(indices)], {}, np.int64)
+        return call.node("GatherND", at, batch_dims=1)
     if not indices.is_known or numbers.operand_batching_dims:
         raise Unsupported("a gather at positions that depend on the image")
     positions = indices.content
-    if not numbers.collapsed_slice_dims and positions.ndim == 1:
+    if positions.ndim == 1:
         starts = dict(zip(axes, positions.tolist(), strict=True))
         window = _window(call.graph, x, [starts.get(a, 0) for a in range(len(x.shape))], sizes)
         return call.graph.reshape(window, call.result.shape)
@@ -307,7 +314,7 @@ def _dot(call: Call) -> Value:
     ]
 
     def size(x: Value, axes: Sequence[int]) -> Any:
-        return int(np.prod([x.shape[axis] for axis in axes], dtype=int))
+        return math.prod(x.shape[axis] for axis in axes)
 
     left = graph.transpose(left, [*batch_left, *free[0], *contract_left])
     right = graph.transpose(right, [*batch_right, *contract_right, *free[1]])
