@@ -20,7 +20,7 @@ def get_config():
     config.optimizer.momentum = 0.9
     config.optimizer.weight_decay = 1e-4
     config.schedule.name = "step"
-    config.schedule.boundaries = ("32000 steps", "48000 steps")
+    config.schedule.boundaries = ("50%", "75%")
     config.schedule.factor = 0.1
     config.augment = ({"name": "pad_crop", "padding": 4, "mode": "zeros"}, {"name": "flip"})
     return config

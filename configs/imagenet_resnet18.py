@@ -29,4 +29,5 @@ def get_config():
     config.optimizer.weight_decay = 1e-4
     config.schedule.name = "cosine"
     config.schedule.warmup = "5 epochs"
+    config.eval.crop.antialias = True  # as torchvision's figure
     return config

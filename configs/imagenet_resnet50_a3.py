@@ -35,6 +35,7 @@ def get_config():
     config.optimizer.learning_rate = 8e-3
     config.optimizer.learning_rate_batch = 2048
     config.optimizer.weight_decay = 0.02
+    config.optimizer.gradient_clip_norm = 1.0  # before anything else, as timm's LAMB does unasked
     config.schedule.name = "cosine"
     config.schedule.warmup = "5 epochs"
     config.schedule.final = 1e-6 / 8e-3

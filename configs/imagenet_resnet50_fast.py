@@ -36,4 +36,5 @@ def get_config():
     config.schedule.peak = "2 epochs"
     config.schedule.start = 1e-4
     config.eval.image_size = 256
+    config.eval.crop.antialias = True
     return config

@@ -123,7 +123,7 @@ def test_weights_without_a_head_are_taken(tmp_path):
         ),
         (
             "vit_ti16",
-            " and 97 more and none of blocks.0.attn.proj.bias, blocks.0.attn.proj.weight, "
+            " and 99 more and none of blocks.0.attn.proj.bias, blocks.0.attn.proj.weight, "
             "blocks.0.attn.qkv.bias and 149 more, which it needs",
         ),
     ],

@@ -1,4 +1,6 @@
 import functools
+import importlib.util
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,17 @@ def train_torch(make, weight_decay):
     return {path: param.detach().numpy() for path, param in params.items()}
 
 
+def timm_optim():
+    """timm.optim; skips the test where it can't be imported."""
+    pytest.importorskip("torch")
+    path = Path(__file__).parent / "models" / "references.py"
+    spec = importlib.util.spec_from_file_location("references", path)
+    references = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(references)
+    references.timm()
+    return pytest.importorskip("timm.optim")
+
+
 def train_numpy(rule):
     """The same with `rule(path, param, grad, state, step) -> param` in float64."""
     params = {path: np.asarray(value, np.float64) for path, value in flat(PARAMS).items()}
@@ -112,6 +125,45 @@ def test_rmsprop_equals_torch(momentum):
         lambda o, groups: o.RMSprop(groups, alpha=0.8, eps=1e-3, momentum=momentum), 0.1
     )
     actual = train("rmsprop", decay=0.8, eps=1e-3, momentum=momentum, weight_decay=0.1)
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rmsprop_tf_equals_tensorflows_formulas(momentum):
+    def rule(path, param, grad, state, step):
+        if path in KERNELS:
+            grad = grad + 0.1 * param
+        if step == 0:
+            state["v"] += 1
+        state["v"] = 0.8 * state["v"] + 0.2 * grad**2
+        state["m"] = momentum * state["m"] + schedule(step) * grad / np.sqrt(state["v"] + 1e-3)
+        return param - state["m"]
+
+    actual = train("rmsprop_tf", decay=0.8, momentum=momentum, weight_decay=0.1)
+    assert_same(actual, train_numpy(rule))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_rmsprop_tf_equals_timm(momentum):
+    rule = timm_optim().RMSpropTF
+    options = {"eps": 1e-3, "momentum": momentum}
+    expected = train_torch(lambda _, groups: rule(groups, alpha=0.8, **options), 0.1)
+    assert_same(train("rmsprop_tf", decay=0.8, weight_decay=0.1, **options), expected)
+
+
+def test_rmsprop_tf_keeps_no_momentum_of_frozen_parameters():
+    optimizer, _ = optim.build(
+        "rmsprop_tf", schedule=schedule, params=PARAMS, frozen="^(conv1|norm1|hidden)/"
+    )
+    states = jax.tree.leaves(optimizer.init(PARAMS))
+    head = 2 * sum(leaf.size for leaf in jax.tree.leaves(PARAMS["head"]))
+    assert sum(leaf.size for leaf in states) == head + 1  # and the schedule's count
+
+
+def test_lamb_with_a_clipped_norm_equals_timm():
+    rule = timm_optim().Lamb
+    expected = train_torch(lambda _, groups: rule(groups, betas=(0.8, 0.9)), 0.1)
+    actual = train("lamb", b1=0.8, b2=0.9, weight_decay=0.1, gradient_clip_norm=1.0)
     assert_same(actual, expected)
 
 

@@ -139,7 +139,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         )
     with about("image_size"):
         sizes = inputs.image_sizes(config, run.to_steps)
-    reached = sum(begin < run.total_steps for begin in sizes.begins)
+    reached = sum(begin < max(run.total_steps, 1) for begin in sizes.begins)
     sizes = Sizes(sizes.begins[:reached], sizes.sizes[:reached])
     train = inputs.training(config, train_source, sizes)
     evaluation = inputs.evaluation(config, eval_source)

@@ -43,6 +43,8 @@ def run_length(config: ConfigDict, num_examples: int) -> Length:
             f"config.duration must be at most {_MOST_STEPS:,} steps, got {config.duration!r}, "
             f"which are {total_steps:.3g}"
         )
+    if total_steps == 0 and config.init_from is not None:
+        return Length(0, **sizes)  # the weights are evaluated and saved as they are
     if total_steps <= 0.5:
         raise ConfigError(f"config.duration must be at least a step, got {config.duration!r}")
     return Length(round(total_steps), **sizes)

@@ -71,8 +71,10 @@ def build(
     """Returns `loss(logits, targets) -> (losses, weights)`.
 
     `logits` of any float type and `targets` float32 are [B, K]; `losses` and `weights` are float32
-    [B]. The loss of a batch is sum(losses * weights) / sum(weights). With hard labels this is what
-    PyTorch makes of its losses' `weight` (it does not divide by the weights of soft labels).
+    [B]. The loss of a batch is sum(losses * weights) / sum(weights). With hard labels and without
+    label smoothing this is what PyTorch makes of its losses' `weight`. Smoothing, PyTorch's weighs
+    each class's share of the smoothed target by that class's weight; here an example weighs what
+    its label does. Of soft labels PyTorch's mean does not divide by the weights.
 
     Args:
       name: one of LOSSES, or a user's own.

@@ -4,7 +4,8 @@
 
 Weight decay w is one of two things, by `weight_decay_mode`:
   "l2"         the gradient of w/2 |p|^2 is added to the gradient before the rule. PyTorch's SGD,
-               RMSprop and Adam do this, and so do sgd, rmsprop, adam and lars here by default.
+               RMSprop and Adam do this, and so do sgd, rmsprop, rmsprop_tf, adam and lars here by
+               default.
   "decoupled"  learning_rate * w * p is subtracted from the parameter besides the rule's step
                (AdamW, Loshchilov & Hutter 2019; multiplied by the learning rate, as in PyTorch and
                optax). The default of adamw, lamb, lion and muon.
@@ -39,7 +40,7 @@ from flaxcls.core.update_rules import (
 )
 from flaxcls.errors import ConfigError
 
-L2_BY_DEFAULT = ("sgd", "rmsprop", "adam", "lars")
+L2_BY_DEFAULT = ("sgd", "rmsprop", "rmsprop_tf", "adam", "lars")
 
 
 def build(

@@ -71,6 +71,28 @@ def rmsprop(
     return [rms, *_momentum("rmsprop", momentum, False), context.decoupled]
 
 
+def rmsprop_tf(
+    context: UpdateContext,
+    /,
+    *,
+    decay: BelowOne = 0.9,
+    eps: Positive = 1e-3,
+    momentum: BelowOne = 0.9,
+) -> Transforms:
+    """TensorFlow's RMSprop, as EfficientNet and MobileNetV3 were trained by; timm's RMSpropTF.
+
+    Gradient / sqrt(mean square + eps), the mean starting at 1; the momentum is that of updates with
+    their learning rates, so that a rate that falls does not act on earlier gradients. Decoupled
+    weight decay, which timm keeps out of the momentum, goes through it here. The defaults are
+    EfficientNet's (Tan & Le 2019); timm's are eps 1e-10 and no momentum.
+    """
+    if momentum:
+        trained = only(context, optax.trace(momentum), lambda t: t.rule != "frozen")
+        context.last.append(trained)
+    rms = optax.scale_by_rms(decay, eps, initial_scale=1.0, eps_in_sqrt=True)
+    return [rms, context.decoupled]
+
+
 def adam(
     context: UpdateContext,
     /,
@@ -80,7 +102,12 @@ def adam(
     eps: Positive = 1e-8,
     nesterov: bool = False,
 ) -> Transforms:
-    """Adam (Kingma & Ba 2015); with `nesterov` NAdam (Dozat 2016)."""
+    """Adam (Kingma & Ba 2015); with `nesterov` NAdam (Dozat 2016).
+
+    NAdam at step t, counted from 1, has b1 m / (1 - b1^(t + 1)) + (1 - b1) g / (1 - b1^t) for the
+    gradient. timm's NAdamW has 1 - b1^t under both, which is the same after some 50 steps.
+    PyTorch's NAdam also lets b1 grow from half its value, by its `momentum_decay`.
+    """
     return [optax.scale_by_adam(b1, b2, eps, nesterov=nesterov), context.decoupled]
 
 
@@ -89,7 +116,9 @@ def lamb(
 ) -> Transforms:
     """LAMB (You et al. 2020): Adam's step plus the decay, scaled per layer to the parameters' norm.
 
-    As in timm, parameters exempt from weight decay keep Adam's step.
+    As in timm, parameters exempt from weight decay keep Adam's step. Unlike here, timm's scales no
+    parameter at all where the weight decay is 0, and by default clips the gradient's norm to 1,
+    which `gradient_clip_norm` does.
     """
     trust = only(context, optax.scale_by_trust_ratio(), lambda t: not t.is_exempt)
     return [optax.scale_by_adam(b1, b2, eps), context.decoupled, trust]
@@ -105,8 +134,10 @@ def lars(
 ) -> Transforms:
     """LARS (You et al. 2017): each gradient scaled to norm trust_coefficient |p|, then momentum.
 
-    The norm is that of the gradient with its weight decay, as in optax. The learning rate comes
-    after the momentum, as in PyTorch's SGD. Parameters exempt from weight decay are not rescaled.
+    The norm is that of the gradient g with its weight decay, |g + w p|, as in optax; the paper's
+    and timm's is |g| + w |p|, which is never smaller. The learning rate comes after the momentum,
+    as in timm and PyTorch's SGD; in the paper it comes before. Parameters exempt from weight decay
+    are not rescaled; in timm none is where the weight decay is 0.
     """
     trust = optax.scale_by_trust_ratio(trust_coefficient=trust_coefficient)
     trust = only(context, trust, lambda t: not t.is_exempt)
@@ -185,6 +216,7 @@ def muon(
 RULES: dict[str, Callable[..., Transforms]] = {
     "sgd": sgd,
     "rmsprop": rmsprop,
+    "rmsprop_tf": rmsprop_tf,
     "adam": adam,
     "adamw": adam,  # with another default for `weight_decay_mode`
     "lamb": lamb,

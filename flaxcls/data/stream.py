@@ -116,8 +116,10 @@ class Stream:
     def evaluation_batches(self, batch_size: int) -> Iterator[Batch]:
         """Every example once, in order: "image", "label", "index" and "mask", as in `resident`.
 
+        Those of a training split without random crops, unreadable ones replaced as in `batches`.
+
         Raises:
-          DataError: an image is unreadable; the sentence names it.
+          DataError: an image is unreadable, in a split that is only evaluated; it is named.
         """
         mine = self._rows(batch_size)
 
@@ -127,7 +129,11 @@ class Stream:
                 draws = np.zeros((len(plan["index"]), self.loader.draws))
                 yield plan, draws, self.image_size(0)
 
-        for plan, images, (_, labels, _) in self._load(plans(), substitute=False):
+        for plan, images, (_, labels, broken) in self._load(
+            plans(), substitute=self._broken is not None
+        ):
+            if broken:
+                self._broken.note(broken)
             yield {**plan, "image": images, "label": labels}
 
     def describe(self) -> str:

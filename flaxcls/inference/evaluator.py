@@ -29,7 +29,8 @@ class Evaluator:
       loss: what the metric "loss" is the mean of.
       data: every example once, as a Pipeline without an order opens it.
       batch_size: examples at a time; rounded up to a multiple of the devices.
-      mean, std: the run's normalisation, one number per channel.
+      mean, std: the run's normalisation, one number per channel; None: the data are what the
+        network is given.
       objective: the loss that is trained for, if it is another one; then a metric too.
     """
 
@@ -41,14 +42,18 @@ class Evaluator:
         data: Input,
         *,
         batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
         objective: Callable | None = None,
     ):
         self._mesh, self._input = mesh, data
         self._batch_size = sharding.round_up(mesh, batch_size)
         self._data = sharding.replicate(mesh, data.arrays)
-        step = make_eval_step(network, loss, lambda x: augment.normalize(x, mean, std), objective)
+
+        def given(images):
+            return images if mean is None else augment.normalize(images, mean, std)
+
+        step = make_eval_step(network, loss, given, objective)
 
         def eval_step(variables, sums, data, batch):
             return step(variables, sums, gather(data, batch))

@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne, Count, Positive
-from flaxcls.models.layers import Mlp, Widths, drop_path, drop_path_rates, global_average, record
+from flaxcls.models.layers import (
+    Conv,
+    Mlp,
+    Widths,
+    drop_path,
+    drop_path_rates,
+    global_average,
+    record,
+)
 
 # torchvision cuts the tails off at +-2, which is 100 deviations.
 _normal = nn.initializers.normal(0.02)
@@ -77,7 +85,7 @@ class ConvNeXt(nn.Module, kw_only=True):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
-        conv = functools.partial(nn.Conv, dtype=self.dtype, kernel_init=_normal)
+        conv = functools.partial(Conv, dtype=self.dtype, kernel_init=_normal)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
         block = nn.remat(Block) if self.remat else Block
         rates = iter(drop_path_rates(self.drop_path, sum(self.depths)))

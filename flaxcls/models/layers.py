@@ -13,68 +13,7 @@ from jax import lax
 
 from flaxcls.config.options import Range
 from flaxcls.errors import ConfigError
-
-
-def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> jax.Array:
-    """`lax.conv_general_dilated`, by another algorithm where that is faster.
-
-    On CPU a stride-1 convolution of at most 3 channels into at most 32 (the first one of a small
-    network) is a matrix product of patches. Forward and kernel gradient, batch 128, against XLA's
-    convolution (jax 0.10.2, 2 cores without AMX): 3x3 of 3 -> 32 channels 1.4 to 2.0 times as
-    fast, 2x2 of 3 -> 24 2.3 to 2.7 times; 3 -> 64 is 0.9 to 1.1, and 24 -> 64, 64 -> 64, 128 ->
-    128 and 256 -> 256 are 0.4 to 0.9, so those are left alone.
-
-    On GPU the 7x7 stem of an ImageNet ResNet in bfloat16 works on blocks of 2x2 pixels. Forward and
-    kernel gradient of 256 images of 224 pixels take 1.64 instead of 3.04 ms (H200, jax 0.11.2).
-    """
-    convolution = functools.partial(lax.conv_general_dilated, **options)
-    as_given = functools.partial(convolution, window_strides=strides, padding=padding)
-    height, width, inputs, outputs = kernel.shape
-    dilated = {*options["lhs_dilation"], *options["rhs_dilation"]} != {1}
-    if dilated or inputs != x.shape[-1] or inputs > 3:
-        return as_given(x, kernel)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], (height, width), strides, padding)
-    if set(strides) == {1} and outputs <= 32:
-        matmul = functools.partial(_convolve_by_matmul, padding=padding)
-        return lax.platform_dependent(x, kernel, cpu=matmul, default=as_given)
-    is_stem = (height, width, *strides) == (7, 7, 2, 2) and {*map(tuple, padding)} == {(3, 3)}
-    if is_stem and x.dtype == jnp.bfloat16 and not (x.shape[1] % 2 or x.shape[2] % 2):
-        blocks = functools.partial(_convolve_blocks, convolution)
-        return lax.platform_dependent(x, kernel, cuda=blocks, rocm=blocks, default=as_given)
-    return as_given(x, kernel)
-
-
-def convolve_fixed(x: jax.Array, kernel: jax.Array, *args, **options) -> jax.Array:
-    """`convolve` with a kernel that is not trained: its gradient is zero and costs nothing."""
-    return convolve(x, lax.stop_gradient(kernel), *args, **options)
-
-
-def _convolve_by_matmul(x: jax.Array, kernel: jax.Array, padding) -> jax.Array:
-    height, width, _, outputs = kernel.shape
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = x.shape[1] - height + 1, x.shape[2] - width + 1
-    patches = jnp.concatenate(
-        [x[:, i : i + rows, j : j + columns] for i in range(height) for j in range(width)], axis=-1
-    )
-    # Two dimensions, because XLA:CPU is faster at the gradient of that than of a batched product.
-    y = patches.reshape(-1, patches.shape[-1]) @ kernel.reshape(-1, outputs)
-    return y.reshape(-1, rows, columns, outputs)
-
-
-def _convolve_blocks(convolution: Callable[..., jax.Array], x: jax.Array, kernel: jax.Array):
-    """7x7 with stride 2 and padding 3 as 4x4 with stride 1 on blocks of 2x2 pixels.
-
-    The blocks' pixels are channels: four times as many, which fill the matrix units better. The
-    first block reaches a pixel further than the window; its weights there are zero.
-    """
-    batch, rows, columns, channels = x.shape
-    x = x.reshape(batch, rows // 2, 2, columns // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
-    x = x.reshape(batch, rows // 2, columns // 2, 4 * channels)
-    kernel = jnp.pad(kernel, ((1, 0), (1, 0), (0, 0), (0, 0))).reshape(4, 2, 4, 2, channels, -1)
-    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(4, 4, 4 * channels, -1)
-    return convolution(x, kernel, window_strides=(1, 1), padding=((2, 1), (2, 1)))
-
+from flaxcls.models.convolution import convolve, convolve_fixed
 
 View = Callable[[jax.Array], jax.Array]
 

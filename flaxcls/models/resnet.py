@@ -14,6 +14,8 @@ from flaxcls.models.layers import (
     Conv,
     average_pool,
     batch_norm,
+    drop_path,
+    drop_path_rates,
     global_average,
     he_normal_fan_out,
     overlapping_max_pool,
@@ -41,6 +43,7 @@ class BasicBlock(nn.Module):
     norm: Factory
     zero_init_residual: bool
     pooled_shortcut: bool
+    drop: Callable[[jax.Array], jax.Array]
 
     expansion = 1
 
@@ -50,7 +53,7 @@ class BasicBlock(nn.Module):
         y = nn.relu(self.norm(name="norm1")(y))
         y = self.conv(self.width, (3, 3), padding=1, name="conv2")(y)
         y = self.norm(name="norm2", scale_init=_last_scale(self.zero_init_residual))(y)
-        return nn.relu(y + _shortcut(self, x, self.width))
+        return nn.relu(self.drop(y) + _shortcut(self, x, self.width))
 
 
 class BottleneckBlock(nn.Module):
@@ -62,6 +65,7 @@ class BottleneckBlock(nn.Module):
     norm: Factory
     zero_init_residual: bool
     pooled_shortcut: bool
+    drop: Callable[[jax.Array], jax.Array]
 
     expansion = 4
     widening = 1  # channels of the 3x3 against `width`
@@ -77,7 +81,7 @@ class BottleneckBlock(nn.Module):
         y = nn.relu(self.norm(name="norm2")(y))
         y = self.conv(features, (1, 1), name="conv3")(y)
         y = self.norm(name="norm3", scale_init=_last_scale(self.zero_init_residual))(y)
-        return nn.relu(y + _shortcut(self, x, features))
+        return nn.relu(self.drop(y) + _shortcut(self, x, features))
 
 
 class WideBottleneckBlock(BottleneckBlock):
@@ -120,7 +124,8 @@ class ResNet(nn.Module, kw_only=True):
     averages 2x2 pixels in a shortcut with stride, where else three of four are lost: this and the
     deep stem are ResNet-D (He et al. 2018, arXiv:1812.01187). `zero_init_residual`, timm's default,
     starts each block as the identity (Goyal et al. 2017, arXiv:1706.02677). `width` is that of the
-    first stage. The head's bias starts at zero; torchvision's and timm's is uniform.
+    first stage, `drop_path` the last block's rate. The head's bias starts at zero; torchvision's
+    and timm's is uniform.
     """
 
     num_classes: int
@@ -131,6 +136,7 @@ class ResNet(nn.Module, kw_only=True):
     width: Count = 64
     zero_init_residual: bool = False
     pooled_shortcut: bool = False
+    drop_path: BelowOne = 0.0
 
     torch_names = (  # torchvision's; timm's of the deep stem and the pooled shortcut
         (r"^stem_conv(\d)", lambda match: f"conv1/{3 * int(match[1]) - 3}"),
@@ -168,6 +174,7 @@ class ResNet(nn.Module, kw_only=True):
         x = nn.relu(norm(name="norm1")(x))
         if self.stem != "cifar":
             x = overlapping_max_pool(x)
+        rates = iter(drop_path_rates(self.drop_path, sum(self.stage_sizes)))
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
                 x = self.block(
@@ -177,6 +184,7 @@ class ResNet(nn.Module, kw_only=True):
                     norm=norm,
                     zero_init_residual=self.zero_init_residual,
                     pooled_shortcut=self.pooled_shortcut,
+                    drop=functools.partial(drop_path, rate=next(rates), train=train),
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
             record(self, f"stage{stage + 1}", x)

@@ -98,8 +98,10 @@ class VisionTransformer(nn.Module, kw_only=True):
     position of the image size at init, and, without `no_embed_class`, for each added token; with
     "sincos2d" they are fixed, and added tokens have none. `registers` are more tokens that are not
     pooled (Darcet et al. 2023, arXiv:2309.16588). `layer_scale` is its initial value (DeiT III,
-    Touvron et al. 2022, arXiv:2204.07118: 1e-6). `drop_path` is the last block's rate.
-    `remat` computes blocks again in the backward pass: less memory, a third more time.
+    Touvron et al. 2022, arXiv:2204.07118: 1e-4 in its code, 1e-6 in timm). `drop_path` is the last
+    block's rate, or every block's with `drop_path_uniform`, as in DeiT III. `pre_logits` puts a
+    tanh layer before the head, as big_vision's `rep_size`. `remat` computes blocks again in the
+    backward pass: less memory, a third more time.
 
     Initial values are timm's; big_vision's differ, its head starts at zero.
     """
@@ -117,6 +119,8 @@ class VisionTransformer(nn.Module, kw_only=True):
     layer_scale: Positive | None = None
     dropout: BelowOne = 0.0
     drop_path: BelowOne = 0.0
+    drop_path_uniform: bool = False
+    pre_logits: bool = False
     remat: bool = False
 
     torch_names = (  # timm's
@@ -164,7 +168,7 @@ class VisionTransformer(nn.Module, kw_only=True):
                 heads=self.heads,
                 layer_scale=self.layer_scale,
                 dropout=self.dropout,
-                drop_path=rate,
+                drop_path=self.drop_path if self.drop_path_uniform else rate,
                 norm=norm,
                 dtype=self.dtype,
                 train=train,
@@ -181,6 +185,8 @@ class VisionTransformer(nn.Module, kw_only=True):
             x = x[:, 0].astype(jnp.float32)
         else:
             x = jnp.mean(x[:, self.registers :], axis=1, dtype=jnp.float32)
+        if self.pre_logits:
+            x = jnp.tanh(nn.Dense(self.width, name="pre_logits")(x))
         record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)
 

@@ -276,7 +276,9 @@ def describe(row: Mapping[str, float]) -> str:
         if name in row:
             right = round(row[name] * row["count"])
             parts.append(f"{label} {100 * row[name]:.2f} % ({right:,} of {row['count']:,})")
-    return ", ".join([*parts, f"loss {row['loss']:.4f}"])
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    return ", ".join(parts)
 
 
 def describe_end(summary: Mapping[str, Any]) -> str:

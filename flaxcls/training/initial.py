@@ -18,7 +18,8 @@ def complete(config: ConfigDict) -> None:
     name = config.init_from
     if name not in pretrained.PRETRAINED:
         return
-    any_size = None in build.source(config, config.data.eval_split).image_shape
+    with processes.first_before_others():  # it may have to prepare the data for all
+        any_size = None in build.source(config, config.data.eval_split).image_shape
     fields = pretrained.apply_preprocessing(config, name, any_size)
     if fields:
         values = ", ".join(f"config.{field} = {get(config, field)!r}" for field in fields)

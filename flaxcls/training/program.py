@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,6 +26,7 @@ from flaxcls.data.resident import gather
 from flaxcls.inference.evaluator import Evaluator
 from flaxcls.runtime import sharding
 from flaxcls.training.data import RunData
+from flaxcls.training.head_only import HeadOnly, head_only
 
 
 class Program:
@@ -39,17 +41,15 @@ class Program:
         mesh, source = experiment.mesh, experiment.train.source
         self._mesh, self._rate, self._data = mesh, experiment.learning_rate, data
         self._sizes = experiment.train.sizes
-        self._arrays = sharding.replicate(mesh, data.train.arrays)
-        self._evaluator = Evaluator(
-            mesh,
-            experiment.network,
-            experiment.loss.likelihood,
-            data.evaluation,
-            batch_size=experiment.eval_batch_size,
-            mean=data.mean,
-            std=data.std,
-            objective=experiment.loss.objective(data.class_weights),
-        )
+        found = head_only(experiment, data)
+        self._head_only = found if isinstance(found, HeadOnly) else None
+        self._not_once = found if isinstance(found, str) else None
+        self._input = self._head_only.train if self._head_only else data.train
+        self._arrays: Any = None  # of the input, on the devices
+        self._make_evaluator = partial(_evaluator, experiment, data, self._head_only)
+        self._evaluator: Evaluator | None = None
+        if not self._head_only:
+            self._open_data()
         self.metadata = {
             "config": experiment.config,
             "class_names": source.class_names,
@@ -75,7 +75,7 @@ class Program:
         self.shardings = sharding.shardings(mesh, self.shapes)
 
         # The functions.
-        update = make_update(experiment, self.metadata, sharding.platform(mesh))
+        update = make_update(experiment, self.metadata, sharding.platform(mesh), self._head_only)
         state = self.shardings
         self._init = jax.jit(init, out_shardings=state)
         self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=state)
@@ -92,9 +92,31 @@ class Program:
 
     def describe_input(self) -> str:
         """The input of the training in words, with the memory it takes."""
+        if self._head_only:
+            return self._head_only.describe()
         copies = sharding.copies(self._arrays["image"]) if self._arrays else 1
         on_devices = f" on each of {copies} devices" if copies > 1 else ""
-        return self._data.train.describe() + on_devices + self._sizes.describe()
+        text = self._data.train.describe() + on_devices + self._sizes.describe()
+        if self._not_once:
+            text += (
+                "\nonly the head is trained, but what is below is computed in every step, not "
+                f"once: {self._not_once}"
+            )
+        return text
+
+    def prepare(self, state: TrainState) -> None:
+        """Computes, once, what of the network's work is the same in every step; mostly nothing.
+
+        `update` and `evaluate` see to it themselves; it may take as long as an epoch.
+        """
+        if self._head_only and self._evaluator is None:
+            self._head_only.compute(state.variables)
+            self._open_data()
+
+    def _open_data(self) -> None:
+        """Puts on the devices what is kept there of both splits."""
+        self._arrays = sharding.replicate(self._mesh, self._input.arrays)
+        self._evaluator = self._make_evaluator()
 
     def compile(self, start: int = 0) -> float:
         """Compiles the training step for every image size from step `start` on; in seconds."""
@@ -120,10 +142,13 @@ class Program:
                 self.shapes,
                 self.shardings,
             ),
-            jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=x.sharding), self._arrays),
+            jax.tree.map(
+                lambda x: struct(x.shape, x.dtype, sharding=sharding.everywhere(self._mesh)),
+                self._input.arrays,
+            ),
             {
                 name: struct(shape, dtype, sharding=split)
-                for name, (shape, dtype) in self._data.train.batch_shapes(step).items()
+                for name, (shape, dtype) in self._input.batch_shapes(step).items()
             },
         )
 
@@ -133,7 +158,7 @@ class Program:
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of the update number `step`, counted from 0, on the devices."""
-        return sharding.split_batch(self._mesh, self._data.train.batch(step))
+        return sharding.split_batch(self._mesh, self._input.batch(step))
 
     def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[dict[str, jax.Array]]:
         """The batches of the updates `start` to `stop` - 1, made ahead of time.
@@ -141,11 +166,12 @@ class Program:
         Their examples are those that come `offset` steps later. Ends the batches made until now.
         """
         self._end_batches()
-        self._batches = sharding.prefetch(self._mesh, self._data.train.batches(start, stop, offset))
+        self._batches = sharding.prefetch(self._mesh, self._input.batches(start, stop, offset))
         return self._batches
 
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
         """One step, which is compiled now if `compile` has not been called; `state` is donated."""
+        self.prepare(state)
         step = self._train_steps.get(_image_size(batch), self._jitted_step)
         return sharding.block_on_cpu(self._mesh, step(state, self._arrays, batch))
 
@@ -179,6 +205,7 @@ class Program:
 
         `alive` is called after every batch.
         """
+        self.prepare(state)
         return self._evaluator.results(state.variables, state.ema, alive)
 
     def is_finite(self, state: TrainState) -> bool:
@@ -200,19 +227,39 @@ class Program:
             self._batches.close()
 
 
+def _evaluator(experiment: Experiment, data: RunData, only: HeadOnly | None) -> Evaluator:
+    return Evaluator(
+        experiment.mesh,
+        only.network if only else experiment.network,
+        experiment.loss.likelihood,
+        only.evaluation if only else data.evaluation,
+        batch_size=experiment.eval_batch_size,
+        mean=None if only else data.mean,
+        std=None if only else data.std,
+        objective=experiment.loss.objective(data.class_weights),
+    )
+
+
 def make_update(
-    experiment: Experiment, metadata: Mapping[str, Any], platform: str
+    experiment: Experiment,
+    metadata: Mapping[str, Any],
+    platform: str,
+    only: HeadOnly | None = None,
 ) -> Callable[[TrainState, Any, dict[str, jax.Array]], TrainState]:
     """Returns `update(state, data, batch) -> state`: a run's training step and its input.
 
     `metadata` is the Program's and `platform` what the step is for, as in `make_train_step`; `data`
-    are the arrays of the input on the devices, {} where it is streamed.
+    are the arrays of the input on the devices, {} where it is streamed. With `only` the input are
+    features.
     """
+    augmentation = augment.build(
+        experiment.augmentations, mean=metadata["mean"], std=metadata["std"]
+    )
     train_step = make_train_step(
-        experiment.network,
+        only.network if only else experiment.network,
         experiment.loss.with_weights(metadata["class_weights"]),
         experiment.optimizer,
-        augment.build(experiment.augmentations, mean=metadata["mean"], std=metadata["std"]),
+        (lambda key, batch: batch) if only else augmentation,
         num_classes=len(metadata["class_names"]),
         frozen=experiment.frozen,
         freeze_batch_stats=experiment.freeze_batch_stats,

@@ -112,7 +112,8 @@ class Session:
         )
         config = dict(fields(self._experiment.config))
         self._log.track(self._experiment.log_to, config)
-        self._compile()
+        if self._total_steps:
+            self._compile(state)
         experiment, total = self._experiment, self._total_steps
         self._log_due = Due(experiment.log_every, total)
         self._eval_due = Due(experiment.eval_every, total)
@@ -123,6 +124,9 @@ class Session:
         enter(jax.transfer_guard("disallow"))
         enter(self._clock.spending("step"))
         self._watchdog = enter(Watchdog(experiment.hang_after or None))
+        if not self._total_steps and not self._progress["results"]:  # of weights as they came
+            self._evaluate(state)
+            self._save(state, must=True)
         return state
 
     def _restored(self) -> TrainState:
@@ -168,9 +172,10 @@ class Session:
         path = self._workdir / "goodput.json" if processes.is_first() else None
         self._clock.resume(path, self._progress["seconds"])
 
-    def _compile(self) -> None:
+    def _compile(self, state: TrainState) -> None:
         with self._clock.spending("compile"):
             seconds = self._program.compile(self.step)
+            self._program.prepare(state)
         saved = compilation_cache.saved_seconds()
         if self.step:
             self._log.say(f"resumed from step {self.step:,} of {self._total_steps:,}")

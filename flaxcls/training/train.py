@@ -69,8 +69,8 @@ def train_config(
     that the process has taken so far; a run that is `watched` ends the process if it hangs.
     """
     clock = Goodput(age)
-    build.check(config)
     complete(config)
+    build.check(config)
     mesh = build.mesh(config)
     workdir = Path(processes.gather(str(workdir))[0])
     earlier, finished = run_folder.claim(workdir, config)

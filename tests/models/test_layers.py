@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flaxcls.models import layers
+from flaxcls.models.convolution import _convolve_blocks
 
 
 def normal(seed, *shape):
@@ -92,7 +93,7 @@ def test_convolution_of_blocks_equals_the_stem_and_its_gradients(size):
         return convolution(x, kernel, window_strides=(2, 2), padding=((3, 3), (3, 3)))
 
     expected, expected_pullback = jax.vjp(stem, x, kernel)
-    actual, pullback = jax.vjp(functools.partial(layers._convolve_blocks, convolution), x, kernel)
+    actual, pullback = jax.vjp(functools.partial(_convolve_blocks, convolution), x, kernel)
     np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
     cotangent = normal(2, *expected.shape)
     for one, other in zip(pullback(cotangent), expected_pullback(cotangent), strict=True):
@@ -112,22 +113,33 @@ def test_only_the_stem_in_bfloat16_on_gpus_works_on_blocks(platform, dtype, bloc
 
 
 @pytest.mark.parametrize(
-    ("channels", "features", "kernel", "strides", "padding", "matmul"),
+    ("channels", "features", "kernel", "strides", "padding", "groups", "rewritten"),
     [
-        (3, 8, (3, 3), 1, "SAME", True),
-        (1, 32, (2, 3), 1, "VALID", True),
-        (3, 8, (3, 3), 1, ((2, 0), (1, 3)), True),
-        (3, 8, (3, 3), 2, 1, False),
-        (3, 33, (3, 3), 1, 1, False),
-        (4, 8, (3, 3), 1, 1, False),
+        (3, 8, (3, 3), 1, "SAME", 1, True),
+        (1, 32, (2, 3), 1, "VALID", 1, True),
+        (3, 8, (3, 3), 1, ((2, 0), (1, 3)), 1, True),
+        (4, 40, (1, 1), 1, "SAME", 1, True),
+        (4, 40, (1, 1), 2, 0, 1, True),
+        (4, 8, (2, 2), 2, "VALID", 1, True),
+        (4, 8, (9, 9), 1, 4, 1, True),  # larger than the image
+        (4, 8, (5, 7), (2, 3), (3, 2), 1, True),
+        (4, 4, (3, 3), 1, 1, 4, True),  # depthwise
+        (4, 4, (5, 5), 2, ((1, 2), (2, 1)), 4, True),
+        (3, 8, (3, 3), 2, 1, 1, False),
+        (3, 33, (3, 3), 1, 1, 1, False),
+        (4, 8, (3, 3), 1, 1, 1, False),
+        (4, 8, (1, 1), 1, 1, 1, False),
+        (4, 8, (3, 3), 1, 1, 2, False),
+        (4, 8, (3, 3), 1, 1, 4, False),
     ],
 )
 def test_conv_equals_flax_with_the_same_parameters(
-    channels, features, kernel, strides, padding, matmul
+    channels, features, kernel, strides, padding, groups, rewritten
 ):
     x = normal(0, 2, 7, 6, channels)
-    reference = nn.Conv(features, kernel, strides, padding)
-    module = layers.Conv(features, kernel, strides, padding)
+    options = {"padding": padding, "feature_group_count": groups}
+    reference = nn.Conv(features, kernel, strides, **options)
+    module = layers.Conv(features, kernel, strides, **options)
     variables = reference.init(jax.random.key(1), x)
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(
         jnp.shape, jax.eval_shape(module.init, jax.random.key(1), x)
@@ -145,7 +157,7 @@ def test_conv_equals_flax_with_the_same_parameters(
         expected,
     )
     if jax.default_backend() == "cpu":
-        assert ("convolution(" not in program.as_text()) is matmul
+        assert ("convolution(" not in program.as_text()) is rewritten
     assert "conditional(" not in program.as_text()  # the choice is made before compiling
 
 
