@@ -72,7 +72,8 @@ def train_config(
     that the process has taken so far; a run that is `watched` ends the process if it hangs.
     """
     clock = Goodput(age)
-    complete(config)
+    if said := complete(config):
+        processes.say(said)
     build.check(config)
     mesh = build.mesh(config)
     workdir = Path(processes.gather(str(workdir))[0])

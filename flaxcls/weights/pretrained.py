@@ -114,14 +114,14 @@ def _module(known: Pretrained) -> Path | None:
 
 def apply_preprocessing(
     config: ConfigDict, name: str, image_shape: tuple[int | None, int | None, int]
-) -> list[str]:
-    """Sets what a config leaves open to what known weights need; returns the fields set.
+) -> None:
+    """Sets what a config leaves open to what known weights need.
 
     They are the network, the image size, mean and standard deviation, the interpolation and, where
     the data's pictures, of `image_shape`, have any size (None), how much of one evaluation sees.
     Raises ConfigError if the config names another network.
     """
-    known, fields = PRETRAINED[name], []
+    known = PRETRAINED[name]
 
     def fill(path: str, value: object) -> None:
         *sections, field = path.split(".")
@@ -130,7 +130,6 @@ def apply_preprocessing(
             section = section[part]
         if section.get(field) is None:
             section[field] = value
-            fields.append(path)
 
     if config.model.name not in (None, known.network):
         raise ConfigError(
@@ -147,7 +146,6 @@ def apply_preprocessing(
     cropped = crops[0] in ("random_resized_crop", "center_crop") and crops[1] == "center_crop"
     if None in image_shape and cropped and config.crop.get("ratio") is None:
         fill("eval.crop.ratio", known.crop_ratio)
-    return fields
 
 
 def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flaxcls.config.fields import options_of
 from flaxcls.core.metrics import best_of
 from flaxcls.errors import ConfigError, did_you_mean
 from flaxcls.runs import run_folder
@@ -98,6 +99,23 @@ def preprocessing(source: str) -> Preprocessing | None:
         checkpoints = CheckpointReader(folder / "checkpoints")
         _, metadata = checkpoints.read(_which(checkpoints, which), checkpoints.metadata)
     return Preprocessing(metadata["mean"], metadata["std"])
+
+
+def network(source: str) -> tuple[dict[str, Any], int] | None:
+    """config.model of the run that a text names and the size of its images, in pixels per side.
+
+    None for a file, which tells neither.
+    """
+    if Path(source).expanduser().is_file():
+        return None
+    with about(source):
+        folder, _ = _run(source)
+        config = run_folder.load_config(folder)
+        checkpoints = CheckpointReader(folder / "checkpoints")
+        _, metadata = checkpoints.read("last", checkpoints.metadata)
+    return options_of(config.model, "dtype") | {"name": config.model.name}, metadata["image_shape"][
+        0
+    ]
 
 
 def _run(source: str) -> tuple[Path, str | None]:
