@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flaxcls.api import FlaxclsError as FlaxclsError
     from flaxcls.api import Interrupted as Interrupted
+    from flaxcls.api import ParityError as ParityError
     from flaxcls.api import Prediction as Prediction
     from flaxcls.api import Predictor as Predictor
     from flaxcls.api import StopTraining as StopTraining
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
+    from flaxcls.api import export as export
     from flaxcls.api import load as load
     from flaxcls.api import load_config as load_config
     from flaxcls.api import train as train
@@ -27,11 +29,13 @@ if TYPE_CHECKING:
 __all__ = (
     "FlaxclsError",
     "Interrupted",
+    "ParityError",
     "Prediction",
     "Predictor",
     "StopTraining",
     "default_config",
     "evaluate",
+    "export",
     "load",
     "load_config",
     "train",

@@ -15,7 +15,9 @@ from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
 from flaxcls.errors import FlaxclsError as FlaxclsError
 from flaxcls.errors import Interrupted as Interrupted
+from flaxcls.errors import ParityError as ParityError
 from flaxcls.inference.evaluator import evaluate_run
+from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
 from flaxcls.runs import run_code, run_folder
@@ -109,6 +111,45 @@ def evaluate(
         Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir
     )
     return {"step": step, "split": split, **results}
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    format: str,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    names: str = "flaxcls",
+    license: str | None = None,
+    pictures: Sequence[str | Path] = (),
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Writes a saved run as a new folder `out` for others to read; returns its certificate.
+
+    Args:
+      run, checkpoint, ema: as in `load`.
+      format: "safetensors", "stablehlo", "onnx" or "savedmodel".
+      names: of weights in safetensors, "flaxcls" or "torch": torchvision's and timm's.
+      license: a line about the weights' licence.
+      pictures: files to certify with; none: 256 of what the run evaluated on.
+      data_dir: where the data is, if it has moved.
+
+    Raises ParityError, and leaves no `out`, where what was exported does not say of the pictures
+    what the run says. docs/export.md has more.
+    """
+    compilation_cache.enable()
+    return export_run(
+        Path(run),
+        out=Path(out),
+        format=format,
+        checkpoint=checkpoint,
+        ema=ema,
+        names=names,
+        license=license,
+        pictures=list(map(str, pictures)),
+        data_dir=data_dir,
+    )
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

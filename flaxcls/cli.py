@@ -5,14 +5,21 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from flaxcls.config.recipes import docstring, load_recipe
-from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, FlaxclsError, did_you_mean, one_line
+from flaxcls.errors import (
+    SIGNAL_EXIT_CODES,
+    ConfigError,
+    DataError,
+    FlaxclsError,
+    did_you_mean,
+    one_line,
+)
 from flaxcls.runtime import output
 
 # What comes after `python -m flaxcls`: modules with main(argv), imported when they are asked for.
@@ -20,6 +27,7 @@ COMMANDS = {
     "train": "flaxcls.main",
     "evaluate": "flaxcls.evaluate",
     "predict": "flaxcls.predict",
+    "export": "flaxcls.export",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",
@@ -88,6 +96,35 @@ def local_folder(flag: str, text: str) -> Path:
     if "://" in text:
         raise ConfigError(f"--{flag}={text} must be a folder of a file system, not in the cloud")
     return Path(text).expanduser()
+
+
+def find_pictures(paths: Iterable[str]) -> Iterator[str]:
+    """The files among the paths, and all pictures in and below the folders, sorted."""
+    for path in paths:
+        if os.path.isdir(path):
+            yield from _pictures_below(path, ())
+        else:
+            yield path
+
+
+def _pictures_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    from flaxcls.data.files import is_picture
+    from flaxcls.data.folder import visible_entries
+
+    status = os.stat(folder)
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:  # a link to where it is itself
+        return
+    try:
+        entries = [(entry.path, is_folder) for entry, is_folder in visible_entries(folder)]
+    except DataError:
+        yield folder  # reading it will say why
+        return
+    for path, is_folder in sorted(entries, key=lambda entry: entry[0] + "/" * entry[1]):
+        if is_folder:
+            yield from _pictures_below(path, (*above, identity))
+        elif is_picture(path):
+            yield path
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:

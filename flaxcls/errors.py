@@ -58,6 +58,10 @@ class OutputError(FlaxclsError):
     exit_code = 46
 
 
+class ParityError(FlaxclsError):
+    """What was exported does not say of pictures what the run says."""
+
+
 class ProcessesError(FlaxclsError):
     """One of several processes has ended, so that the others can't continue."""
 

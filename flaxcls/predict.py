@@ -123,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"there is no file {arguments[0]}")
     if FLAGS.features and not Path(FLAGS.features).absolute().parent.is_dir():
         raise ConfigError(f"--features={FLAGS.features} is in a folder that does not exist")
-    files = find_pictures(arguments)
+    files = cli.find_pictures(arguments)
     first = list(itertools.islice(files, FLAGS.batch_size))
     if not first:
         raise ConfigError(f"there are no pictures in {', '.join(arguments)}")
@@ -172,35 +172,6 @@ def predict(predictor: Any, files: Iterable[str]) -> None:
             f"{unreadable:,} of {unreadable + readable:,} files could not be read; "
             "they are named above"
         )
-
-
-def find_pictures(paths: Iterable[str]) -> Iterator[str]:
-    """The files among the paths, and all pictures in and below the folders, sorted."""
-    for path in paths:
-        if os.path.isdir(path):
-            yield from _pictures_below(path, ())
-        else:
-            yield path
-
-
-def _pictures_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    from flaxcls.data.files import is_picture
-    from flaxcls.data.folder import visible_entries
-
-    status = os.stat(folder)
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:  # a link to where it is itself
-        return
-    try:
-        entries = [(entry.path, is_folder) for entry, is_folder in visible_entries(folder)]
-    except DataError:
-        yield folder  # reading it will say why
-        return
-    for path, is_folder in sorted(entries, key=lambda entry: entry[0] + "/" * entry[1]):
-        if is_folder:
-            yield from _pictures_below(path, (*above, identity))
-        elif is_picture(path):
-            yield path
 
 
 @contextlib.contextmanager

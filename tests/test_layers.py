@@ -9,7 +9,17 @@ ROOT = Path(__file__).parent.parent / "flaxcls"
 
 # From the roof to the ground. A floor is one or more rooms, which don't know each other.
 FLOORS = (
-    ("__main__", "main", "evaluate", "predict", "bench", "data.__main__", "data.commands", "api"),
+    (
+        "__main__",
+        "main",
+        "evaluate",
+        "predict",
+        "export",
+        "bench",
+        "data.__main__",
+        "data.commands",
+        "api",
+    ),
     ("cli",),
     ("perf",),
     ("training",),

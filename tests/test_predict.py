@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxcls import cli, models, predict
 from flaxcls import config as configs
-from flaxcls import models, predict
 from flaxcls.core import losses
 from flaxcls.errors import ConfigError, DataError, OutputError
 from flaxcls.inference import evaluator, predictor
@@ -326,7 +326,7 @@ def test_pictures_are_found_in_folders_sorted(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "b" / "d" / "up").symlink_to(tmp_path)  # a circle
-    found = list(predict.find_pictures([str(tmp_path / "n.txt"), str(tmp_path), "missing.png"]))
+    found = list(cli.find_pictures([str(tmp_path / "n.txt"), str(tmp_path), "missing.png"]))
     names = [os.path.relpath(path, tmp_path) for path in found[1:-1]]
     assert names == ["a.png", "b-c.gif", "b/10.JPEG", "b/2.jpg", "b/d/x.webp"]
     assert (found[0], found[-1]) == (str(tmp_path / "n.txt"), "missing.png")

@@ -14,10 +14,10 @@ from flaxcls import augment
 from flaxcls.core import metrics
 from flaxcls.core.step import make_eval_step, zero_metrics
 from flaxcls.data.files import FileSource
-from flaxcls.data.pipeline import Input
+from flaxcls.data.pipeline import Input, Pipeline
 from flaxcls.data.resident import gather
 from flaxcls.data.source import Source, some_names
-from flaxcls.inference.restored import restore
+from flaxcls.inference.restored import RestoredRun, restore
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import say
 
@@ -115,11 +115,18 @@ def evaluate_run(
     their average, where the run kept one, as "ema".
     """
     run = restore(workdir, checkpoint)
-    experiment, metadata = run.experiment, run.metadata
-    pipeline = experiment.evaluation(split, data_dir)
+    pipeline = run.experiment.evaluation(split, data_dir)
     if isinstance(pipeline.source, FileSource):  # whose labels are known without reading a picture
         _say_absent_classes(pipeline.source)
-    evaluator = Evaluator(
+    with contextlib.closing(evaluator_of(run, pipeline)) as evaluator:
+        results = evaluator.results(run.variables, run.ema)
+    return run.step, pipeline.source.split, results
+
+
+def evaluator_of(run: RestoredRun, pipeline: Pipeline) -> Evaluator:
+    """What evaluates a saved run on the examples of a pipeline; to be closed."""
+    experiment, metadata = run.experiment, run.metadata
+    return Evaluator(
         run.mesh,
         experiment.network,
         experiment.loss.likelihood,
@@ -129,9 +136,6 @@ def evaluate_run(
         std=metadata["std"],
         objective=experiment.loss.objective(metadata["class_weights"]),
     )
-    with contextlib.closing(evaluator):
-        results = evaluator.results(run.variables, run.ema)
-    return run.step, pipeline.source.split, results
 
 
 def _say_absent_classes(source: Source) -> None:

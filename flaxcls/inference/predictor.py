@@ -36,7 +36,7 @@ PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-_WEIGHTS = {
+WEIGHTS = {
     "eval": "parameters",
     "ema": "averaged parameters",
 }  # as results of evaluations name them
@@ -80,6 +80,8 @@ class Predictor:
       class_names: of the K classes.
       image_shape: (height, width, channels) of the images that the network is given.
       step: how many updates it was trained for.
+      restored: the checkpoint.
+      weights, variables: "eval" or "ema", as evaluations name them, and what that means.
 
     Raises ConfigError when there is no such run, checkpoint or average.
     """
@@ -92,7 +94,7 @@ class Predictor:
         ema: bool | None = None,
         batch_size: int = 64,
     ):
-        restored = restore(Path(run), checkpoint, batch_size)
+        self.restored = restored = restore(Path(run), checkpoint, batch_size)
         experiment, metadata = restored.experiment, restored.metadata
         self.class_names: list[str] = metadata["class_names"]
         self.image_shape: tuple[int, int, int] = tuple(metadata["image_shape"])
@@ -100,8 +102,8 @@ class Predictor:
         self._transform, self._input = experiment.transform, experiment.input
         self._mesh = restored.mesh
         self._batch_size = sharding.round_up(self._mesh, batch_size)
-        self._weights = _choose_weights(restored, run, ema)
-        self._variables = restored.ema if self._weights == "ema" else restored.variables
+        self.weights = _choose_weights(restored, run, ema)
+        self.variables = restored.ema if self.weights == "ema" else restored.variables
         self._forward = jax.jit(
             make_forward(
                 experiment.network, experiment.loss.name, metadata["mean"], metadata["std"]
@@ -169,7 +171,7 @@ class Predictor:
         batch = np.zeros((self._batch_size, *self.image_shape), np.uint8)
         batch[: len(images)] = images
         placed = sharding.split_batch(self._mesh, {"image": batch})
-        predictions = jax.device_get(self._forward(self._variables, placed["image"]))
+        predictions = jax.device_get(self._forward(self.variables, placed["image"]))
         return jax.tree.map(lambda array: array[: len(images)], predictions)
 
     def files(
@@ -204,8 +206,8 @@ class Predictor:
 
     def describe(self) -> str:
         """In words: which weights these are, how good they were, and what is done to pictures."""
-        text = f"step {self.step}, {_WEIGHTS[self._weights]}"
-        if result := self._results.get(self._weights):
+        text = f"step {self.step}, {WEIGHTS[self.weights]}"
+        if result := self._results.get(self.weights):
             text += f", accuracy {result['accuracy']:.2%} when they were last evaluated"
         if not self._transform:
             height, width, _ = self.image_shape
