@@ -186,6 +186,13 @@ def test_every_network_has_a_row():
     assert all(row["imports"] for row in ZOO.values() if row["source"] in ("torchvision", "timm"))
 
 
+def test_page_has_the_figures_of_every_network_that_is_of_a_fixed_size():
+    page = (ROOT / "docs/networks.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", page, re.M))
+    own = {"vit", "mixer", "swin", "convnext", "wrn"}  # their sizes are the user's
+    assert rows == {n: f"{row['parameters']:,}" for n, row in ZOO.items() if n not in own}
+
+
 @pytest.mark.parametrize("name", ["keras_cnn", "cifar_resnet20", "resnet18", "vit_ti16", "swin_t"])
 def test_row_is_what_the_network_has(name):
     row = json.loads(json.dumps(update_zoo.row(name)))

@@ -1,7 +1,6 @@
 """`remat`: the same training step, for which less is kept from forward to backward pass.
 
-XLA:CPU computes again, too, but so early that it saves no memory; so what is kept is counted here,
-and the memory of a compiled step is measured on a GPU (docs/networks.md).
+XLA:CPU computes again, too, but so early that it saves no memory; so what is kept is counted here.
 """
 
 import functools
