@@ -3,7 +3,19 @@
     python -m flaxcls.main --config=configs/cifar10_short.py --config.model.name=cifar_resnet20
 
 For a network that is to be seen at work within minutes on two CPU cores. Muon turns the kernels at
-a rate that suits networks of all kinds, so only the length is chosen: `--config.duration`.
+a rate that suits networks of all kinds, so only the network and the length (`--config.duration`)
+are chosen, such as
+
+    --config.model.name=cifar_alexnet
+    --config.model.name=cifar_vgg16_bn
+    --config.model.name=densenet_bc --config.model.depth=40
+    --config.model.name=convnext --config.model.depths='(2,2,2)' --config.model.width=64
+    --config.model.name=vit --config.model.patch=4 --config.model.width=128
+        --config.model.heads=4 --config.model.depth=6 --config.model.pool=average
+
+Run with cifar_alexnet for 1 epoch on a CIFAR-10 re-encoded as JPEG: test accuracy 64.42 % (n = 1)
+in 196 s, all included, on 2 cores (AMD EPYC) with jax 0.10.2, other jobs taking more than half of
+the machine. November 2026.
 """
 
 from flaxcls.config import default

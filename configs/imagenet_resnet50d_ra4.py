@@ -9,8 +9,8 @@ a CPU.
 The epochs, image size, normalisation and the crops of the evaluation are those of timm's weights.
 Their file of hyperparameters (gist f6705cb65c03daeebca8aa129b1b94ad) could not be compared. What
 else is set here is in the manner of timm's recipes for MobileNetV4 (AdamW with a small b1, a
-clipped gradient, no mixing of images), by which the weights' card says it was inspired, and will differ in
-places.
+clipped gradient, no mixing of images), by which the weights' card says it was inspired, and will
+differ in places.
 """
 
 from flaxcls.config import default

@@ -15,10 +15,10 @@ def get_config():
     config = default()
     config.init_from = "efficientnet_lite0"
     config.batch_size = 128
-    config.duration = "100 epochs"
-    config.log_every = "10 epochs"
-    config.eval.every = "10 epochs"
-    config.checkpoint.every = "20 epochs"
+    config.duration = "30 epochs"
+    config.log_every = "10%"
+    config.eval.every = "10%"
+    config.checkpoint.every = "50%"
     config.data.name = "cifar10"
     config.image_size = 224
     config.crop.name = "center_crop"  # the same part of a picture every time
@@ -30,6 +30,6 @@ def get_config():
     config.finetune.freeze_batch_stats = True
     config.optimizer.name = "adamw"
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.weight_decay = 1e-2
+    config.optimizer.weight_decay = 1.0  # of few pictures many features tell too much
     config.schedule.name = "cosine"
     return config

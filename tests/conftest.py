@@ -1,5 +1,6 @@
 """Eight CPU devices, compiled programs shared between the tests' processes, and short runs."""
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -65,6 +66,16 @@ def quick_compilation(request):
     jax.config.update("jax_disable_most_optimizations", place.parts[0] in functions)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision, also beside a PyTorch that it was not built for; skips the test without it."""
+    path = ROOT / "tests" / "models" / "references.py"
+    spec = importlib.util.spec_from_file_location("references", path)
+    references = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(references)
+    return references.torchvision()
 
 
 @pytest.fixture

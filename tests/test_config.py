@@ -1,5 +1,6 @@
 """Every option is reachable from the config, every field is of use, and every recipe fits."""
 
+import math
 from pathlib import Path
 
 import cv2
@@ -245,3 +246,80 @@ def test_network_without_the_argument_train_is_told(monkeypatch, tiny_config):
         build.make_experiment(
             tiny_config(model__name="own", model__widths=None), sharding.make_mesh()
         )
+
+
+# What the sources of recipes say, in their words: the training commands of DeiT III and ConvNeXt
+# with the defaults that they leave, table 2 of "ResNet strikes back", and big_vision's config.
+SOURCES = {
+    "imagenet_deit3_s16": """
+        batch 256 x 8, lr 4e-3, epochs 800, weight-decay 0.05, input-size 224, eval-crop-ratio 1.0,
+        reprob 0.0, smoothing 0.0, warmup-epochs 5, opt fusedlamb, opt-eps 1e-8, max-grad-norm 1.0,
+        mixup .8, drop-path 0.05, cutmix 1.0, repeats 3, bce, color-jitter 0.3, min-lr 1e-5""",
+    "imagenet_convnext_tiny": """
+        batch 4096 x 1, lr 4e-3, epochs 300, weight-decay 0.05, input-size 224,
+        eval-crop-ratio 0.875, reprob 0.25, smoothing 0.1, warmup-epochs 20, opt adamw,
+        opt-eps 1e-8, mixup 0.8, drop-path 0.1, cutmix 1.0, repeats 1, aa-magnitude 9,
+        model-ema-decay 0.9999, min-lr 1e-6""",
+    "imagenet_resnet50_a1": """
+        batch 2048 x 1, lr 5e-3, epochs 600, weight-decay 0.01, input-size 224,
+        eval-crop-ratio 0.95, reprob 0.0, smoothing 0.1, warmup-epochs 5, opt lamb, opt-eps 1e-6,
+        max-grad-norm 1.0, mixup 0.2, drop-path 0.05, cutmix 1.0, repeats 3, bce, aa-magnitude 7,
+        min-lr 1e-6""",
+    "imagenet_resnet50_a3": """
+        batch 2048 x 1, lr 8e-3, epochs 100, weight-decay 0.02, input-size 160,
+        eval-crop-ratio 0.95, reprob 0.0, smoothing 0.0, warmup-epochs 5, opt lamb, opt-eps 1e-6,
+        max-grad-norm 1.0, mixup 0.1, drop-path 0.0, cutmix 1.0, repeats 1, bce, aa-magnitude 6,
+        min-lr 1e-6""",
+}
+
+
+def fields_of(config):
+    """What a recipe sets, in the words of SOURCES, with the defaults of what it names."""
+    used = {spec["name"]: spec for spec in config.augment}
+    optimizer, model = config.optimizer, config.model
+    eps = {"lamb": 1e-6, "adamw": 1e-8}[optimizer.name]
+    return {
+        "batch": config.batch_size,
+        "lr": optimizer.learning_rate,
+        "epochs": float(config.duration.removesuffix(" epochs")),
+        "weight-decay": optimizer.weight_decay,
+        "input-size": config.image_size,
+        "eval-crop-ratio": config.eval.crop.ratio,
+        "reprob": used.get("random_erasing", {"probability": 0.0})["probability"],
+        "smoothing": config.loss.label_smoothing,
+        "warmup-epochs": float(config.schedule.warmup.removesuffix(" epochs")),
+        "opt": optimizer.name,
+        "opt-eps": optimizer.get("eps", eps),
+        "max-grad-norm": optimizer.get("gradient_clip_norm"),
+        "mixup": used["mix"]["mixup_alpha"],
+        "drop-path": model.get("drop_path", 0.0),
+        "cutmix": used["mix"]["cutmix_alpha"],
+        "repeats": config.repeats,
+        "bce": config.loss.name == "sigmoid_cross_entropy" or None,
+        "aa-magnitude": used.get("rand_augment", {}).get("magnitude"),
+        "color-jitter": used.get("color_jitter", {}).get("saturation"),
+        "model-ema-decay": config.ema_decay,
+        "min-lr": pytest.approx(config.schedule.final * optimizer.learning_rate),
+    }
+
+
+@pytest.mark.parametrize("recipe", SOURCES)
+def test_recipe_has_the_fields_of_its_source(recipe):
+    def read(text):
+        name, _, value = text.strip().partition(" ")
+        if not value:
+            return name, True
+        if name == "opt":
+            return name, value.removeprefix("fused")
+        return name, math.prod(map(float, value.split(" x ")))
+
+    expected = dict(map(read, SOURCES[recipe].split(",")))
+    fields = fields_of(cli.load_config(recipe, []))
+    assert {name: value for name, value in fields.items() if value is not None} == expected
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/imagenet_resnet*.py")), ids=str)
+def test_figures_of_pillow_come_with_an_evaluation_by_pillow(path):
+    config = cli.load_config(str(path), [])
+    antialias = config.eval.crop.get("antialias")
+    assert config.crop.get("antialias", True) if antialias is None else antialias

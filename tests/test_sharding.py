@@ -19,7 +19,7 @@ from flaxcls.runtime import sharding
 @pytest.mark.parametrize("fsdp", [1, 2, 4, 8])
 def test_mesh_has_all_devices(fsdp):
     mesh = sharding.make_mesh(fsdp)
-    assert mesh.size == 8 and dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp}
+    assert mesh.size == 8 and dict(mesh.shape) == {"data": 8 // fsdp, "fsdp": fsdp, "model": 1}
     assert f"data {8 // fsdp}, fsdp {fsdp}" in sharding.describe(mesh)
 
 

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from flaxcls import models
 from flaxcls.build import inputs, log_to, notes, pieces
 from flaxcls.build.length import Length, interval, run_length
 from flaxcls.build.sources import source
@@ -146,6 +147,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
     shapes = [train.image_shape(begin) for begin in sizes.begins]
 
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
+    models.check_partition(network, mesh.shape.get("model", 1))
     rate = pieces.learning_rate(config, run)
     frozen = pieces.frozen(config, network, shapes[0])
     optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, rate)

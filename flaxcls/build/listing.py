@@ -6,15 +6,19 @@ tabs, so that `grep ^resnet50` finds all about one thing:
     NAME    what it is
     NAME    field=default    type and range of the field
 
-The name * stands for all.
+The name * stands for all. Of a network there is a third kind of line, its row in the table that a
+terminal shows: parameters, GFLOPs of an image's forward pass, input, classes, source and weights.
+These are of `flaxcls/models/zoo.json`, which `tests/golden/update_zoo.py` writes.
 """
 
 import functools
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -22,6 +26,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from flaxcls import models
 from flaxcls.augment import AUGMENTATIONS, normalize
 from flaxcls.build.accepted import SECTIONS, Parameters
 from flaxcls.config.options import accepted, describe
@@ -44,11 +49,13 @@ class Entry(NamedTuple):
       options: pairs such as ("config.model.width=64", "int at least 1"): the field as an override
         has it with its default (of an augmentation, which has no field of its own, the option as
         in Python), and what it may be, "" where that is left to what reads it.
+      figures: what stands in its row of a table of all, by the names of the columns.
     """
 
     name: str
     about: str
     options: Sequence[tuple[str, str]] = ()
+    figures: Mapping[str, str] = MappingProxyType({})
 
 
 def write(kind: str) -> None:
@@ -66,11 +73,20 @@ def write(kind: str) -> None:
 def _rows(entries: Sequence[Entry]) -> Iterator[Sequence[str]]:
     for entry in entries:
         yield entry.name, entry.about
+        if entry.figures:
+            yield entry.name, *entry.figures.values()
         for option in entry.options:
             yield entry.name, *option
 
 
 def _print(entries: Sequence[Entry], console: Console) -> None:
+    if rows := [entry for entry in entries if entry.figures]:
+        overview = Table(
+            "name", *rows[0].figures, box=None, padding=(0, 2, 0, 0), header_style="dim"
+        )
+        for entry in rows:
+            overview.add_row(Text(entry.name, "bold"), *entry.figures.values())
+        console.print(overview, "")
     width = max((len(field) for entry in entries for field, _ in entry.options), default=0)
     for entry in entries:
         console.print(Text.assemble((entry.name, "bold"), "  ", entry.about))
@@ -102,6 +118,32 @@ def _section(where: str) -> Iterator[Entry]:
         yield Entry(name, about, _options(particular, f"config.{where}."))
 
 
+def _models() -> Iterator[Entry]:
+    zoo = json.loads(resources.files(models).joinpath("zoo.json").read_text())
+    for entry in _section("model"):
+        yield entry._replace(figures=_figures(**zoo[entry.name])) if entry.name in zoo else entry
+
+
+def _figures(
+    *,
+    parameters: int,
+    flops: int,
+    input: Sequence[int],
+    classes: int,
+    source: str,
+    imports: bool,
+    weights: str | None,
+) -> dict[str, str]:
+    return {
+        "parameters": f"{parameters / 1e6:.2f} M",
+        "GFLOPs": f"{flops / 1e9:.3g}",
+        "input": "x".join(map(str, input)),
+        "classes": str(classes),
+        "source": source,
+        "weights": "known" if weights else "can be imported" if imports else "",
+    }
+
+
 def _data() -> Iterator[Entry]:
     yield from _section("data")
     yield Entry("(any of TFDS)", _about(open_tfds))
@@ -123,7 +165,7 @@ def _recipes() -> Iterator[Entry]:
 
 
 KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
-    "models": functools.partial(_section, "model"),
+    "models": _models,
     "crops": functools.partial(_section, "crop"),
     "augmentations": _augmentations,
     "optimizers": functools.partial(_section, "optimizer"),

@@ -28,7 +28,7 @@ def mesh(config: ConfigDict) -> Mesh:
     part = config.batch_size // config.gradient_accumulation
     sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count())
     processes.check_device_counts()
-    devices = sharding.make_mesh(config.mesh.fsdp)
+    devices = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     sharding.check_batch_size(devices, part)
     return devices
 

@@ -52,6 +52,7 @@ def check(config: ConfigDict) -> None:
         "checkpoint.keep",
         "divergence.max_skipped",
         "mesh.fsdp",
+        "mesh.model",
         "mesh.cpu_devices",
         "optimizer.learning_rate_batch",
     ):

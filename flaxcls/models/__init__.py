@@ -2,12 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import accepted, check, look_up
 from flaxcls.config.user_code import file_of, in_user_code
@@ -83,6 +84,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_b0": _partial(EfficientNet, member="b0"),
     "efficientnet_b1": _partial(EfficientNet, member="b1"),
     "efficientnet_b2": _partial(EfficientNet, member="b2"),
+    "efficientnet_b3": _partial(EfficientNet, member="b3"),
+    "efficientnet_b4": _partial(EfficientNet, member="b4"),
     "efficientnet_lite0": _partial(EfficientNetLite, member="lite0"),
     "efficientnet_lite1": _partial(EfficientNetLite, member="lite1"),
     "efficientnet_lite2": _partial(EfficientNetLite, member="lite2"),
@@ -213,6 +216,32 @@ def initialize_from_data(module: nn.Module, variables: dict, images: jax.Array) 
     """
     method = getattr(module, "initialize_from_data", None)
     return method(variables, images) if method else variables
+
+
+def partition_rules(module: nn.Module) -> Sequence[tuple[str, PartitionSpec]]:
+    """How the network's parameters are split over the mesh's axis `model`: its `partition_rules`.
+
+    Pairs of a regular expression, searched for in a path such as "block1/mlp/fc1/kernel", and the
+    PartitionSpec of the arrays that have it. Most networks have none.
+    """
+    return getattr(module, "partition_rules", ())
+
+
+def check_partition(module: nn.Module, count: int) -> None:
+    """Raises ConfigError unless the network can be split over `count` devices, config.mesh.model.
+
+    Networks say what `count` must divide in `partition_units`, such as ("heads", 6).
+    """
+    if count > 1 and not partition_rules(module):
+        raise ConfigError(
+            f"config.mesh.model must be 1 for {title(module)}, which offers no rules to split its "
+            f"layers, got {count}"
+        )
+    kind, units = getattr(module, "partition_units", ("", count))
+    if units % count:
+        raise ConfigError(
+            f"config.mesh.model must divide the {units} {kind} of {title(module)}, got {count}"
+        )
 
 
 def frozen(module: nn.Module) -> str | None:

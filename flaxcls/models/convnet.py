@@ -8,16 +8,14 @@ import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne
 from flaxcls.models.layers import (
-    POOLS,
     Conv,
-    Pool,
     batch_norm,
     flatten,
-    max_pool,
     record,
     torch_bias_init,
     torch_kernel_init,
 )
+from flaxcls.models.pooling import POOLS, Pool, max_pool
 
 _keras_init = {"kernel_init": nn.initializers.glorot_uniform()}
 

@@ -13,10 +13,12 @@ from flaxcls.models.layers import (
     Mlp,
     Widths,
     drop_path,
-    drop_path_rates,
-    global_average,
+    pyramid,
     record,
+    rematerialized,
+    scale_channels,
 )
+from flaxcls.models.pooling import global_average
 
 # torchvision cuts the tails off at +-2, which is 100 deviations.
 _normal = nn.initializers.normal(0.02)
@@ -38,8 +40,7 @@ class Block(nn.Module):
         width = x.shape[-1]
         y = self.conv(width, (7, 7), padding=3, feature_group_count=width, name="conv")(x)
         y = Mlp(4 * width, self.dtype, _normal, name="mlp")(self.norm(name="norm")(y))
-        initial = nn.initializers.constant(self.layer_scale)
-        y = y * self.param("layer_scale", initial, (width,)).astype(y.dtype)
+        y = scale_channels(self, "layer_scale", y, self.layer_scale)
         return x + drop_path(y, self.drop_path, self.train)
 
 
@@ -87,28 +88,25 @@ class ConvNeXt(nn.Module, kw_only=True):
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         conv = functools.partial(Conv, dtype=self.dtype, kernel_init=_normal)
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-        block = nn.remat(Block) if self.remat else Block
-        rates = iter(drop_path_rates(self.drop_path, sum(self.depths)))
-        for stage, depth in enumerate(self.depths):
-            width = self.width * 2**stage
-            if stage == 0:
+
+        def begin(x: jax.Array, stage: int, width: int) -> jax.Array:
+            if stage == 1:
                 x = conv(width, (4, 4), 4, padding="VALID", name="stem_conv")(x)
-                x = norm(name="stem_norm")(x)
-            else:
-                name = f"downsample{stage + 1}"
-                x = norm(name=f"{name}_norm")(x)
-                x = conv(width, (2, 2), 2, padding="VALID", name=f"{name}_conv")(x)
-            for i in range(depth):
-                x = block(
-                    layer_scale=self.layer_scale,
-                    drop_path=next(rates),
-                    conv=conv,
-                    norm=norm,
-                    dtype=self.dtype,
-                    train=train,
-                    name=f"stage{stage + 1}_block{i + 1}",
-                )(x)
-            record(self, f"stage{stage + 1}", x)
-        x = nn.LayerNorm(epsilon=1e-6, name="norm")(global_average(x))
+                return norm(name="stem_norm")(x)
+            x = norm(name=f"downsample{stage}_norm")(x)
+            return conv(width, (2, 2), 2, padding="VALID", name=f"downsample{stage}_conv")(x)
+
+        def block(width: int, i: int, **options) -> nn.Module:
+            return rematerialized(Block, self.remat)(
+                layer_scale=self.layer_scale,
+                conv=conv,
+                norm=norm,
+                dtype=self.dtype,
+                train=train,
+                **options,
+            )
+
+        x = global_average(pyramid(self, x, begin, block))
+        x = nn.LayerNorm(epsilon=1e-6, name="norm")(x)
         record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)

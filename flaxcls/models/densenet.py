@@ -10,14 +10,12 @@ import jax.numpy as jnp
 from flaxcls.config.options import BelowOne, Count
 from flaxcls.models.layers import (
     Conv,
-    average_pool,
     batch_norm,
-    global_average,
-    overlapping_max_pool,
     record,
     require_depth,
     torch_kernel_init,
 )
+from flaxcls.models.pooling import average_pool, global_average, overlapping_max_pool
 
 # torchvision's, for both; old checkpoints have norm.1 for norm1, and so on.
 _TORCH_NAMES = (
@@ -32,6 +30,8 @@ class DenseNet(nn.Module, kw_only=True):
     """DenseNet (Huang et al. 2016, arXiv:1608.06993): torchvision's weights fit.
 
     A layer adds `growth` channels to all those before it in its block; `dropout` acts on them.
+    `remat` keeps these for the backward pass and not what each layer makes of all before it, whose
+    size is quadratic in the depth of a block (Pleiss et al. 2017, arXiv:1707.06990).
     """
 
     num_classes: int
@@ -40,6 +40,7 @@ class DenseNet(nn.Module, kw_only=True):
     growth: Count = 32
     stem_width: Count = 64
     dropout: BelowOne = 0.0
+    remat: bool = False
 
     minimum_image_size = 29
     torch_names = _TORCH_NAMES
@@ -58,6 +59,7 @@ class DenseNetBC(nn.Module, kw_only=True):
 
     The paper's have depth 100, growth 12 (4.5 % error on CIFAR-10), 250, 24 and 190, 40. Its code
     drops out after every convolution but the first; here `dropout` acts after a layer's 3x3.
+    `remat` is DenseNet's.
     """
 
     num_classes: int
@@ -65,6 +67,7 @@ class DenseNetBC(nn.Module, kw_only=True):
     depth: int = 100
     growth: Count = 12
     dropout: BelowOne = 0.0
+    remat: bool = False
 
     minimum_image_size = 4
     torch_names = _TORCH_NAMES
@@ -91,14 +94,24 @@ def _blocks_and_head(
     """Dense blocks, with transitions that halve pixels and channels between them, then logits."""
     conv, norm = _conv(network.dtype), batch_norm(train, network.dtype)
     dropout = functools.partial(nn.Dropout, network.dropout, deterministic=not train)
+
+    def bottleneck(network: nn.Module, parts: Sequence[jax.Array], name: str) -> jax.Array:
+        y = nn.relu(norm(name=f"{name}_norm1")(_concatenate(parts)))
+        return conv(4 * network.growth, (1, 1), name=f"{name}_conv1")(y)
+
+    if network.remat:
+        bottleneck = nn.remat(bottleneck, static_argnums=2)
     for block, size in enumerate(block_sizes, start=1):
+        parts = [x]
         for layer in range(1, size + 1):
             name = f"block{block}_layer{layer}"
-            y = nn.relu(norm(name=f"{name}_norm1")(x))
-            y = conv(4 * network.growth, (1, 1), name=f"{name}_conv1")(y)
+            y = bottleneck(network, parts, name)
             y = nn.relu(norm(name=f"{name}_norm2")(y))
             y = conv(network.growth, (3, 3), padding=1, name=f"{name}_conv2")(y)
-            x = jnp.concatenate([x, dropout()(y)], axis=-1)
+            parts = [*parts, dropout()(y)]
+            if not network.remat:  # what all later layers share; with remat none keeps it
+                parts = [_concatenate(parts)]
+        x = _concatenate(parts)
         if block < len(block_sizes):
             record(network, f"stage{block}", x)
             y = nn.relu(norm(name=f"transition{block}_norm")(x))
@@ -109,3 +122,7 @@ def _blocks_and_head(
     x = global_average(x)
     record(network, "pooled", x)
     return nn.Dense(network.num_classes, kernel_init=torch_kernel_init, name="head")(x)
+
+
+def _concatenate(parts: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(parts, axis=-1)

@@ -11,14 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne
+from flaxcls.models.inverted_residual import (
+    ConvNorm,
+    InvertedResidual,
+    SqueezeExcitation,
+    round_channels,
+)
 from flaxcls.models.layers import (
     batch_norm,
-    global_average,
     he_normal_fan_in,
     record,
+    rematerialized,
     uniform_fan_out,
 )
-from flaxcls.models.mobilenet import ConvNorm, InvertedResidual, SqueezeExcitation, round_channels
+from flaxcls.models.pooling import global_average
 
 
 class Scaling(NamedTuple):
@@ -83,7 +89,8 @@ class EfficientNet(nn.Module, kw_only=True):
     """EfficientNet-B: the weights of torchvision's networks of the same names fit.
 
     `dropout` None is the member's in SCALING. `drop_path` is the rate after the last block; that of
-    the first is 0. Initial values are torchvision's.
+    the first is 0. Initial values are torchvision's. `remat` computes blocks again in the backward
+    pass: less memory, a third more time.
     """
 
     num_classes: int
@@ -91,6 +98,7 @@ class EfficientNet(nn.Module, kw_only=True):
     member: str
     dropout: BelowOne | None = None
     drop_path: BelowOne = 0.2
+    remat: bool = False
 
     lite = False
     torch_names = (  # torchvision's
@@ -114,6 +122,7 @@ class EfficientNet(nn.Module, kw_only=True):
         blocks = scaled_blocks(scaling, self.lite)
         stem = 32 if self.lite else round_channels(32 * scaling.width)
         x = layer(stem, 3, strides=2, activation=activation, name="stem")(x)
+        residual = rematerialized(InvertedResidual, self.remat)
         stages = itertools.count(1)
         for i, (name, block) in enumerate(blocks.items()):
             if block.strides == 2:
@@ -121,7 +130,7 @@ class EfficientNet(nn.Module, kw_only=True):
             squeeze = functools.partial(
                 SqueezeExcitation, x.shape[-1] // 4, nn.silu, nn.sigmoid, self.dtype
             )
-            x = InvertedResidual(
+            x = residual(
                 features=block.features,
                 hidden=block.expansion * x.shape[-1],
                 kernel=block.kernel,

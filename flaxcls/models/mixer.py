@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls.config.options import BelowOne, Count
-from flaxcls.models.layers import Mlp, drop_path, drop_path_rates, patches, record
+from flaxcls.models.layers import (
+    MLP_PARTITION_RULES,
+    Mlp,
+    PatchEmbedding,
+    drop_path,
+    drop_path_rates,
+    patches,
+    record,
+    rematerialized,
+)
 
 
 class Block(nn.Module):
@@ -37,7 +46,7 @@ class Block(nn.Module):
         return x + drop_path(y, self.drop_path, self.train)
 
 
-class Mixer(nn.Module, kw_only=True):
+class Mixer(PatchEmbedding, nn.Module, kw_only=True):
     """MLP-Mixer (Tolstikhin et al. 2021, arXiv:2105.01601): the weights of timm's networks fit.
 
     It has a weight for each position, so that it takes images of the size at init only.
@@ -56,22 +65,20 @@ class Mixer(nn.Module, kw_only=True):
 
     torch_names = (  # timm's
         (r"^block(\d+)", lambda match: f"blocks/{int(match[1]) - 1}"),
-        (r"^stem", "stem/proj"),
+        (r"^patch_embed", "stem/proj"),
     )
 
-    @property
-    def torch_shapes(self):
-        return ((r"^stem/kernel", (self.patch, self.patch, -1, self.width)),)
+    partition_rules = MLP_PARTITION_RULES
 
     @property
-    def image_size_multiple(self) -> int:
-        return self.patch
+    def partition_units(self) -> tuple[str, int]:
+        return "hidden channels over the patches", self.width // 2
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
-        block = nn.remat(Block) if self.remat else Block
-        x = nn.Dense(self.width, dtype=self.dtype, name="stem")(patches(x, self.patch))
+        block = rematerialized(Block, self.remat)
+        x = nn.Dense(self.width, dtype=self.dtype, name="patch_embed")(patches(x, self.patch))
         map_shape = x.shape
         x = x.reshape(x.shape[0], -1, self.width)
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):

@@ -15,11 +15,11 @@ from flaxcls.models.layers import (
     FixedConv,
     Widths,
     batch_norm,
-    max_pool,
     record,
     torch_bias_init,
     torch_kernel_init,
 )
+from flaxcls.models.pooling import max_pool
 
 
 class Quick(nn.Module, kw_only=True):

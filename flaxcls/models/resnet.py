@@ -12,18 +12,17 @@ from flaxcls.config.options import BelowOne, Count
 from flaxcls.errors import ConfigError
 from flaxcls.models.layers import (
     Conv,
-    average_pool,
     batch_norm,
     drop_path,
     drop_path_rates,
-    global_average,
     he_normal_fan_out,
-    overlapping_max_pool,
     record,
+    rematerialized,
     require_depth,
     title,
     torch_kernel_init,
 )
+from flaxcls.models.pooling import average_pool, global_average, overlapping_max_pool
 
 Factory = Callable[..., nn.Module]
 
@@ -125,7 +124,8 @@ class ResNet(nn.Module, kw_only=True):
     deep stem are ResNet-D (He et al. 2018, arXiv:1812.01187). `zero_init_residual`, timm's default,
     starts each block as the identity (Goyal et al. 2017, arXiv:1706.02677). `width` is that of the
     first stage, `drop_path` the last block's rate. The head's bias starts at zero; torchvision's
-    and timm's is uniform.
+    and timm's is uniform. `remat` computes blocks again in the backward pass: less memory, a third
+    more time.
     """
 
     num_classes: int
@@ -137,6 +137,7 @@ class ResNet(nn.Module, kw_only=True):
     zero_init_residual: bool = False
     pooled_shortcut: bool = False
     drop_path: BelowOne = 0.0
+    remat: bool = False
 
     torch_names = (  # torchvision's; timm's of the deep stem and the pooled shortcut
         (r"^stem_conv(\d)", lambda match: f"conv1/{3 * int(match[1]) - 3}"),
@@ -174,10 +175,11 @@ class ResNet(nn.Module, kw_only=True):
         x = nn.relu(norm(name="norm1")(x))
         if self.stem != "cifar":
             x = overlapping_max_pool(x)
+        block = rematerialized(self.block, self.remat)
         rates = iter(drop_path_rates(self.drop_path, sum(self.stage_sizes)))
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
-                x = self.block(
+                x = block(
                     width=self.width * 2**stage,
                     strides=2 if stage > 0 and i == 0 else 1,
                     conv=conv,
@@ -238,13 +240,17 @@ def _subsample(x: jax.Array, features: int, strides: int) -> jax.Array:
 
 
 class WideResNet(nn.Module, kw_only=True):
-    """Wide ResNet (Zagoruyko & Komodakis 2016, arXiv:1605.07146): depth 6n + 4, pre-activation."""
+    """Wide ResNet (Zagoruyko & Komodakis 2016, arXiv:1605.07146): depth 6n + 4, pre-activation.
+
+    `remat` computes blocks again in the backward pass: less memory, a third more time.
+    """
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
     depth: int = 28
     width: Count = 10
     dropout: BelowOne = 0.0
+    remat: bool = False
 
     def __post_init__(self):
         require_depth(self, 4)
@@ -256,10 +262,11 @@ class WideResNet(nn.Module, kw_only=True):
         conv = _conv(self.dtype)
         norm = batch_norm(train, self.dtype)
         dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not train)
+        block = rematerialized(WideBlock, self.remat)
         x = conv(16, (3, 3), padding=1, name="conv1")(x)
         for stage in range(3):
             for i in range((self.depth - 4) // 6):
-                x = WideBlock(
+                x = block(
                     width=16 * self.width * 2**stage,
                     strides=2 if stage > 0 and i == 0 else 1,
                     conv=conv,

@@ -15,14 +15,15 @@ from flaxcls.models.layers import (
     Mlp,
     Widths,
     drop_path,
-    drop_path_rates,
-    global_average,
     patches,
+    pyramid,
     record,
+    rematerialized,
     title,
     torch_bias_init,
     torch_kernel_init,
 )
+from flaxcls.models.pooling import global_average
 
 # torchvision cuts the tails off at +-2, which is 100 deviations.
 _normal = nn.initializers.normal(0.02)
@@ -146,40 +147,36 @@ class Swin(nn.Module, kw_only=True):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         norm = functools.partial(nn.LayerNorm, epsilon=1e-5, dtype=self.dtype)
-        block = nn.remat(Block) if self.remat else Block
-        stem = nn.Conv(
-            self.width,
-            (4, 4),
-            4,
-            padding="VALID",
-            dtype=self.dtype,
-            kernel_init=torch_kernel_init,
-            bias_init=torch_bias_init(16 * x.shape[-1]),
-            name="stem_conv",
-        )
-        x = norm(name="stem_norm")(stem(x))
-        rates = iter(drop_path_rates(self.drop_path, sum(self.depths)))
-        for stage, depth in enumerate(self.depths):
-            width = self.width * 2**stage
-            if stage > 0:
-                x = norm(name=f"merge{stage + 1}_norm")(_merge(x))
-                merge = f"merge{stage + 1}_reduction"
-                x = nn.Dense(
-                    width, use_bias=False, dtype=self.dtype, kernel_init=_normal, name=merge
-                )(x)
-            for i in range(depth):
-                x = block(
-                    heads=width // self.head_width,
-                    window=self.window,
-                    shift=self.window // 2 if i % 2 else 0,
-                    drop_path=next(rates),
-                    norm=norm,
+
+        def begin(x: jax.Array, stage: int, width: int) -> jax.Array:
+            if stage == 1:
+                conv = nn.Conv(
+                    width,
+                    (4, 4),
+                    4,
+                    padding="VALID",
                     dtype=self.dtype,
-                    train=train,
-                    name=f"stage{stage + 1}_block{i + 1}",
-                )(x)
-            record(self, f"stage{stage + 1}", x)
-        x = norm(name="norm")(x)
+                    kernel_init=torch_kernel_init,
+                    bias_init=torch_bias_init(16 * x.shape[-1]),
+                    name="stem_conv",
+                )
+                return norm(name="stem_norm")(conv(x))
+            dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
+            x = norm(name=f"merge{stage}_norm")(_merge(x))
+            return dense(width, use_bias=False, name=f"merge{stage}_reduction")(x)
+
+        def block(width: int, i: int, **options) -> nn.Module:
+            return rematerialized(Block, self.remat)(
+                heads=width // self.head_width,
+                window=self.window,
+                shift=self.window // 2 if i % 2 else 0,
+                norm=norm,
+                dtype=self.dtype,
+                train=train,
+                **options,
+            )
+
+        x = norm(name="norm")(pyramid(self, x, begin, block))
         record(self, f"stage{len(self.depths)}", x)  # what is pooled
         x = global_average(x)
         record(self, "pooled", x)

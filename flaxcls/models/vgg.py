@@ -11,16 +11,18 @@ import jax.numpy as jnp
 from flaxcls.config.options import BelowOne, Count
 from flaxcls.models.layers import (
     Conv,
-    adaptive_average_pool,
     batch_norm,
     flatten,
-    global_average,
     he_normal_fan_out,
-    max_pool,
-    overlapping_max_pool,
     record,
     torch_bias_init,
     torch_kernel_init,
+)
+from flaxcls.models.pooling import (
+    adaptive_average_pool,
+    global_average,
+    max_pool,
+    overlapping_max_pool,
 )
 
 

@@ -7,15 +7,20 @@ from typing import Annotated, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import BelowOne, Count, Positive, Range
 from flaxcls.errors import ConfigError
 from flaxcls.models.layers import (
+    MLP_PARTITION_RULES,
     Mlp,
+    PatchEmbedding,
     drop_path,
     drop_path_rates,
     patches,
     record,
+    rematerialized,
+    scale_channels,
     title,
     torch_bias_init,
     torch_kernel_init,
@@ -52,14 +57,13 @@ class Attention(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A factor a channel that starts small (Touvron et al. 2021, arXiv:2103.17239)."""
+    """`scale_channels` with timm's name of the factors."""
 
     initial: float
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        initial = nn.initializers.constant(self.initial)
-        return x * self.param("gamma", initial, x.shape[-1:]).astype(x.dtype)
+        return scale_channels(self, "gamma", x, self.initial)
 
 
 class Block(nn.Module):
@@ -90,7 +94,7 @@ class Block(nn.Module):
         return drop_path(y, self.drop_path, self.train)
 
 
-class VisionTransformer(nn.Module, kw_only=True):
+class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
     """ViT (Dosovitskiy et al. 2020, arXiv:2010.11929): the weights of timm's networks fit.
 
     `pool` "token" classifies by a class token; "average" has none and takes the mean of the
@@ -128,18 +132,21 @@ class VisionTransformer(nn.Module, kw_only=True):
         (r"^patch_embed", "patch_embed/proj"),
     )
 
+    partition_rules = (
+        (r"/qkv/kernel$", PartitionSpec(None, "model")),
+        (r"/qkv/bias$", PartitionSpec("model")),
+        (r"/proj/kernel$", PartitionSpec("model", None)),
+        *MLP_PARTITION_RULES,
+    )
+
     @property
-    def torch_shapes(self):
-        return ((r"^patch_embed/kernel", (self.patch, self.patch, -1, self.width)),)
+    def partition_units(self) -> tuple[str, int]:
+        return "heads", self.heads
 
     @property
     def embedded_tokens(self) -> int:
         """How many tokens before the patches have a learned position embedding."""
         return 0 if self.no_embed_class else (self.pool == "token") + self.registers
-
-    @property
-    def image_size_multiple(self) -> int:
-        return self.patch
 
     def __post_init__(self):
         if self.width % self.heads:
@@ -158,7 +165,7 @@ class VisionTransformer(nn.Module, kw_only=True):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-        block = nn.remat(Block) if self.remat else Block
+        block = rematerialized(Block, self.remat)
         rows, columns = (side // self.patch for side in x.shape[1:3])
         x = self._embed(x)
         added = x.shape[1] - rows * columns

@@ -1,15 +1,17 @@
 """The mesh, and the rules that shard every array over it; the only file that knows devices.
 
-The mesh has two axes. A batch is split over both; parameters, optimizer state and averages are
-replicated over `data` and, where `fsdp` is larger than 1, split over `fsdp` (fully sharded data
-parallelism: each device keeps its share of every large array and gathers it when it is used).
+A batch is split over the mesh's axes `data` and `fsdp`; parameters, optimizer state and averages
+are replicated over `data` and, where `fsdp` is larger than 1, split over `fsdp` (fully sharded data
+parallelism: each device keeps its share of every large array and gathers it when it is used). Over
+`model` the layers themselves are split, as the network's own rules say (tensor parallelism: each
+device computes its share of the heads and of the hidden channels, for the same examples).
 """
 
 import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +23,9 @@ from flaxcls.runtime import read_ahead
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
+
+# Pairs of a regular expression and what shards the arrays whose path it is found in.
+Rules = Sequence[tuple[str, PartitionSpec]]
 
 # The first rule whose pattern is found in an array's path shards it.
 RULES = (
@@ -86,44 +91,67 @@ def block_on_cpu(mesh: Mesh, result: Any) -> Any:
     return jax.block_until_ready(result) if platform(mesh) == "cpu" else result
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-    """All devices as a (data, fsdp) mesh; `fsdp` must divide their number."""
+def make_mesh(fsdp: int = 1, model: int = 1) -> Mesh:
+    """All devices as a (data, fsdp, model) mesh; `fsdp` times `model` must divide their number."""
     devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
+    for field, size in (("fsdp", fsdp), ("model", model)):
+        if size < 1 or devices % size:
+            raise ConfigError(
+                f"config.mesh.{field} must divide the number of devices, {devices}, got {size}"
+            )
+    if devices % (fsdp * model):
         raise ConfigError(
-            f"config.mesh.fsdp must divide the number of devices, {devices}, got {fsdp}"
+            f"config.mesh.fsdp times config.mesh.model must divide the number of devices, "
+            f"{devices}, got {fsdp} x {model}"
         )
     return jax.make_mesh(
-        (devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
+        (devices // (fsdp * model), fsdp, model),
+        ("data", "fsdp", "model"),
+        axis_types=(AxisType.Auto,) * 3,
     )
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_batch_size(mesh: Mesh, size: int) -> None:
     """ConfigError unless a batch, or its part in gradient accumulation, splits over the devices."""
-    if size % mesh.size:
+    parts = batch_parts(mesh)
+    if size % parts:
+        alike = mesh.size // parts
+        divided = f" divided by config.mesh.model = {alike}" if alike > 1 else ""
         raise ConfigError(
             f"config.batch_size (divided by config.gradient_accumulation) must be a multiple of "
-            f"the {mesh.size} devices, got {size}"
+            f"the {mesh.size} devices{divided}, got {size}"
         )
 
 
-def _partition_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+def _partition_spec(path: tuple, shape: tuple[int, ...], fsdp: int, rules: Rules) -> PartitionSpec:
+    """The network's rule first; of the axes that it leaves whole the largest one over `fsdp`."""
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    rule = next(rule for pattern, rule in RULES if re.search(pattern, name))
-    if rule == "replicate" or fsdp == 1 or np.prod(shape, dtype=int) < SMALLEST_TO_SPLIT:
-        return REPLICATED
-    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
-    if not divisible:
-        return REPLICATED
-    largest = max(divisible, key=lambda axis: shape[axis])
-    return PartitionSpec(*(["fsdp" if axis == largest else None for axis in range(len(shape))]))
+    fits = (s for pattern, s in rules if re.search(pattern, name) and len(s) == len(shape))
+    spec = list(next(fits, [None] * len(shape)))
+    by_default = next(rule for pattern, rule in RULES if re.search(pattern, name))
+    divisible = [axis for axis, size in enumerate(shape) if spec[axis] is None and size % fsdp == 0]
+    large = np.prod(shape, dtype=int) >= SMALLEST_TO_SPLIT
+    if fsdp > 1 and by_default != "replicate" and large and divisible:
+        spec[max(divisible, key=lambda axis: shape[axis])] = "fsdp"
+    return PartitionSpec(*spec) if any(spec) else REPLICATED
 
 
-def shardings(mesh: Mesh, shapes: Any) -> Any:
-    """For a tree of arrays or shapes, the tree of NamedShardings that RULES give it."""
-    fsdp = mesh.shape["fsdp"]
+def shardings(mesh: Mesh, shapes: Any, rules: Rules = ()) -> Any:
+    """For a tree of arrays or shapes, the tree of their NamedShardings.
+
+    `rules` are the network's for the axis `model`; they hold for the optimizer's state and averages
+    as for the parameters, whose paths are the ends of theirs. RULES are those for `fsdp`.
+    """
+    fsdp, model = mesh.shape["fsdp"], mesh.shape.get("model", 1)
+    rules = rules if model > 1 else ()
     return jax.tree.map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _partition_spec(path, leaf.shape, fsdp)), shapes
+        lambda path, leaf: NamedSharding(mesh, _partition_spec(path, leaf.shape, fsdp, rules)),
+        shapes,
     )
 
 
@@ -155,11 +183,11 @@ def copies(array: jax.Array) -> int:
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     """Which rows of a batch are on this process's devices, in their order."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    return np.sort(np.concatenate([np.arange(batch_size)[rows] for rows in slices.values()]))
+    return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices.values()]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of a batch: split over all devices."""
+    """The sharding of an array of a batch: split over all devices but those of an axis `model`."""
     return NamedSharding(mesh, BATCH)
 
 
@@ -174,7 +202,8 @@ def split_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
 
 def round_up(mesh: Mesh, batch_size: int) -> int:
     """The next number of examples that splits over the devices."""
-    return -(-batch_size // mesh.size) * mesh.size
+    parts = batch_parts(mesh)
+    return -(-batch_size // parts) * parts
 
 
 def prefetch(
@@ -199,7 +228,8 @@ def device_kind_and_count() -> dict[str, str | int]:
 
 
 def describe(mesh: Mesh) -> str:
-    """`2 x cpu (data 2, fsdp 1)`."""
+    """`2 x cpu (data 2, fsdp 1)`; the axis `model` is named where it splits something."""
     device = mesh.devices.flat[0]
-    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    shown = {name: size for name, size in mesh.shape.items() if name != "model" or size > 1}
+    axes = ", ".join(f"{name} {size}" for name, size in shown.items())
     return f"{mesh.size} x {device.device_kind} ({axes})"

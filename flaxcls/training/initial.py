@@ -4,26 +4,39 @@ from ml_collections import ConfigDict
 
 from flaxcls import build
 from flaxcls.build import Experiment
-from flaxcls.config.tree import get
+from flaxcls.config.fields import changes, plain
+from flaxcls.errors import ConfigError
 from flaxcls.runtime import processes
 from flaxcls.runtime.output import printable
 from flaxcls.weights import pretrained, sources
 
 
-def complete(config: ConfigDict) -> None:
-    """Sets what the config leaves open to what known weights need, and says so.
+def complete(config: ConfigDict) -> str:
+    """Sets what the config leaves open to what its first weights need; says so, or "".
 
-    A run that is resumed comes to the same.
+    Known weights bring their whole preprocessing, a run's its network and image size. A run that is
+    resumed comes to the same.
     """
-    name = config.init_from
-    if name not in pretrained.PRETRAINED:
-        return
-    with processes.first_before_others():  # it may have to prepare the data for all
-        any_size = None in build.source(config, config.data.eval_split).image_shape
-    fields = pretrained.apply_preprocessing(config, name, any_size)
-    if fields:
-        values = ", ".join(f"config.{field} = {get(config, field)!r}" for field in fields)
-        processes.say(f"as {name} needs it: {values}")
+    source, before = config.init_from, plain(config)
+    if source is None:
+        return ""
+    if source in pretrained.PRETRAINED:
+        with processes.first_before_others():  # it may have to prepare the data for all
+            shape = build.source(config, config.data.eval_split).image_shape
+        pretrained.apply_preprocessing(config, source, shape)
+    elif config.model.name is None:
+        found = sources.network(source)
+        if found is None:
+            raise ConfigError(
+                f"config.init_from={printable(source)} does not tell its network: name it by "
+                "--config.model.name"
+            )
+        model, size = found
+        config.model.update(model)
+        config.image_size = size if config.image_size is None else config.image_size
+    set_now = changes(before, config)
+    values = ", ".join(f"config.{field} = {now!r}" for field, (_, now) in set_now.items())
+    return f"as {printable(source)} needs it: {values}" if values else ""
 
 
 def inherited_normalization(experiment: Experiment) -> tuple[list[float], list[float]] | None:
@@ -44,10 +57,7 @@ def inherited_normalization(experiment: Experiment) -> tuple[list[float], list[f
         )
         return None
     channels = experiment.evaluation.image_shape()[-1]
-    mean, std = (
-        values if len(values) == channels else [sum(values) / len(values)] * channels
-        for values in found
-    )
+    mean, std = (list(pretrained.for_channels(values, channels)) for values in found)
     processes.say(
         f"images are normalised as for {printable(source)}: mean "
         f"{[round(value, 4) for value in mean]}, standard deviation "

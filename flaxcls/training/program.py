@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxcls import augment
+from flaxcls import augment, models
 from flaxcls.build import Experiment
 from flaxcls.core import metrics
 from flaxcls.core.optim import updates_made
@@ -72,7 +72,8 @@ class Program:
             ema=experiment.ema_decay is not None,
         )
         self.shapes = jax.eval_shape(init, self._rng, self._sample)
-        self.shardings = sharding.shardings(mesh, self.shapes)
+        rules = models.partition_rules(experiment.network)
+        self.shardings = sharding.shardings(mesh, self.shapes, rules)
 
         # The functions.
         update = make_update(experiment, self.metadata, sharding.platform(mesh), self._head_only)

@@ -17,6 +17,7 @@ from flaxcls.training.initial import complete, inherited_normalization
 from flaxcls.training.introduction import introduce
 from flaxcls.training.program import Program
 from flaxcls.training.session import Session
+from flaxcls.weights import sources
 
 
 def train(
@@ -38,6 +39,8 @@ def train(
     Returns what summary.json holds. Raises ConfigError, DataError, CheckpointError, DivergedError
     and, when a signal asked the run to end and it has saved itself, Interrupted.
     """
+    if experiment.init_from is not None and before is None:
+        sources.check(experiment.init_from)  # before anything slow
     fingerprint = experiment.train.source.fingerprint
     normalization = (
         run_folder.normalization(workdir, fingerprint)
@@ -69,7 +72,8 @@ def train_config(
     that the process has taken so far; a run that is `watched` ends the process if it hangs.
     """
     clock = Goodput(age)
-    complete(config)
+    if said := complete(config):
+        processes.say(said)
     build.check(config)
     mesh = build.mesh(config)
     workdir = Path(processes.gather(str(workdir))[0])

@@ -29,7 +29,7 @@ class Initial(NamedTuple):
 
     Attributes:
       variables: {"params", "batch_stats"}, float32; arrays that are absent are initialised.
-      sentence: what was taken, adapted and initialised anew.
+      sentence: what was taken, what was adapted, and why the head was not taken.
       digest: says which weights these are.
     """
 
@@ -46,10 +46,12 @@ def initial_weights(
 ) -> Initial:
     """The variables of a network for images of (H, W, C), of what config.init_from names.
 
-    The head is initialised anew for another number of classes, other `class_names` or where the
-    source has none. Learned position embeddings are resampled to another image size and the first
-    convolution is adapted to another number of channels, as timm does. Raises ConfigError, which
-    names what differs, if anything else does not fit, and for what can't be read.
+    The head is zero for another number of classes, other `class_names` or where the source has
+    none: the features are trained, and large, so that random weights would begin with confident
+    nonsense (EfficientNet-Lite0 on 10 classes: a loss of 8 instead of ln 10 = 2.3). Learned
+    position embeddings are resampled to another image size and the first convolution is adapted to
+    another number of channels, as timm does. Raises ConfigError, which names what differs, if
+    anything else does not fit, and for what can't be read.
     """
     weights = read(source)
     with about(source):
@@ -144,13 +146,16 @@ class _Fitting:
         for path, array in taken.items():
             if not np.isfinite(array).all():
                 raise ConfigError(f"{name(path)} holds values that are not finite")
-        variables = unflatten_dict({tuple(path.split("/")): a for path, a in taken.items()})
+        fresh = {path: np.zeros(self._shapes[path], np.float32) for path in head if reason}
+        variables = unflatten_dict(
+            {tuple(path.split("/")): array for path, array in (taken | fresh).items()}
+        )
         return Initial(variables, self._sentence(source, taken, head, reason), _digest(taken))
 
     def _why_not_the_head(
         self, head: Sequence[str], class_names: Sequence[str] | None
     ) -> str | None:
-        """In words, why the head is initialised anew; None if it is taken."""
+        """In words, why the head is not taken; None if it is."""
         arrays, name = self._weights.arrays, self._layout.name
         there = [path for path in head if name(path) in arrays]
         if head and not there:
@@ -214,7 +219,7 @@ class _Fitting:
         details = "; ".join(filter(None, (self._weights.about, f"{self._layout.label} names")))
         parts = [f"{len(taken):,} of {len(self._shapes):,} arrays taken ({details})"]
         if reason:
-            parts.append(f"{', '.join(map(_inner, head))} initialised anew ({reason})")
+            parts.append(f"{', '.join(map(_inner, head))} zero ({reason})")
         return f"init_from={printable(source)}: {'; '.join([*parts, *self._adapted])}"
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,6 @@ class Pretrained(NamedTuple):
       image_size: pixels per side.
       crop_ratio: of the picture's shorter side, in evaluation.
       interpolation: of the resizing.
-      classes: what it tells apart.
       licence: of the weights.
       accuracy: as published, top-1 in percent on ImageNet's validation split.
     """
@@ -36,7 +36,6 @@ class Pretrained(NamedTuple):
     image_size: int
     crop_ratio: float
     interpolation: str
-    classes: str
     licence: str
     accuracy: float
 
@@ -53,7 +52,6 @@ def _lite(number: int, sha256: str, image_size: int, crop_ratio: float, accuracy
         image_size=image_size,
         crop_ratio=crop_ratio,
         interpolation="bicubic",
-        classes="the 1,000 of ImageNet",
         licence="Apache-2.0",
         accuracy=accuracy,
     )
@@ -114,14 +112,16 @@ def _module(known: Pretrained) -> Path | None:
     return Path(spec.submodule_search_locations[0]) if spec else None
 
 
-def apply_preprocessing(config: ConfigDict, name: str, any_size: bool) -> list[str]:
-    """Sets what a config leaves open to what known weights need; returns the fields set.
+def apply_preprocessing(
+    config: ConfigDict, name: str, image_shape: tuple[int | None, int | None, int]
+) -> None:
+    """Sets what a config leaves open to what known weights need.
 
     They are the network, the image size, mean and standard deviation, the interpolation and, where
-    the data's pictures have `any_size`, how much of one evaluation sees. Raises ConfigError if the
-    config names another network.
+    the data's pictures, of `image_shape`, have any size (None), how much of one evaluation sees.
+    Raises ConfigError if the config names another network.
     """
-    known, fields = PRETRAINED[name], []
+    known = PRETRAINED[name]
 
     def fill(path: str, value: object) -> None:
         *sections, field = path.split(".")
@@ -130,7 +130,6 @@ def apply_preprocessing(config: ConfigDict, name: str, any_size: bool) -> list[s
             section = section[part]
         if section.get(field) is None:
             section[field] = value
-            fields.append(path)
 
     if config.model.name not in (None, known.network):
         raise ConfigError(
@@ -140,11 +139,17 @@ def apply_preprocessing(config: ConfigDict, name: str, any_size: bool) -> list[s
     fill("model.name", known.network)
     fill("image_size", known.image_size)
     if config.data.mean is None and config.data.std is None:
-        fill("data.mean", known.mean)
-        fill("data.std", known.std)
+        fill("data.mean", for_channels(known.mean, image_shape[-1]))
+        fill("data.std", for_channels(known.std, image_shape[-1]))
     fill("crop.interpolation", known.interpolation)
     crops = (config.crop.name or "random_resized_crop", config.eval.crop.name or "center_crop")
     cropped = crops[0] in ("random_resized_crop", "center_crop") and crops[1] == "center_crop"
-    if any_size and cropped and config.crop.get("ratio") is None:
+    if None in image_shape and cropped and config.crop.get("ratio") is None:
         fill("eval.crop.ratio", known.crop_ratio)
-    return fields
+
+
+def for_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """A mean or deviation per channel for images of another number of channels: the average."""
+    if len(values) == channels:
+        return tuple(values)
+    return (sum(values) / len(values),) * channels

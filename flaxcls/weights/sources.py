@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flaxcls.config.fields import options_of
 from flaxcls.core.metrics import best_of
 from flaxcls.errors import ConfigError, did_you_mean
 from flaxcls.runs import run_folder
@@ -64,13 +65,24 @@ def read(source: str) -> Weights:
     with about(source):
         if source in pretrained.PRETRAINED:
             known = pretrained.PRETRAINED[source]
-            return Weights(read_weights(pretrained.find(source)), known.network)
+            about_it = f"ImageNet, published top-1 {known.accuracy} %, {known.licence}"
+            arrays = read_weights(pretrained.find(source))
+            return Weights(arrays, known.network, about=about_it)
         path = Path(source).expanduser()
         if path.is_file():
             if path.suffix not in SUFFIXES:
                 raise ConfigError(f"a file of weights is one of {', '.join(SUFFIXES)}")
             return Weights(read_weights(path))
         return _read_run(*_run(source))
+
+
+def check(source: str) -> None:
+    """Raises ConfigError, as `read` does, for a text that names nothing that is there."""
+    with about(source):
+        if source in pretrained.PRETRAINED:
+            pretrained.find(source)
+        elif not Path(source).expanduser().is_file():
+            _run(source)
 
 
 def preprocessing(source: str) -> Preprocessing | None:
@@ -89,6 +101,23 @@ def preprocessing(source: str) -> Preprocessing | None:
     return Preprocessing(metadata["mean"], metadata["std"])
 
 
+def network(source: str) -> tuple[dict[str, Any], int] | None:
+    """config.model of the run that a text names and the size of its images, in pixels per side.
+
+    None for a file, which tells neither.
+    """
+    if Path(source).expanduser().is_file():
+        return None
+    with about(source):
+        folder, _ = _run(source)
+        config = run_folder.load_config(folder)
+        checkpoints = CheckpointReader(folder / "checkpoints")
+        _, metadata = checkpoints.read("last", checkpoints.metadata)
+    return options_of(config.model, "dtype") | {"name": config.model.name}, metadata["image_shape"][
+        0
+    ]
+
+
 def _run(source: str) -> tuple[Path, str | None]:
     """The run's folder and the step after its "@"; ConfigError if there is no such folder."""
     path, step = Path(source).expanduser(), None
@@ -97,7 +126,7 @@ def _run(source: str) -> tuple[Path, str | None]:
         path = Path(folder).expanduser()
     if not path.is_dir():
         known = did_you_mean(source, pretrained.PRETRAINED)
-        raise ConfigError(f"there is no such folder or file{known}")
+        raise ConfigError(f"there is no such run, file or known name{known}")
     run_folder.load_config(path)  # NoRun, which says so
     return path, step
 

@@ -119,8 +119,8 @@ def test_center_crop_without_antialiasing_equals_torch(size, ratio, interpolatio
         assert largest(transform(Pixels(pixels), size, []), expected) <= 2
 
 
-def test_center_crop_equals_torchvision():
-    transforms = pytest.importorskip("torchvision.transforms")
+def test_center_crop_equals_torchvision(torchvision):
+    transforms = torchvision.transforms
     for height, width in SHAPES:
         pixels = random_pixels(height, width)
         theirs = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28)])
@@ -168,8 +168,8 @@ def test_boxes_are_distributed_as_torchvisions(shape, area, aspect):
         assert result.pvalue > 1e-3
 
 
-def test_boxes_are_distributed_as_those_of_the_installed_torchvision():
-    transforms = pytest.importorskip("torchvision.transforms")
+def test_boxes_are_distributed_as_those_of_the_installed_torchvision(torchvision):
+    transforms = torchvision.transforms
     stats, torch = pytest.importorskip("scipy.stats"), pytest.importorskip("torch")
     torch.manual_seed(0)
     image, transform = Image.new("L", (500, 400)), RandomResizedCrop()

@@ -17,8 +17,8 @@ from flaxcls.weights import torch_names
 torch = pytest.importorskip("torch")
 
 
-def torchvision_models():
-    """torchvision.models; skips the test where it can't be imported."""
+def torchvision():
+    """torchvision; skips the test where it can't be imported."""
     with contextlib.suppress(Exception):
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in ("nms", "qnms"):
@@ -27,7 +27,12 @@ def torchvision_models():
         import torchvision
     except Exception as error:
         pytest.skip(f"torchvision can't be imported: {error}")
-    return torchvision.models
+    return torchvision
+
+
+def torchvision_models():
+    """torchvision.models; skips the test where it can't be imported."""
+    return torchvision().models
 
 
 def timm():

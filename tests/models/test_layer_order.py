@@ -97,7 +97,7 @@ TIMM = {
         *((f"^{name}", name) for name in ("patch_embed", "cls_token", "pos_embed")),
         *BLOCKS,
     ),
-    "mixer_b16": ("mixer_b16_224", ("^stem", "stem"), *BLOCKS),
+    "mixer_b16": ("mixer_b16_224", ("^stem", "patch_embed"), *BLOCKS),
     "resnet50d": (
         "resnet50d",
         *((rf"^layer{i}\.(\d+)", f"stage{i}_block{{}}") for i in range(1, 5)),

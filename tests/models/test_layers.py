@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxcls.models import layers
+from flaxcls.models import layers, pooling
 from flaxcls.models.convolution import _convolve_blocks
 
 
@@ -20,7 +20,7 @@ def normal(seed, *shape):
 @pytest.mark.parametrize("shape", [(2, 6, 4, 3), (2, 7, 5, 3)])
 @pytest.mark.parametrize("window", [2, 3])
 @pytest.mark.parametrize(
-    ("pool", "reference"), [(layers.max_pool, nn.max_pool), (layers.average_pool, nn.avg_pool)]
+    ("pool", "reference"), [(pooling.max_pool, nn.max_pool), (pooling.average_pool, nn.avg_pool)]
 )
 def test_pooling_and_its_gradient_equal_flax(pool, reference, window, shape):
     x = normal(0, *shape)
@@ -35,13 +35,13 @@ def test_pooling_and_its_gradient_equal_flax(pool, reference, window, shape):
 
 def test_the_first_of_equal_maxima_has_the_gradient_of_max_pool():
     x = jnp.array([[1.0, 3.0], [3.0, 0.0]])[None, :, :, None]
-    gradient = jax.grad(lambda x: layers.max_pool(x).sum())(x)
+    gradient = jax.grad(lambda x: pooling.max_pool(x).sum())(x)
     np.testing.assert_array_equal(gradient[0, :, :, 0], [[0.0, 1.0], [0.0, 0.0]])
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 3), (2, 7, 9, 2), (1, 5, 4, 1)])
 @pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("pool", [layers.overlapping_max_pool, layers._gathered_max_pool])
+@pytest.mark.parametrize("pool", [pooling.overlapping_max_pool, pooling._gathered_max_pool])
 def test_overlapping_max_pool_and_its_gradient_equal_flax(pool, padding, shape):
     x = jnp.round(2 * normal(0, *shape))  # with equal maxima, of which the first has the gradient
 
@@ -68,12 +68,12 @@ def test_adaptive_average_pool_takes_the_spans_of_pytorch(pixels, size, means):
     ramp = jnp.arange(pixels, dtype=jnp.float32)
     x = (10 * ramp[:, None] + ramp)[None, :, :, None]
     expected = 10 * np.array(means)[:, None] + np.array(means)
-    pooled = layers.adaptive_average_pool(x, size)
+    pooled = pooling.adaptive_average_pool(x, size)
     np.testing.assert_allclose(pooled[0, :, :, 0], expected, rtol=1e-6)
 
 
 def test_overlapping_max_pool_scatters_no_gradient_on_gpus():
-    gradient = jax.jit(jax.grad(lambda x: layers.overlapping_max_pool(x).sum()))
+    gradient = jax.jit(jax.grad(lambda x: pooling.overlapping_max_pool(x).sum()))
     x = jnp.zeros((2, 8, 8, 3))
     modules = {
         platform: jax.export.export(gradient, platforms=[platform])(x).mlir_module()

@@ -6,6 +6,7 @@ import re
 import jax
 import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flaxcls import models
@@ -68,6 +69,8 @@ def shapes(module, image_shape):
         ("densenet_bc", (32, 32, 3), 10, {}, 769_162),
         ("efficientnet_b0", (224, 224, 3), 1000, {}, 5_288_548),
         ("efficientnet_b1", (240, 240, 3), 1000, {}, 7_794_184),
+        ("efficientnet_b3", (300, 300, 3), 1000, {}, 12_233_232),
+        ("efficientnet_b4", (380, 380, 3), 1000, {}, 19_341_616),
         ("efficientnet_lite0", (224, 224, 3), 1000, {}, 4_652_008),
         ("mobilenet_v3_small", (224, 224, 3), 1000, {}, 2_542_856),
         ("mobilenet_v3_large", (224, 224, 3), 1000, {}, 5_483_032),
@@ -221,9 +224,9 @@ def test_every_option_has_an_annotation_and_a_default_that_builds(name):
 
 
 def test_options_leave_out_what_a_name_fixes():
-    assert set(models.options("wrn")) == {"depth", "width", "dropout"}
-    assert set(models.options("wrn28_10")) == {"dropout"}
-    resnet = {"stem", "width", "zero_init_residual", "pooled_shortcut"}
+    assert set(models.options("wrn")) == {"depth", "width", "dropout", "remat"}
+    assert set(models.options("wrn28_10")) == {"dropout", "remat"}
+    resnet = {"stem", "width", "zero_init_residual", "pooled_shortcut", "remat", "drop_path"}
     assert set(models.options("resnet50")) == resnet
     assert set(models.options("resnet50d")) == resnet - {"stem", "pooled_shortcut"}
 
@@ -358,3 +361,36 @@ def test_only_quick_freezes_and_learns_from_data():
     variables = {"params": {}}
     assert models.initialize_from_data(module, variables, jnp.zeros((1, 8, 8, 1))) is variables
     assert models.frozen(models.build("quick", num_classes=3)) == r"^whiten/kernel$"
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_drop_path_of_resnets_leaves_out_the_branches_of_late_blocks(depth):
+    options = {"stem": "cifar", "width": 4}
+    network = models.build(f"resnet{depth}", num_classes=3, drop_path=0.9, **options)
+    plain = models.build(f"resnet{depth}", num_classes=3, **options)
+    image = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+    variables = jax.jit(functools.partial(network.init, train=False))(jax.random.key(1), image)
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def run(network, train):
+        def is_block(module, method):
+            return module.name and "_block" in module.name and method == "__call__"
+
+        rngs = {"dropout": jax.random.key(2)}
+        mutable = ["intermediates", "batch_stats"]
+        logits, state = network.apply(
+            variables,
+            image,
+            train=train,
+            rngs=rngs,
+            mutable=mutable,
+            capture_intermediates=is_block,
+        )
+        return logits, state["intermediates"]
+
+    logits, blocks = run(network, True)
+    expected, expected_blocks = run(plain, True)
+    first, second = "stage1_block1", "stage1_block2"
+    np.testing.assert_array_equal(blocks[first]["__call__"], expected_blocks[first]["__call__"])
+    assert abs(blocks[second]["__call__"][0] - expected_blocks[second]["__call__"][0]).max() > 1e-3
+    np.testing.assert_array_equal(run(network, False)[0], run(plain, False)[0])

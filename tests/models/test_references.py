@@ -11,6 +11,8 @@ from flaxcls.models.resnet import BottleneckBlock, ResNeXtBlock
 from flaxcls.weights.resampling import adapt_channels, resample_positions
 
 pytestmark = pytest.mark.slow
+# Large ones of a family whose smaller members are compared always: by `pytest -m torture`.
+torture = pytest.mark.torture
 
 _spec = importlib.util.spec_from_file_location(
     "references", Path(__file__).with_name("references.py")
@@ -24,7 +26,7 @@ def torch_networks():
     return references.torchvision_models(), pytest.importorskip("torch").nn
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=torture)])
 def test_equals_torchvision(name):
     make = getattr(references.torchvision_models(), name)
     references.compare(name, make(num_classes=7), size=65)
@@ -96,10 +98,10 @@ def test_densenet_bc_is_that_of_torchvision_with_another_stem():
 @pytest.mark.parametrize(
     ("name", "reference"),
     [
-        ("efficientnet_b0", "efficientnet_b0"),
+        pytest.param("efficientnet_b0", "efficientnet_b0", marks=torture),
         ("efficientnet_lite0", "tf_efficientnet_lite0"),
         ("mobilenet_v3_small", "mobilenet_v3_small"),
-        ("mobilenetv4_conv_medium", "mobilenetv4_conv_medium"),
+        pytest.param("mobilenetv4_conv_medium", "mobilenetv4_conv_medium", marks=torture),
     ],
 )
 def test_mobile_networks_equal_torchvision_and_timm(name, reference):
@@ -131,6 +133,7 @@ def test_vit_equals_timm(options, theirs):
     references.compare("vit", reference, size=40, **VIT, **options)
 
 
+@torture
 def test_deit3_equals_timm():
     make = references.timm().create_model
     reference = make("deit3_small_patch16_224", num_classes=7, img_size=48)

@@ -31,3 +31,29 @@ def test_fixed_positions_are_those_that_a_learned_embedding_could_have():
         )
     )()
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_uniform_drop_path_reaches_the_first_block():
+    image = jax.random.normal(jax.random.key(0), (8, 8, 8, 3))
+
+    def change(**options):
+        """How far logits in training are from those in evaluation."""
+        network = models.build("vit", num_classes=3, drop_path=0.9, **options, **SMALL)
+        variables = network.init(jax.random.key(1), image, train=False)
+        rngs = {"dropout": jax.random.key(2)}
+        trained = network.apply(variables, image, train=True, rngs=rngs)
+        return abs(trained - network.apply(variables, image, train=False)).max()
+
+    assert change() == 0  # its only block is the first
+    assert change(drop_path_uniform=True) > 1e-3
+
+
+def test_layer_before_the_head_is_what_is_pooled():
+    image = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    network = models.build("vit", num_classes=3, pre_logits=True, **SMALL)
+    variables = network.init(jax.random.key(1), image, train=False)
+    pooled = models.features(network, variables, image)["pooled"]
+    assert abs(pooled).max() < 1
+    head = variables["params"]["head"]
+    logits = network.apply(variables, image, train=False)
+    np.testing.assert_allclose(logits, pooled @ head["kernel"] + head["bias"], atol=1e-6)
