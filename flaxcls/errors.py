@@ -12,6 +12,9 @@ SIGNAL_EXIT_CODES = {  # of being asked to end: Ctrl-C, a scheduler, a connectio
 HUNG_EXIT_CODE = 44  # of a process that the watchdog ends: nothing is raised
 
 
+_SHOWN = 20  # names, of those that would do
+
+
 class FlaxclsError(Exception):
     """An error whose message is one sentence for the user; no traceback is shown."""
 
@@ -67,10 +70,13 @@ class ProcessesError(FlaxclsError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: the closest known one, or all of them."""
+    """The end of a sentence about an unknown name: the closest known one, or some of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
+    if close:
+        return f", did you mean '{close[0]}'?"
+    more = f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else ""
+    return f"; known: {', '.join(known[:_SHOWN])}{more}"
 
 
 def one_line(error: BaseException) -> str:

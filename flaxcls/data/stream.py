@@ -129,9 +129,8 @@ class Stream:
                 draws = np.zeros((len(plan["index"]), self.loader.draws))
                 yield plan, draws, self.image_size(0)
 
-        for plan, images, (_, labels, broken) in self._load(
-            plans(), substitute=self._broken is not None
-        ):
+        is_training = self._order is not None
+        for plan, images, (_, labels, broken) in self._load(plans(), substitute=is_training):
             if broken:
                 self._broken.note(broken)
             yield {**plan, "image": images, "label": labels}

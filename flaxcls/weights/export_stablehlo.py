@@ -4,12 +4,14 @@ The weights are an argument of the exported function, not constants in it: a ser
 readable by JAX versions of half a year or so, the weights for good, and neither is there twice.
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
 import jax
 from jax import export
 
+from flaxcls.errors import ConfigError
 from flaxcls.weights.export_safetensors import save
 from flaxcls.weights.exportable import Exportable, cannot, flatten, symbolic_images, unflatten
 
@@ -21,7 +23,10 @@ def write(model: Exportable, folder: Path) -> None:
 
     The function is `call(weights, images uint8 [b, H, W, C]) -> {"logits", "probabilities"}`, for
     any b; `weights` are those of the file, as safetensors reads it. It can't be differentiated.
+    Raises ConfigError where a package is missing or the network can't take any size of batch.
     """
+    if not importlib.util.find_spec("flatbuffers"):  # which JAX serializes with
+        raise ConfigError("--format=stablehlo needs flatbuffers: pip install 'flaxcls[export]'")
     arrays = flatten(model.variables)
 
     def classify(weights, images):
