@@ -152,9 +152,8 @@ def test_rmsprop_tf_equals_timm(momentum):
 
 
 def test_rmsprop_tf_keeps_no_momentum_of_frozen_parameters():
-    optimizer, _ = optim.build(
-        "rmsprop_tf", schedule=schedule, params=PARAMS, frozen="^(conv1|norm1|hidden)/"
-    )
+    frozen = [path for path in flat(PARAMS) if not path.startswith("head/")]
+    optimizer, _ = optim.build("rmsprop_tf", schedule=schedule, params=PARAMS, frozen=frozen)
     states = jax.tree.leaves(optimizer.init(PARAMS))
     head = 2 * sum(leaf.size for leaf in jax.tree.leaves(PARAMS["head"]))
     assert sum(leaf.size for leaf in states) == head + 1  # and the schedule's count

@@ -1,31 +1,40 @@
 """What config.init_from means for a run besides its first weights."""
 
+import contextlib
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
 from flaxcls import build
 from flaxcls.build import Experiment
 from flaxcls.config.fields import changes, plain
-from flaxcls.errors import ConfigError
+from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.runtime import processes
 from flaxcls.runtime.output import printable
 from flaxcls.weights import pretrained, sources
 
 
-def complete(config: ConfigDict) -> str:
+def complete(config: ConfigDict, workdir: Path | None = None) -> str:
     """Sets what the config leaves open to what its first weights need; says so, or "".
 
-    Known weights bring their whole preprocessing, a run's its network and image size. A run that is
-    resumed comes to the same.
+    Known weights bring their whole preprocessing, a run's its network and image size. The run in
+    `workdir` that is resumed comes to the same, also where that other run is no more.
     """
     source, before = config.init_from, plain(config)
     if source is None:
         return ""
-    if source in pretrained.PRETRAINED:
-        with processes.first_before_others():  # it may have to prepare the data for all
-            shape = build.source(config, config.data.eval_split).image_shape
+    is_known = source in pretrained.PRETRAINED
+    if not is_known and config.model.name is not None:
+        return ""
+    with processes.first_before_others():  # it may have to prepare the data for all
+        shape = build.source(config, config.data.eval_split).image_shape
+    if is_known:
         pretrained.apply_preprocessing(config, source, shape)
-    elif config.model.name is None:
-        found = sources.network(source)
+    else:
+        found = None
+        with contextlib.suppress(FlaxclsError):
+            found = sources.network(str(workdir))
+        found = found or sources.network(source)
         if found is None:
             raise ConfigError(
                 f"config.init_from={printable(source)} does not tell its network: name it by "
@@ -33,7 +42,8 @@ def complete(config: ConfigDict) -> str:
             )
         model, size = found
         config.model.update(model)
-        config.image_size = size if config.image_size is None else config.image_size
+        if config.image_size is None and None in shape:
+            config.image_size = size
     set_now = changes(before, config)
     values = ", ".join(f"config.{field} = {now!r}" for field, (_, now) in set_now.items())
     return f"as {printable(source)} needs it: {values}" if values else ""

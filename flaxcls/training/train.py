@@ -72,7 +72,7 @@ def train_config(
     that the process has taken so far; a run that is `watched` ends the process if it hangs.
     """
     clock = Goodput(age)
-    if said := complete(config):
+    if said := complete(config, workdir):
         processes.say(said)
     build.check(config)
     mesh = build.mesh(config)

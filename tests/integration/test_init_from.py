@@ -65,6 +65,21 @@ def test_run_of_no_steps_is_the_run_that_it_begins_with(
 
 
 @pytest.mark.slow
+def test_network_that_came_from_a_run_stays_when_that_run_is_gone(
+    tmp_path, recipe, source, run_main
+):
+    command = (f"--config={recipe}", f"--config.init_from={source}", *OPEN)
+    command = (*command, f"--workdir={tmp_path / 'tuned'}")
+    result = run_main(*command, "--config.duration=2 steps")
+    assert result.returncode == 0, result.stderr
+    assert " needs it: config.model.name = " in result.stdout
+    shutil.rmtree(source)
+    result = run_main(*command, "--config.duration=4 steps")
+    assert result.returncode == 0, result.stderr
+    assert "resumed from step 2 of 4" in result.stdout
+
+
+@pytest.mark.slow
 def test_killed_run_resumes_bitwise_and_needs_the_weights_until_its_first_checkpoint_only(
     tmp_path,
     everything,
