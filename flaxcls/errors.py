@@ -12,7 +12,7 @@ SIGNAL_EXIT_CODES = {  # of being asked to end: Ctrl-C, a scheduler, a connectio
 HUNG_EXIT_CODE = 44  # of a process that the watchdog ends: nothing is raised
 
 
-_SHOWN = 20  # names, of those that would do
+_SHOWN = 12  # names, of those that would do
 
 
 class FlaxclsError(Exception):

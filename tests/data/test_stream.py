@@ -437,9 +437,11 @@ def test_batches_of_processes_are_not_written_over(processes):
     assert all(np.array_equal(batch["image"], copy) for batch, copy in kept)
 
 
-def test_unreadable_image_in_a_process_is_named(folder, processes):
+def test_unreadable_image_in_a_process_is_named(folder):
+    stream = evaluation(folder, (2, 2, 3), broken=BrokenImages(SIZE, 1, str))
     with pytest.raises(DataError, match="train/c/17.png is not a readable image"):
-        list(processes.evaluation_batches(16))
+        list(stream.evaluation_batches(16))
+    stream.close()
 
 
 def test_memory_of_processes_is_used_again(processes):
