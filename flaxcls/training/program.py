@@ -35,6 +35,7 @@ class Program:
     Attributes:
       metadata: what a checkpoint holds besides its arrays; JSON.
       shapes, shardings: of the state.
+      head_only: what the head is trained with, where it is all that is trained; else None.
     """
 
     def __init__(self, experiment: Experiment, data: RunData):
@@ -42,13 +43,13 @@ class Program:
         self._mesh, self._rate, self._data = mesh, experiment.learning_rate, data
         self._sizes = experiment.train.sizes
         found = head_only(experiment, data)
-        self._head_only = found if isinstance(found, HeadOnly) else None
+        self.head_only = found if isinstance(found, HeadOnly) else None
         self._not_once = found if isinstance(found, str) else None
-        self._input = self._head_only.train if self._head_only else data.train
+        self._input = self.head_only.train if self.head_only else data.train
         self._arrays: Any = None  # of the input, on the devices
-        self._make_evaluator = partial(_evaluator, experiment, data, self._head_only)
+        self._make_evaluator = partial(_evaluator, experiment, data, self.head_only)
         self._evaluator: Evaluator | None = None
-        if not self._head_only:
+        if not self.head_only:
             self._open_data()
         self.metadata = {
             "config": experiment.config,
@@ -76,7 +77,7 @@ class Program:
         self.shardings = sharding.shardings(mesh, self.shapes, rules)
 
         # The functions.
-        update = make_update(experiment, self.metadata, sharding.platform(mesh), self._head_only)
+        update = make_update(experiment, self.metadata, sharding.platform(mesh), self.head_only)
         state = self.shardings
         self._init = jax.jit(init, out_shardings=state)
         self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=state)
@@ -93,8 +94,8 @@ class Program:
 
     def describe_input(self) -> str:
         """The input of the training in words, with the memory it takes."""
-        if self._head_only:
-            return self._head_only.describe()
+        if self.head_only:
+            return self.head_only.describe()
         copies = sharding.copies(self._arrays["image"]) if self._arrays else 1
         on_devices = f" on each of {copies} devices" if copies > 1 else ""
         text = self._data.train.describe() + on_devices + self._sizes.describe()
@@ -110,8 +111,8 @@ class Program:
 
         `update` and `evaluate` see to it themselves; it may take as long as an epoch.
         """
-        if self._head_only and self._evaluator is None:
-            self._head_only.compute(state.variables)
+        if self.head_only and self._evaluator is None:
+            self.head_only.compute(state.variables)
             self._open_data()
 
     def _open_data(self) -> None:

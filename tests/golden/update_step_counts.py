@@ -63,6 +63,7 @@ def folder(path, network):
     recipe = runpy.run_path(str(path))
     config = recipe["get_config"]()
     config.batch_size = DEVICES * 8
+    config.init_from = config.finetune.freeze = None
     config.crop.name = "random_resized_crop"  # the pictures of a folder have many sizes
     if network == "quick":
         config.model.name, config.model.widths = network, (32, 128, 256)
@@ -137,7 +138,7 @@ def step_counts(config):
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
         compiled = program.lower().compile(options).as_text()
 
-        update = make_update(experiment, program.metadata, "gpu")
+        update = make_update(experiment, program.metadata, "gpu", program.head_only)
         traced = jax.jit(update, donate_argnums=0, out_shardings=program.shardings).trace(
             *program.step_arguments()
         )
