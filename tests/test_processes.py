@@ -1,7 +1,6 @@
 """What several processes agree on, without starting them; tests/integration starts them."""
 
 import json
-import os
 import signal
 from types import SimpleNamespace
 
@@ -79,13 +78,13 @@ def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was ignored
     with stop_request.StopRequest() as asked:
         assert asked() is None
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
         assert asked() == signal.SIGTERM
         for number in (signal.SIGHUP, signal.SIGUSR1):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             assert asked() == number and SIGNAL_EXIT_CODES[number] == 42
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert asked() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
@@ -98,7 +97,7 @@ def test_hangup_that_nohup_ignores_stays_ignored_but_ctrl_c_does_not(number, exp
     before = signal.signal(number, signal.SIG_IGN)
     try:
         with stop_request.StopRequest() as asked:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
             assert asked() == expected
     finally:
         signal.signal(number, before)

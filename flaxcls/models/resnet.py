@@ -106,13 +106,20 @@ def _shortcut(block: nn.Module, x: jax.Array, features: int) -> jax.Array:
         return x
     if block.pooled_shortcut:
         if block.strides == 2:
-            # An odd last row or column is averaged alone, so twice.
-            rows, columns = x.shape[1] % 2, x.shape[2] % 2
-            x = average_pool(jnp.pad(x, ((0, 0), (0, rows), (0, columns), (0, 0)), mode="edge"))
+            x = average_pool(_even(x))
         x = block.conv(features, (1, 1), name="pooled_shortcut_conv")(x)
         return block.norm(name="pooled_shortcut_norm")(x)
     x = block.conv(features, (1, 1), block.strides, padding=0, name="shortcut_conv")(x)
     return block.norm(name="shortcut_norm")(x)
+
+
+def _even(x: jax.Array) -> jax.Array:
+    """[B,H,W,C] of even H and W: an odd last row or column is there twice, so averaged alone."""
+    for axis in (1, 2):
+        if x.shape[axis] % 2:  # `jnp.pad` can't, where a network is exported for any batch size
+            last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, x.shape[axis], axis=axis)
+            x = jnp.concatenate([x, last], axis)
+    return x
 
 
 class ResNet(nn.Module, kw_only=True):
