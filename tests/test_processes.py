@@ -75,7 +75,8 @@ def test_alone_everything_is_one_s_own(capsys):
 
 
 def test_first_signal_is_noted_and_only_a_second_ctrl_c_acts_at_once():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where they were ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with stop_request.StopRequest() as asked:
         assert asked() is None
         signal.raise_signal(signal.SIGTERM)
