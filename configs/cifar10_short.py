@@ -13,9 +13,9 @@ are chosen, such as
     --config.model.name=vit --config.model.patch=4 --config.model.width=128
         --config.model.heads=4 --config.model.depth=6 --config.model.pool=average
 
-Run with cifar_alexnet for 1 epoch on a CIFAR-10 re-encoded as JPEG: test accuracy 64.42 % (n = 1)
-in 196 s, all included, on 2 cores (AMD EPYC) with jax 0.10.2, other jobs taking more than half of
-the machine. November 2026.
+Run on a CIFAR-10 re-encoded as JPEG: test accuracy 76.16 % with cifar_alexnet after 10 epochs, and
+84.18 % with cifar_resnet20 after 5 (n = 1 each), on 2 cores (AMD EPYC) with jax 0.10.2, other jobs
+taking most of the machine. November 2026.
 """
 
 from flaxcls.config import default

@@ -13,7 +13,9 @@ such as --config.image_size=160. On a CPU the run is made to end within some 20 
 few steps are timed first. What is wrong with the pictures says `python -m flaxcls.data check
 --source=DIR`, before any training.
 
-RESULTS
+Run on 2,000 pictures of 32 pixels (ten classes of CIFAR-10, 200 each, and 200 each to test), on 2
+cores (AMD EPYC) with jax 0.10.2: accuracy 74.50 % with the weights, after 63 s, all included;
+69.80 % without, after 426 s, other jobs running (n = 1 each). November 2026.
 """
 
 from flaxcls.config import default
