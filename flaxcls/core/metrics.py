@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Which weights results of evaluations are of, as they name them and in words.
+WEIGHTS = {"eval": "parameters", "ema": "averaged parameters"}
 TOTALS = ("broken_images", "skipped_updates")  # metrics whose sums are wanted, not their means
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]

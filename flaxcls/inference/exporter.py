@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flaxcls import augment
 from flaxcls.config import options
 from flaxcls.core.losses import evaluated_as
+from flaxcls.core.metrics import WEIGHTS
 from flaxcls.data.transform import TRANSFORMS, Resize, Transform
 from flaxcls.errors import ConfigError, OutputError
 from flaxcls.inference import parity
-from flaxcls.inference.predictor import PROBABILITIES, WEIGHTS, Predictor
+from flaxcls.inference.predictor import PROBABILITIES, Predictor
 from flaxcls.runtime.output import printable
 from flaxcls.weights import export_onnx, export_safetensors, export_savedmodel, export_stablehlo
 from flaxcls.weights.exportable import Exportable, Outputs

@@ -15,7 +15,7 @@ from PIL import Image
 
 from flaxcls import augment, models
 from flaxcls.core.losses import evaluated_as
-from flaxcls.core.metrics import best_of
+from flaxcls.core.metrics import WEIGHTS, best_of
 from flaxcls.data.decode import Picture, available_cores
 from flaxcls.data.loader import Decoded
 from flaxcls.data.storage import read_picture
@@ -34,12 +34,6 @@ PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "sigmoid_cross_entropy": jax.nn.sigmoid,  # each class on its own: they need not add up to 1
     "squared_error": jax.vmap(optax.projections.projection_simplex),
 }
-
-
-WEIGHTS = {
-    "eval": "parameters",
-    "ema": "averaged parameters",
-}  # as results of evaluations name them
 
 
 class Predictions(NamedTuple):

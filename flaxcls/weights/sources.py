@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from flaxcls.config.fields import options_of
-from flaxcls.core.metrics import best_of
+from flaxcls.core.metrics import WEIGHTS, best_of
 from flaxcls.errors import ConfigError, did_you_mean
 from flaxcls.runs import run_folder
 from flaxcls.runs.checkpoint_reader import CheckpointReader
@@ -18,7 +18,6 @@ from flaxcls.weights import pretrained
 from flaxcls.weights.files import read_weights
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-_WEIGHTS = {"eval": "parameters", "ema": "averaged parameters"}
 
 
 class Weights(NamedTuple):
@@ -155,7 +154,7 @@ def _read_run(folder: Path, which: str | None) -> Weights:
         jax.tree_util.keystr(path, simple=True, separator="/"): array
         for path, array in jax.tree.leaves_with_path(tree)
     }
-    about = f"step {step:,}, {_WEIGHTS[kind]}"
+    about = f"step {step:,}, {WEIGHTS[kind]}"
     if result := metadata["progress"]["results"].get(kind):
         about += f", accuracy {result['accuracy']:.2%} when last evaluated"
     network = metadata["config"]["model"]["name"]
