@@ -354,8 +354,9 @@ def grey(images: Array) -> Array:
     """Luma (ITU-R 601) as Pillow's mode L has it, uint8 [B, H, W, 1]."""
     if images.shape[-1] == 1:
         return images
-    weighted = images.astype(np.int32) * np.array([19595, 38470, 7471])
-    return ((weighted.sum(axis=-1, keepdims=True) + 2**15) >> 16).astype(np.uint8)
+    red, green, blue = (images[..., channel, None].astype(np.int32) for channel in range(3))
+    weighted = 19595 * red + 38470 * green + 7471 * blue
+    return ((weighted + 2**15) >> 16).astype(np.uint8)
 
 
 def _smooth(images: Array) -> Array:
