@@ -101,7 +101,7 @@ def split(specs: Sequence[Mapping[str, Any]]) -> tuple[tuple[Augmentation, ...],
     A host does the policies, which devices are bad at, and what has to come before them.
     """
     before = [augmentation for _, augmentation in _parse(specs)[0]]
-    first = list(itertools.takewhile(lambda augmentation: augmentation.draws is not None, before))
+    first = list(itertools.takewhile(lambda augmentation: augmentation.draws > 0, before))
     while first and not isinstance(first[-1], Policy):
         first.pop()
     return tuple(first), tuple(specs[len(first) :])

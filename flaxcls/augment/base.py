@@ -25,8 +25,8 @@ class Augmentation:
     # The images an op can take: "any", "pixels" (in [0, 255]) or "normalized".
     domain: ClassVar[str] = "any"
 
-    # How many uniform random numbers an image needs in `on_host`; None: that is not implemented.
-    draws: ClassVar[int | None] = None
+    # How many uniform random numbers `on_host` needs; 0: a host can't do it.
+    draws: ClassVar[int] = 0
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)

@@ -65,8 +65,8 @@ class Flip(Augmentation):
         return {**batch, "image": jnp.where(per_example(flipped), images[:, :, ::-1], images)}
 
     @property
-    def draws(self) -> int | None:
-        return 1 if self.mode == "random" else None
+    def draws(self) -> int:
+        return 1 if self.mode == "random" else 0
 
     def on_host(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray:
         return image[:, ::-1] if draws[0] < 0.5 else image
