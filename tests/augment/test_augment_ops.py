@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flaxcls.augment import ops
+from flaxcls.augment import enhance, ops
 from flaxcls.augment.noise import blur
 
 ALL = {**ops.WARPS, **ops.TABLES, **ops.BLENDS}
@@ -155,7 +155,7 @@ def test_blur_leaves_images_of_sigma_0():
 
 def test_histogram_counts_every_value():
     images = pictures(37, 23, 3)
-    counts = jax.jit(ops._histogram)(jnp.asarray(images))
+    counts = jax.jit(enhance._histogram)(jnp.asarray(images))
     for image, count in zip(images, counts, strict=True):
         for channel in range(3):
             expected = np.bincount(image[..., channel].ravel(), minlength=256)
@@ -205,7 +205,7 @@ def test_tables_and_histograms_by_comparison_equal_those_by_gather(monkeypatch, 
     images = jnp.asarray(pictures(37, 23, channels))
     tables = np.random.default_rng(3).integers(0, 256, (len(images), channels, 256))
     tables = jnp.asarray(tables, jnp.uint8)
-    gathered, counts = ops.look_up(images, tables), ops._histogram(images)
+    gathered, counts = enhance.look_up(images, tables), enhance._histogram(images)
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, default: tpu(*a))
-    np.testing.assert_array_equal(ops.look_up(images, tables), gathered)
-    np.testing.assert_array_equal(ops._histogram(images), counts)
+    np.testing.assert_array_equal(enhance.look_up(images, tables), gathered)
+    np.testing.assert_array_equal(enhance._histogram(images), counts)
