@@ -51,6 +51,11 @@ def enable() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
+def disable() -> None:
+    """Has this process compile all that it needs, for what is measured of that."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def saved_seconds() -> float:
     """At least how much compile time the cache has saved this process since `enable`.
 
