@@ -327,7 +327,7 @@ def test_batch_that_is_too_large_is_halved_until_it_fits(tpu_planner):
 @needs_libtpu
 @pytest.mark.slow
 def test_tuning_sorts_what_it_tried(tpu_planner):
-    tried = tpu_planner(data__num_examples=40).tune()
+    tried = tpu_planner(data__num_examples=24).tune()
     speeds = [image_seconds(one.result) for one in tried if one.fits]
     assert speeds == sorted(speeds) and len(speeds) == 4  # two batches, two options
     assert [one.fits for one in tried] == [True] * 4 + [False]
