@@ -202,7 +202,7 @@ def test_roofline_is_the_slower_of_computing_and_reading():
 
     def step(flops, size):
         fields = dict.fromkeys(("memory", "collectives", "seconds"))
-        return StepPlan((8, 8), 10, 64, 4, chip, flops, size, **fields)
+        return StepPlan((8, 8), 10, False, 64, 4, chip, flops, size, **fields)
 
     assert step(4e9, 1e8).step_seconds == 2e-3 and not step(4e9, 1e8).is_bound_by_memory
     assert step(4e9, 1e9).step_seconds == 1e-2 and step(4e9, 1e9).is_bound_by_memory

@@ -75,6 +75,7 @@ class StepPlan:
     Attributes:
       image_size: (height, width) of the images.
       steps: that the recipe makes of it.
+      head_only: whether its input are features of the images, computed once before the first step.
       batch_size, chips: images a step, and what they are split over.
       chip: the published peaks; None for what has none, such as a CPU.
       flops, bytes: of a chip a step, by XLA's count; bytes are those that operators read and write.
@@ -85,6 +86,7 @@ class StepPlan:
 
     image_size: tuple[int, int]
     steps: int
+    head_only: bool
     batch_size: int
     chips: int
     chip: devices.Chip | None
@@ -151,6 +153,7 @@ def _plan_step(
     plan = StepPlan(
         image_size=(height, width),
         steps=steps,
+        head_only=program.head_only is not None,
         batch_size=experiment.batch_size,
         chips=mesh.size,
         chip=chip(mesh),

@@ -118,6 +118,8 @@ def describe(plans: Sequence[StepPlan]) -> Iterator[str]:
 
 def _step(plan: StepPlan) -> Iterator[str]:
     height, width = plan.image_size
+    if plan.head_only:
+        yield "only the head is trained, on features computed once, which is left out here"
     yield (
         f"{plan.batch_size:,} images of {height} x {width} a step, "
         f"{plan.batch_size / plan.chips:,.4g} a chip; compiled in {plan.seconds:.1f} s"
