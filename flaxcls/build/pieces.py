@@ -23,10 +23,10 @@ from flaxcls.models.layer_order import layers_of
 from flaxcls.runtime import processes, sharding
 
 
-def mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that a config asks for, checked against its batch.
 
-    Of all devices that there are, or of `devices`, which this machine need not have.
+    Of all devices that there are, or of `devices` (jax.Device), which may be another machine's.
     """
     part = config.batch_size // config.gradient_accumulation
     if devices is not None:
