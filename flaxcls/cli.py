@@ -33,6 +33,7 @@ COMMANDS = {
     "data prepare": "flaxcls.data.commands.prepare",
     "data preview": "flaxcls.data.commands.preview",
     "bench": "flaxcls.bench",
+    "plan": "flaxcls.plan",
 }
 
 

@@ -16,6 +16,7 @@ FLOORS = (
         "predict",
         "export",
         "bench",
+        "plan",
         "data.__main__",
         "data.commands",
         "api",

@@ -20,4 +20,5 @@ from flaxcls.build.saved import saved_experiment as saved_experiment
 from flaxcls.build.saved import saved_mesh as saved_mesh
 from flaxcls.build.sources import check_source as check_source
 from flaxcls.build.sources import source as source
+from flaxcls.build.sources import source_or_description as source_or_description
 from flaxcls.build.validate import check as check

@@ -20,6 +20,7 @@ from flaxcls.config.durations import Duration, parse_duration
 from flaxcls.config.fields import plain
 from flaxcls.core.losses import LossSpec
 from flaxcls.data.pipeline import Pipeline, Sizes
+from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
 from flaxcls.runtime import sharding
 
@@ -112,14 +113,16 @@ class Experiment:
         return dataclasses.replace(self.evaluation, source=self.train.source)
 
 
-def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
-    """Opens the data and works out the run on the devices of a mesh.
+def make_experiment(
+    config: ConfigDict, mesh: Mesh, open_split: Callable[[ConfigDict, str], Source] = source
+) -> Experiment:
+    """Opens the data, by `open_split`, and works out the run on the devices of a mesh.
 
     ConfigError for all that doesn't fit together.
     """
     log_to.check_installed(config.log_to)
     train_source, eval_source = (
-        source(config, split) for split in (config.data.train_split, config.data.eval_split)
+        open_split(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
     num_classes = len(train_source.class_names)
     if config.batch_size > len(train_source) * config.repeats:
@@ -183,7 +186,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         divergence=Divergence(**config.divergence),
         notes=(
             *notes.shortened(config.schedule, run),
-            *notes.evaluated_twice(train_source, eval_source, partial(source, config)),
+            *notes.evaluated_twice(train_source, eval_source, partial(open_split, config)),
             *notes.enlarged(sizes, train_source),
             *notes.ignored(train_source, eval_source),
         ),

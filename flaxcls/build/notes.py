@@ -63,7 +63,7 @@ def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:
     largest = max((size for size in sizes.sizes if size), default=0)
     height, width, _ = train.image_shape
     short_side = min(height, width) if height and width else None
-    if largest > _LARGE and short_side is None:
+    if largest > _LARGE and short_side is None and train.is_readable:
         short_side = summarize(train, count=20).short_side
     if short_side and largest > _ENLARGED * short_side:
         yield (

@@ -23,14 +23,21 @@ from flaxcls.models.layer_order import layers_of
 from flaxcls.runtime import processes, sharding
 
 
-def mesh(config: ConfigDict) -> Mesh:
-    """The devices that a config asks for, checked against its batch."""
+def mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh that a config asks for, checked against its batch.
+
+    Of all devices that there are, or of `devices` (jax.Device), which may be another machine's.
+    """
     part = config.batch_size // config.gradient_accumulation
+    if devices is not None:
+        made = sharding.make_mesh(config.mesh.fsdp, config.mesh.model, devices)
+        sharding.check_batch_size(made, part)
+        return made
     sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count())
     processes.check_device_counts()
-    devices = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
-    sharding.check_batch_size(devices, part)
-    return devices
+    made = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
+    sharding.check_batch_size(made, part)
+    return made
 
 
 def model(

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 from flaxcls.build import accepted
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
-from flaxcls.data import check_tfds_name, open_source, open_tfds, opener
+from flaxcls.data import check_tfds_name, describe_tfds, open_source, open_tfds, opener
+from flaxcls.data.described import Described
 from flaxcls.data.source import Source
 
 
@@ -39,3 +40,19 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
         class_names=class_names,
         **given,
     )
+
+
+def source_or_description(
+    config: ConfigDict, split: str, *, num_examples: int | None = None, num_classes: int = 0
+) -> Source:
+    """As `source` where the data are on this machine, else what is known of them; nothing is read.
+
+    With `num_examples` the data are taken to be pictures of any size, so many in every split.
+    """
+    given = check_source(config)
+    if num_examples:
+        shape = (None, None, given.get("channels", 3))
+        return Described(config.data.name, split, shape, num_classes, num_examples)
+    if opener(config.data.name) is open_tfds:
+        return describe_tfds(config.data.name, split, data_dir=config.data.dir)
+    return source(config, split)

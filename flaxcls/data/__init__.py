@@ -191,6 +191,19 @@ def open_tfds(name: str, split: str, *, data_dir: str | Path | None = None) -> S
     return open_prepared(name, split, data_dir, others=SOURCES)
 
 
+def describe_tfds(name: str, split: str, *, data_dir: str | Path | None = None) -> Source:
+    """A data set of TFDS if it is prepared, else what is known of it; nothing is prepared.
+
+    ConfigError for one that is neither prepared nor known here.
+    """
+    from flaxcls.data.described import describe
+    from flaxcls.data.tfds import is_prepared
+
+    if is_prepared(name, data_dir):
+        return open_tfds(name, split, data_dir=data_dir)
+    return describe(name, split)
+
+
 def check_tfds_name(name: str, data_dir: str | Path | None = None) -> None:
     """ConfigError unless TFDS knows a data set of this name, or it is prepared in the folder."""
     from flaxcls.data.tfds import check_known

@@ -130,6 +130,16 @@ class Pipeline:
             broken=broken,
         )
 
+    def unread(self) -> Input:
+        """As `open` for its shapes, without reading an example: resident images are all 0."""
+        if self.is_resident:
+            # A view of a single 0, of whatever size.
+            images = np.broadcast_to(np.uint8(0), (len(self.source), *self.image_shape()))
+            return Resident(images, np.zeros(len(self.source), np.int32), self.order)
+        loader = Loader(self.source, self.transform, self.options.max_pixels)
+        workers = self.options.workers
+        return Stream(loader, self.order, image_size=self.sizes, workers=workers)
+
     def sample(self, count: int) -> np.ndarray:
         """Some images, uint8 [N, H, W, C], evenly spaced over the split; N is at most `count`."""
         images, _ = materialize(

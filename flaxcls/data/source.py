@@ -65,11 +65,13 @@ class Source:
         when examples, their order or their number differ.
       splits: the names of the splits that the data set has.
       ignored: the files that are no examples, of a folder.
+      is_readable: whether it has examples, and not only what is known of them.
       modified: when the example written last was, in seconds since 1970, and where it is; None
         where the examples are not files of their own.
     """
 
     ignored = Ignored()
+    is_readable = True
     modified: tuple[float, str] | None = None
 
     def __init__(

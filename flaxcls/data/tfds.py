@@ -49,6 +49,12 @@ def open_prepared(
     return TfdsSource(name, split, directory)
 
 
+def is_prepared(name: str, data_dir: str | Path | None) -> bool:
+    """Whether a data set is in the folder, or in the cloud, which is asked when it is opened."""
+    root = _data_root(data_dir)
+    return is_remote(root) or find_prepared(name, root) is not None
+
+
 def _data_root(data_dir: str | Path | None) -> epath.Path:
     root = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     try:

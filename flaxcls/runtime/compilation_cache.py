@@ -10,10 +10,12 @@ import re
 import stat
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 from jax import monitoring
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from flaxcls.runtime.output import printable, say
 
@@ -49,6 +51,23 @@ def enable() -> None:
     # with two thirds of the time; reading one back takes less than compiling the smallest.
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@contextlib.contextmanager
+def unused() -> Iterator[None]:
+    """While it lasts all that is needed is compiled, and nothing kept.
+
+    For what measures that, and for programs of devices that aren't there: JAX keeps these, but
+    can't read them back (jax 0.10.2).
+    """
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # JAX asks once whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        reset_cache()
 
 
 def saved_seconds() -> float:

@@ -91,23 +91,27 @@ def block_on_cpu(mesh: Mesh, result: Any) -> Any:
     return jax.block_until_ready(result) if platform(mesh) == "cpu" else result
 
 
-def make_mesh(fsdp: int = 1, model: int = 1) -> Mesh:
-    """All devices as a (data, fsdp, model) mesh; `fsdp` times `model` must divide their number."""
-    devices = jax.device_count()
+def make_mesh(fsdp: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """All devices, or those given, as a (data, fsdp, model) mesh.
+
+    `fsdp` times `model` must divide their number.
+    """
+    count = jax.device_count() if devices is None else len(devices)
     for field, size in (("fsdp", fsdp), ("model", model)):
-        if size < 1 or devices % size:
+        if size < 1 or count % size:
             raise ConfigError(
-                f"config.mesh.{field} must divide the number of devices, {devices}, got {size}"
+                f"config.mesh.{field} must divide the number of devices, {count}, got {size}"
             )
-    if devices % (fsdp * model):
+    if count % (fsdp * model):
         raise ConfigError(
             f"config.mesh.fsdp times config.mesh.model must divide the number of devices, "
-            f"{devices}, got {fsdp} x {model}"
+            f"{count}, got {fsdp} x {model}"
         )
     return jax.make_mesh(
-        (devices // (fsdp * model), fsdp, model),
+        (count // (fsdp * model), fsdp, model),
         ("data", "fsdp", "model"),
         axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
     )
 
 

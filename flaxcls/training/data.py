@@ -51,6 +51,21 @@ class RunData:
         count = FIRST_IMAGES if models.needs_images(experiment.network) else 1
         self.first_images: np.ndarray = first_images(self.train, experiment.as_evaluated, count)
 
+    @classmethod
+    def unread(cls, experiment: Experiment) -> "RunData":
+        """What a step is compiled with, without reading an example: only the shapes are true."""
+        data = cls.__new__(cls)
+        source = experiment.train.source
+        channels, classes = source.image_shape[-1], len(source.class_names)
+        data.train, data.evaluation = experiment.train.unread(), experiment.evaluation.unread()
+        data.mean, data.std = experiment.normalization or ([0.5] * channels, [0.25] * channels)
+        weights = experiment.loss.class_weights
+        if weights == "balanced":  # not all 1, which the compiler would see
+            weights = np.linspace(0.5, 1.5, classes)
+        data.class_weights = None if weights is None else list(map(float, weights))
+        data.first_images = np.zeros((1, *experiment.evaluation.image_shape()), np.uint8)
+        return data
+
     def close(self) -> None:
         """Ends what makes the batches."""
         self.train.close()

@@ -32,6 +32,9 @@ from flaxcls.training.head_only import HeadOnly, head_only
 class Program:
     """The functions that the loop calls, compiled; and the data that is on the devices.
 
+    Until `prepare` nothing is put there, so that a step can be lowered for devices that this
+    machine doesn't have.
+
     Attributes:
       metadata: what a checkpoint holds besides its arrays; JSON.
       shapes, shardings: of the state.
@@ -49,8 +52,6 @@ class Program:
         self._arrays: Any = None  # of the input, on the devices
         self._make_evaluator = partial(_evaluator, experiment, data, self.head_only)
         self._evaluator: Evaluator | None = None
-        if not self.head_only:
-            self._open_data()
         self.metadata = {
             "config": experiment.config,
             "class_names": source.class_names,
@@ -90,7 +91,10 @@ class Program:
     @classmethod
     def open(cls, experiment: Experiment, *arguments: Any, **options: Any) -> "Program":
         """The program with its data, opened as `RunData` does with the other arguments."""
-        return cls(experiment, RunData(experiment, *arguments, **options))
+        program = cls(experiment, RunData(experiment, *arguments, **options))
+        if not program.head_only:
+            program._open_data()
+        return program
 
     def describe_input(self) -> str:
         """The input of the training in words, with the memory it takes."""
@@ -109,10 +113,13 @@ class Program:
     def prepare(self, state: TrainState) -> None:
         """Computes, once, what of the network's work is the same in every step; mostly nothing.
 
+        Puts the data on the devices where that is still to be done.
+
         `update` and `evaluate` see to it themselves; it may take as long as an epoch.
         """
-        if self.head_only and self._evaluator is None:
-            self.head_only.compute(state.variables)
+        if self._evaluator is None:
+            if self.head_only:
+                self.head_only.compute(state.variables)
             self._open_data()
 
     def _open_data(self) -> None:

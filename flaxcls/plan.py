@@ -1,0 +1,121 @@
+"""Plans a recipe on TPUs or this machine by compiling its step: memory, work, time, cost.
+
+    python -m flaxcls.plan --config=configs/NAME.py --topology=v5e:2x2[,v5p:2x2x1,...]
+                           [--config.x=y ...] [--tune] [--json=FILE]
+
+Neither the data nor a TPU is needed: `pip install 'flaxcls[plan]'` has the compiler for TPUs. A
+--topology is a slice of v4, v5e, v5p or v6e chips, or `local`: the devices of this machine.
+
+Printed are the memory of a chip and what takes it, XLA's count of FLOPs and of the bytes that the
+step reads and writes, the time of a step at the chip's published peaks (a roofline), the time and
+chip-hours of the whole recipe, and what the chips send each other. Where a step does not fit, remat
+and FSDP are tried, then smaller batches. --tune tries batches, remat and compiler options.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from flaxcls import cli
+from flaxcls.errors import ConfigError, OutputError
+from flaxcls.runtime.output import printable
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
+flags.DEFINE_multi_string("topology", None, "Slices, such as v5e:2x2, or local.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "batch_per_chip", None, "Images a chip, not the recipe's.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_bool("tune", False, "Try batches, remat, compiler options.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "num_examples", None, "Of data not on this machine.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "num_classes", None, "Of data not on this machine.", lower_bound=1, flag_values=FLAGS
+)
+flags.DEFINE_string("json", None, "A file for all figures.", flag_values=FLAGS)
+
+LOCAL = "local"
+# For TPUs that aren't there: JAX itself stays on the CPU, and libtpu asks neither a metadata server
+# what machine this is nor other processes whether it may be loaded.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    overrides, argv = cli.split_overrides(argv)
+    cli.parse(FLAGS, argv, __doc__)
+    if FLAGS.config is None:
+        raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
+    names = [name for text in FLAGS.topology or () for name in text.split(",") if name]
+    if not names:
+        raise ConfigError(f"--topology=SLICE is missing, such as v5e:2x2, or {LOCAL}")
+    if (FLAGS.num_examples is None) != (FLAGS.num_classes is None):
+        raise ConfigError("--num_examples and --num_classes go together")
+    if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
+        raise ConfigError(f"--json={printable(FLAGS.json)} is in a folder that does not exist")
+    if LOCAL not in names:
+        os.environ.update(ENVIRONMENT)
+
+    from flaxcls.runtime import topologies  # JAX, after the environment
+
+    for name in names:
+        topologies.check(name)
+    config = cli.load_config(FLAGS.config, overrides)
+    planned = [_plan(config, name) for name in names]
+    if FLAGS.json:
+        _write_json(Path(FLAGS.json), planned)
+
+
+def _plan(config: Any, topology: str) -> dict[str, Any]:
+    """Plans a recipe for a slice and prints it; returns what the JSON has of it."""
+    from flaxcls import build
+    from flaxcls.perf.plan_report import report
+    from flaxcls.perf.plan_search import Planner
+    from flaxcls.runtime import topologies
+
+    open_split = partial(
+        build.source_or_description,
+        num_examples=FLAGS.num_examples,
+        num_classes=FLAGS.num_classes,
+    )
+    devices = None if topology == LOCAL else topologies.devices(topology)
+    planner = Planner(config, devices, open_split, FLAGS.batch_per_chip)
+    return {"topology": topology, **report(planner, topology, tune=FLAGS.tune)}
+
+
+def _write_json(path: Path, planned: list[dict[str, Any]]) -> None:
+    from flaxcls.runs import run_folder
+    from flaxcls.runtime import topologies
+
+    names = ("config", "topology", "batch_per_chip", "tune", "num_examples", "num_classes")
+    content = {
+        "benchmark": "plan",
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "flags": {name: FLAGS[name].value for name in names},
+        "plans": planned,
+        "libtpu": topologies.libtpu_version(),
+        **run_folder.surroundings(),
+    }
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"--json={printable(path)} can't be written: {error.strerror or error}"
+        ) from error
+
+
+if __name__ == "__main__":
+    cli.run(main)
