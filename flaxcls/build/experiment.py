@@ -58,6 +58,7 @@ class Experiment:
       network, loss, optimizer: what a step computes.
       frozen: the paths of the parameters that are not trained.
       freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
+      batch_norm_group: neighbours in a batch that BatchNorm takes its statistics of; None: all.
       gradient_accumulation: parts a batch is computed in.
       init_from: where the first weights are from; None: the network's initialisation.
       ema_decay: of the average of the parameters; None: none is kept.
@@ -83,6 +84,7 @@ class Experiment:
     optimizer: optax.GradientTransformation
     frozen: frozenset[str]
     freeze_batch_stats: bool
+    batch_norm_group: int | None
     gradient_accumulation: int
     init_from: str | None
     ema_decay: float | None
@@ -165,6 +167,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
         optimizer=optimizer,
         frozen=frozen,
         freeze_batch_stats=config.finetune.freeze_batch_stats,
+        batch_norm_group=pieces.batch_norm_group(config),
         gradient_accumulation=config.gradient_accumulation,
         init_from=config.init_from,
         ema_decay=config.ema_decay,
@@ -182,6 +185,7 @@ def make_experiment(config: ConfigDict, mesh: Mesh) -> Experiment:
             *notes.evaluated_twice(train_source, eval_source, partial(source, config)),
             *notes.enlarged(sizes, train_source),
             *notes.ignored(train_source, eval_source),
+            *notes.batch_norm_groups(config, mesh, models.shapes(network, shapes[0])),
         ),
     )
 

@@ -36,6 +36,14 @@ def check(config: ConfigDict) -> None:
         parts >= 1 and batch % max(parts, 1) == 0,
         f"a divisor of config.batch_size, {batch}",
     )
+    group = config.model.get("batch_norm_group")
+    require(
+        "model.batch_norm_group",
+        group in (None, "global")
+        or (options.fits(group, options.Count) and batch // parts % group == 0),
+        "'global' or a divisor of config.batch_size (divided by config.gradient_accumulation), "
+        f"{batch // parts}",
+    )
     log_to.names(config.log_to)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")

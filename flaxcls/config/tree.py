@@ -78,6 +78,8 @@ def default() -> ConfigDict:
     config.model = _open()
     config.model.name = "digits_cnn"
     config.model.dtype = "auto"  # of the computation: float32, bfloat16; auto: by the device
+    # Neighbours in the batch that BatchNorm takes its statistics of; None or "global": all of it.
+    config.model.batch_norm_group = None
 
     config.loss = _open()
     config.loss.name = "softmax_cross_entropy"

@@ -265,6 +265,7 @@ def make_update(
         num_classes=len(metadata["class_names"]),
         frozen=experiment.frozen,
         freeze_batch_stats=experiment.freeze_batch_stats,
+        batch_norm_group=experiment.batch_norm_group,
         ema_decay=experiment.ema_decay,
         gradient_accumulation=experiment.gradient_accumulation,
         max_grad_norm=experiment.divergence.max_grad_norm,
