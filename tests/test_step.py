@@ -285,9 +285,8 @@ def in_groups(tiny_config, **changes):
         batch_size=32,
         model__name="digits_cnn",
         model__widths=None,
-        model__batch_norm_group=4,
         optimizer__learning_rate=0.02,
-        **changes,
+        **{"model__batch_norm_group": 4, **changes},
     )
 
 
