@@ -51,6 +51,7 @@ def check(config: ConfigDict) -> None:
     require("finetune.layer_decay", decay is None or 0 < decay <= 1, "above 0 and at most 1")
     for field in (
         "repeats",
+        "steps_per_dispatch",
         "input.threads",
         "input.read_ahead",
         "input.max_pixels",

@@ -57,6 +57,10 @@ CASES = {
         ["--config.model.batch_norm_group=local"],
         "batch_norm_group must be 'global' or a divisor of config.batch_size",
     ),
+    "no step in a dispatch": (
+        ["--config.steps_per_dispatch=0"],
+        "config.steps_per_dispatch must be at least 1, got 0",
+    ),
     "negative seed": (
         ["--config.seed=-1"],
         "config.seed must be at least 0 and below 2**64, got -1",
