@@ -53,7 +53,9 @@ class _GroupedBatchNorm(nn.BatchNorm):
     def __call__(self, x: jax.Array) -> jax.Array:
         channels, pixels = x.shape[-1:], tuple(range(1, x.ndim - 1))
         # Means are taken of each example first: what is split into groups is [B,C], not the maps,
-        # whose batch may be in any place in a device's memory.
+        # which TPUs don't lay out by examples. digits_cnn's step at 56 pixels, 128 images a chip,
+        # has 16.25 MB of HBM an image so, 29.1 with maps [G,g,H,W,C] and 16.2 without groups, by
+        # XLA for v5e (jax 0.10.2).
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean = self._over_groups(wide.mean(pixels))
         if self.use_fast_variance:
