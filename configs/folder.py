@@ -113,6 +113,7 @@ def _begin_with_weights(config, mesh, images, classes):
     from flaxcls.training.initial import complete
 
     head_only, recipe = config.finetune.freeze == HEAD_ONLY, get_config()
+    config.finetune.freeze_batch_stats = True
     if head_only:
         _use_same_features(config, recipe)
     said = complete(config)
@@ -133,22 +134,22 @@ def _begin_with_weights(config, mesh, images, classes):
 
 
 def _use_low_rate(config, head_only):
+    config.optimizer.name = "adamw"
     config.optimizer.learning_rate_batch = None
+    config.optimizer.momentum = config.optimizer.nesterov = None
     if head_only:
-        config.optimizer.name = "adamw"
         config.optimizer.learning_rate = 1e-3
         config.optimizer.weight_decay = 1.0  # of few pictures many features tell too much
-        config.optimizer.momentum = config.optimizer.nesterov = None
-    else:
-        config.optimizer.learning_rate = 0.01
-        config.optimizer.weight_decay = 1e-4
+    else:  # as in finetune_lite.py
+        config.optimizer.learning_rate = 3e-4
+        config.optimizer.learning_rate_factors = ((r"^head/", 3.0),)
+        config.optimizer.weight_decay = 0.05
 
 
 def _use_same_features(config, recipe):
     """Has nothing random in a picture, so that its features are computed once."""
     from flaxcls import models
 
-    config.finetune.freeze_batch_stats = True
     if config.log_every == recipe.log_every:  # an epoch takes a moment
         config.log_every = "10%"
     if config.eval.every == recipe.eval.every:

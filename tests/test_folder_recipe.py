@@ -107,8 +107,8 @@ def test_small_sets_are_gone_through_more_often_where_the_head_is_trained(adapte
 def test_all_of_the_weights_can_be_trained_within_twenty_minutes_of_a_cpu(adapted):
     config, said = adapted(2000, 500, 600, "finetune.freeze=None", has_weights=True)
     assert "and all of it is trained" in said and minutes(config, 2000, 600) <= 20
-    assert config.optimizer.name == "sgd" and config.optimizer.learning_rate == 0.01
-    assert config.augment and not config.finetune.freeze_batch_stats
+    assert config.optimizer.name == "adamw" and config.optimizer.learning_rate == 3e-4
+    assert config.augment and config.finetune.freeze_batch_stats
     build.check(config)
 
 
