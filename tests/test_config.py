@@ -177,6 +177,22 @@ def test_enlarging_pictures_many_times_is_said(tiny_config):
     assert not notes_of(tiny_config(image_size=32))
 
 
+def test_groups_of_batch_norm_that_change_nothing_or_make_devices_wait_are_reported(tiny_config):
+    def notes(group, name="digits_cnn", **changes):
+        changes = {"model__name": name, "model__batch_norm_group": group, **changes}
+        return notes_of(tiny_config(batch_size=64, model__widths=None, **changes))  # 8 a device
+
+    assert not notes(8) and not notes(4) and not notes(None) and not notes("global")
+    (note,) = notes(16)
+    assert note.startswith(
+        "config.model.batch_norm_group = 16 does not divide the 8 examples that a device computes"
+    )
+    (note,) = notes(8, gradient_accumulation=2)
+    assert "the 4 examples that a device computes at a time" in note
+    (note,) = notes(8, "dense")
+    assert note.endswith("= 8 changes nothing: dense has no BatchNorm")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

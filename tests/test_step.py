@@ -1,6 +1,7 @@
 """What a step computes: the same on any devices, in any number of parts, bitwise every time."""
 
 import collections
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from jax.sharding import AxisType
 
 from flaxcls import augment, build, models
-from flaxcls.config.fields import options_of
+from flaxcls.build.accepted import options_given
 from flaxcls.core.step import augmentation_key, make_init, make_train_step, seed_key, take_metrics
 from flaxcls.models.dense import DenseNetwork
 from flaxcls.training.program import Program
@@ -136,7 +137,7 @@ def tiny_batch(size=24, classes=5):
 
 def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
     """State and metrics after some steps on one batch that is computed in parts."""
-    network = models.build(config.model.name, num_classes=5, **options_of(config.model, "dtype"))
+    network = models.build(config.model.name, num_classes=5, **options_given(config, "model"))
     shape = (8, 8, 1)
     frozen = build.frozen(config, network, shape)
     optimizer, _ = build.optimizer(config, network, shape, frozen, lambda step: jnp.float32(0.1))
@@ -148,6 +149,7 @@ def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
         augment.build(config.augment or (), mean=(0.5,), std=(0.25,)),
         num_classes=5,
         frozen=frozen,
+        batch_norm_group=config.model.batch_norm_group,
         ema_decay=0.9,
         gradient_accumulation=parts,
         max_grad_norm=max_grad_norm,
@@ -276,6 +278,65 @@ def test_accumulation_with_batch_norm_is_as_documented(tiny_config):
     # The parts' variances lack what their means differ by, so that their mean is no larger.
     assert (other["var"] <= first["var"] + 1e-6).all() and (other["var"] != first["var"]).any()
     jax.tree.map(lambda x: np.testing.assert_array_equal(np.isfinite(x), True), parts.params)
+
+
+def in_groups(tiny_config, **changes):
+    return tiny_config(
+        batch_size=32,
+        model__name="digits_cnn",
+        model__widths=None,
+        optimizer__learning_rate=0.02,
+        **{"model__batch_norm_group": 4, **changes},
+    )
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_parts_of_whole_groups_equal_the_large_batch(tiny_config, parts):
+    config = in_groups(tiny_config)
+    whole, sums = step_in_parts(config, 1)
+    other, other_sums = step_in_parts(config, parts)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), whole, other)
+    np.testing.assert_allclose(*(jax.tree.leaves(s) for s in (sums, other_sums)), rtol=1e-4)
+    of_all, _ = step_in_parts(in_groups(tiny_config, model__batch_norm_group=None), parts)
+    assert np.abs(of_all.params["conv2"]["kernel"] - whole.params["conv2"]["kernel"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("data", "fsdp"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+        (8, 1),
+        (2, 4),
+    ],
+)
+def test_groups_are_those_of_the_batch_on_any_devices(tiny_config, on_one_device, data, fsdp):
+    config = in_groups(tiny_config, augment=({"name": "pad_crop", "padding": 1},))
+    if "groups" not in on_one_device:
+        on_one_device["groups"] = after_steps(config, mesh_of(1, 1))
+    state, row, *_ = on_one_device["groups"]
+    other, other_row, *_ = after_steps(config, mesh_of(data, fsdp))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state, other)
+    assert other_row == pytest.approx(row, rel=1e-4)
+
+
+def collectives(config, mesh):
+    """How many of each kind a step compiled for the mesh has."""
+    with Program.open(build.make_experiment(config, mesh)) as program:
+        text = program.lower().compile().as_text()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_groups_within_a_device_need_no_collective(tiny_config, devices, parts):
+    config = in_groups(tiny_config, gradient_accumulation=parts)
+    # The gradient's and the metrics', as in a network without BatchNorm.
+    without = collectives(tiny_config(gradient_accumulation=parts), mesh_of(devices, 1))
+    assert collectives(config, mesh_of(devices, 1)) == without == {"all-reduce": 2}
+    config.model.batch_norm_group = None
+    assert collectives(config, mesh_of(devices, 1))["all-reduce"] > 2
 
 
 def test_same_seed_gives_bitwise_the_same_run_and_another_seed_does_not(

@@ -28,6 +28,7 @@ def made_up_config(workload: Workload, **changes: Any) -> Any:
     config = build.on_fake_data(config, image_size=size, num_classes=classes)
     config.input.mode = "resident"
     config.duration = "1000 steps"
+    config.model.batch_norm_group = None  # as the peers: of all that the device computes
     if config.schedule.name == "one_cycle":
         config.schedule.peak = "100 steps"
     update(config, {**workload.overrides, **changes})

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -58,7 +58,7 @@ SECTIONS = {
         SOURCES, _source_options, frozenset(("dir", "train_split", "eval_split", "mean", "std"))
     ),
     "crop": Section(TRANSFORMS, _CROP, frozenset()),
-    "model": Section(models.MODELS, models.options, frozenset(("dtype",))),
+    "model": Section(models.MODELS, models.options, frozenset(("dtype", "batch_norm_group"))),
     "loss": Section(losses.LOSSES, _from(losses.LOSSES, "loss", losses.build, _LOSS), frozenset()),
     "optimizer": Section(
         optim.RULES,
@@ -72,6 +72,11 @@ SECTIONS = {
     ),
     "eval.crop": Section(TRANSFORMS, _CROP, frozenset()),
 }
+
+
+def options_given(config: ConfigDict, where: str) -> dict[str, Any]:
+    """What a section of the config says to the thing that it names, as keyword arguments."""
+    return options_of(get(config, where), *SECTIONS[where].own)
 
 
 class UnusedOption(ConfigError):
@@ -94,7 +99,7 @@ def check(config: ConfigDict) -> None:
         if name is None or (where == "data" and not is_known):
             continue
         known = section.options(name)
-        for option in options_of(get(config, where), *section.own):
+        for option in options_given(config, where):
             if option not in known:
                 suggestion = did_you_mean(option, {*known, *section.own})
                 raise UnusedOption(f"{where}.{option}", f"is not used by {name}{suggestion}")
@@ -114,7 +119,7 @@ def drop_unused(config: ConfigDict, given: Iterable[str]) -> Iterator[str]:
         known, fields = section.options(name), get(config, where)
         unused = [
             option
-            for option in options_of(fields, *section.own)
+            for option in options_given(config, where)
             if option not in known and f"{where}.{option}" not in given
         ]
         for option in unused:

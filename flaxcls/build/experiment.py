@@ -60,7 +60,9 @@ class Experiment:
       network, loss, optimizer: what a step computes.
       frozen: the paths of the parameters that are not trained.
       freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
+      batch_norm_group: neighbours in a batch that BatchNorm takes its statistics of; None: all.
       gradient_accumulation: parts a batch is computed in.
+      steps_per_dispatch: that are compiled as one; None: as many as are good on the devices.
       init_from: where the first weights are from; None: the network's initialisation.
       ema_decay: of the average of the parameters; None: none is kept.
       learning_rate: as a function of the step.
@@ -85,7 +87,9 @@ class Experiment:
     optimizer: optax.GradientTransformation
     frozen: frozenset[str]
     freeze_batch_stats: bool
+    batch_norm_group: int | None
     gradient_accumulation: int
+    steps_per_dispatch: int | None
     init_from: str | None
     ema_decay: float | None
     learning_rate: Callable[[Any], jax.Array]
@@ -172,7 +176,9 @@ def make_experiment(
         optimizer=optimizer,
         frozen=frozen,
         freeze_batch_stats=config.finetune.freeze_batch_stats,
+        batch_norm_group=pieces.batch_norm_group(config),
         gradient_accumulation=config.gradient_accumulation,
+        steps_per_dispatch=inputs.steps_per_dispatch(config, train),
         init_from=config.init_from,
         ema_decay=config.ema_decay,
         learning_rate=rate,
@@ -189,6 +195,7 @@ def make_experiment(
             *notes.evaluated_twice(train_source, eval_source, partial(open_split, config)),
             *notes.enlarged(sizes, train_source),
             *notes.ignored(train_source, eval_source),
+            *notes.batch_norm_groups(config, mesh, models.shapes(network, shapes[0])),
         ),
     )
 

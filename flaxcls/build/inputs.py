@@ -60,6 +60,17 @@ def policies_on_host(
     return dataclasses.replace(pipeline, transform=transform), others
 
 
+def steps_per_dispatch(config: ConfigDict, train: Pipeline) -> int | None:
+    """config.steps_per_dispatch; ConfigError where batches can't be stacked."""
+    count = config.steps_per_dispatch
+    if count is not None and count > 1 and not train.is_resident:
+        raise ConfigError(
+            "config.steps_per_dispatch must be 1 or None where the training images are streamed, "
+            f"got {count}"
+        )
+    return count
+
+
 def evaluation(config: ConfigDict, source: Source) -> Pipeline:
     """Every example of a split once, as evaluation sees it."""
     sizes = Sizes((0,), (eval_image_size(config),))

@@ -3,11 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
 from flaxcls.build.length import Length
+from flaxcls.build.pieces import batch_norm_group
 from flaxcls.core import schedules
 from flaxcls.data.pipeline import Sizes, summarize
 from flaxcls.data.source import Source, all_ignored, resolve_split
 from flaxcls.runtime.output import printable
+from flaxcls.runtime.sharding import batch_parts
 
 _LARGE = 96  # pixels per side; pictures are seldom so small that this would be much larger
 _ENLARGED = 4  # times; more is taken for a mistake
@@ -77,3 +82,21 @@ def ignored(train: Source, evaluation: Source) -> Iterator[str]:
     ignored = all_ignored([train, evaluation])
     if ignored.pictures:
         yield f"{ignored.sentence()}, such as {printable(ignored.pictures[0])}"
+
+
+def batch_norm_groups(config: ConfigDict, mesh: Mesh, variables: Mapping) -> Iterator[str]:
+    """That config.model.batch_norm_group does nothing, or makes devices wait for each other."""
+    group = batch_norm_group(config)
+    if group is None:
+        return
+    share = config.batch_size // config.gradient_accumulation // batch_parts(mesh)
+    if "batch_stats" not in variables:
+        yield (
+            f"config.model.batch_norm_group = {group} changes nothing: {config.model.name} has no "
+            "BatchNorm"
+        )
+    elif share % group:
+        yield (
+            f"config.model.batch_norm_group = {group} does not divide the {share} examples that a "
+            "device computes at a time: BatchNorm makes the devices wait for each other"
+        )

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxcls import augment, models
+from flaxcls.build import accepted
 from flaxcls.build.length import Length
 from flaxcls.build.validate import about
 from flaxcls.config import options
@@ -54,7 +55,7 @@ def model(
         config.model.name,
         num_classes=num_classes,
         dtype=jnp.dtype(dtype),
-        **options_of(config.model, "dtype"),
+        **accepted.options_given(config, "model"),
     )
     for shape in image_shapes:
         models.check_image_shape(module, shape)
@@ -66,6 +67,12 @@ def model(
             f"config.image_size and config.eval.image_size ask for {sorted(set(image_shapes))}"
         )
     return module
+
+
+def batch_norm_group(config: ConfigDict) -> int | None:
+    """The examples that BatchNorm takes its statistics of; None: all of the batch."""
+    given = config.model.get("batch_norm_group")
+    return None if given == "global" else given
 
 
 def loss(config: ConfigDict, num_classes: int) -> LossSpec:

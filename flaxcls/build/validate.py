@@ -36,6 +36,14 @@ def check(config: ConfigDict) -> None:
         parts >= 1 and batch % max(parts, 1) == 0,
         f"a divisor of config.batch_size, {batch}",
     )
+    group = config.model.get("batch_norm_group")
+    require(
+        "model.batch_norm_group",
+        group in (None, "global")
+        or (options.fits(group, options.Count) and batch // parts % group == 0),
+        "'global' or a divisor of config.batch_size (divided by config.gradient_accumulation), "
+        f"{batch // parts}",
+    )
     log_to.names(config.log_to)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
@@ -43,6 +51,7 @@ def check(config: ConfigDict) -> None:
     require("finetune.layer_decay", decay is None or 0 < decay <= 1, "above 0 and at most 1")
     for field in (
         "repeats",
+        "steps_per_dispatch",
         "input.threads",
         "input.read_ahead",
         "input.max_pixels",

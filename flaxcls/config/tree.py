@@ -38,6 +38,9 @@ def default() -> ConfigDict:
     config.seed = 0  # of everything random: initialisation, order, augmentation, dropout
     config.batch_size = 128  # examples an update, over all devices and hosts
     config.gradient_accumulation = 1  # parts a batch is computed in, one after the other
+    # Steps compiled as one, of images that are on the devices; None: 16 if they are light, never on
+    # CPUs.
+    config.steps_per_dispatch = placeholder(int)
     config.duration = "10 epochs"
     config.ema_decay = placeholder(float)  # 0 to 1; None: no average of the parameters is kept
     config.log_every = "50 steps"
@@ -79,6 +82,8 @@ def default() -> ConfigDict:
     config.model = _open()
     config.model.name = "digits_cnn"
     config.model.dtype = "auto"  # of the computation: float32, bfloat16; auto: by the device
+    # Neighbours in the batch that BatchNorm takes its statistics of; None or "global": all of it.
+    config.model.batch_norm_group = None
 
     config.loss = _open()
     config.loss.name = "softmax_cross_entropy"

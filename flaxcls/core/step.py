@@ -14,6 +14,7 @@ from flaxcls.core import metrics
 from flaxcls.core.optim import ema_update
 from flaxcls.core.state import TrainState
 from flaxcls.core.update_rules import path_name
+from flaxcls.models.batch_norm_groups import batch_norm_in_groups
 from flaxcls.models.layers import batch_stats_frozen
 
 Batch = dict[str, jax.Array]
@@ -123,6 +124,7 @@ def make_train_step(
     num_classes: int,
     frozen: Collection[str] = (),
     freeze_batch_stats: bool = False,
+    batch_norm_group: int | None = None,
     ema_decay: float | None,
     gradient_accumulation: int,
     max_grad_norm: float,
@@ -144,6 +146,10 @@ def make_train_step(
     its running statistics move once, by the mean over the parts. Dropout and augmentation, which
     each part has to itself, draw other random numbers.
 
+    With `batch_norm_group` = g BatchNorm takes its statistics of each g neighbours in the batch, as
+    in `batch_norm_in_groups`. Parts are then of whole groups, so that the update is that of the
+    whole batch with BatchNorm, too. B / k must be a multiple of g.
+
     Nothing is differentiated by the parameters whose paths are `frozen`, so that there is no
     backward pass below the lowest of the others. With `freeze_batch_stats` BatchNorm normalises by
     its running statistics, which stay as they are; dropout is as ever.
@@ -158,8 +164,15 @@ def make_train_step(
             lambda path, x: jax.lax.stop_gradient(x) if path_name(path) in frozen else x, params
         )
 
+    def batch_norm(examples: int) -> contextlib.AbstractContextManager:
+        if freeze_batch_stats:
+            return batch_stats_frozen()
+        if batch_norm_group:
+            return batch_norm_in_groups(examples // batch_norm_group)
+        return contextlib.nullcontext()
+
     def loss_sum(params, batch_stats, key, batch):
-        with batch_stats_frozen() if freeze_batch_stats else contextlib.nullcontext():
+        with batch_norm(len(batch["image"])):
             logits, updates = model.apply(
                 {"params": trained(params), "batch_stats": batch_stats},
                 batch["image"],
@@ -183,7 +196,8 @@ def make_train_step(
             )(state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch)
             return {"grads": grads, "weight": weight, "batch_stats": batch_stats, "sums": part_sums}
 
-        total = _sum_over_parts(part, batch, gradient_accumulation, platform)
+        run = batch_norm_group or 1
+        total = _sum_over_parts(part, batch, gradient_accumulation, run, platform)
         grads = jax.tree.map(lambda g: g / total["weight"], total["grads"])
         batch_stats = jax.tree.map(lambda s: s / gradient_accumulation, total["batch_stats"])
         if freeze_batch_stats:  # not their mean over the parts, which rounds
@@ -238,21 +252,23 @@ def _if(condition: jax.Array, function: Callable[[Any], Any], tree: Any, platfor
     return _where(condition, function(tree), tree)
 
 
-def _sum_over_parts(part: Callable, batch: Batch, parts: int, platform: str) -> Any:
+def _sum_over_parts(part: Callable, batch: Batch, parts: int, run: int, platform: str) -> Any:
     """The sum of `part(index, part_batch)` over the parts of a batch.
 
-    Part i takes the examples i, i + parts, ...: so that a batch that is split over devices in runs
-    of neighbours stays where it is.
+    Part i takes the runs i, i + parts, ... of so many neighbours each: so that a batch that is
+    split over devices in longer runs of neighbours stays where it is.
     """
     if parts == 1:
         return part(0, batch)
-    split = jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, run, *x.shape[1:]), batch)
+
+    def take(index):
+        return jax.tree.map(lambda x: jnp.take(x, index, axis=1).reshape(-1, *x.shape[3:]), split)
 
     def body(total, index):
-        result = part(index, jax.tree.map(lambda x: jnp.take(x, index, axis=1), split))
-        return jax.tree.map(jnp.add, total, result), None
+        return jax.tree.map(jnp.add, total, part(index, take(index))), None
 
-    shapes = jax.eval_shape(part, 0, jax.tree.map(lambda x: x[:, 0], split))
+    shapes = jax.eval_shape(lambda: part(0, take(0)))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     # XLA:CPU runs convolutions inside a loop on one thread, 12 times slower: there, no loop.
     total, _ = jax.lax.scan(body, zeros, jnp.arange(parts), unroll=platform == "cpu")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls import augment
+from flaxcls.build import accepted
 from flaxcls.config import options
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS
@@ -109,7 +110,7 @@ def exportable(predictor: Predictor, license: str | None) -> Exportable:
 
 def _metadata(predictor: Predictor, license: str | None) -> dict[str, Any]:
     restored = predictor.restored
-    model = restored.metadata["config"]["model"]
+    model, own = restored.metadata["config"]["model"], accepted.SECTIONS["model"].own
     height, width, channels = predictor.image_shape
     return {
         "class_names": predictor.class_names,
@@ -121,7 +122,7 @@ def _metadata(predictor: Predictor, license: str | None) -> dict[str, Any]:
             "formula": "(image / 255 - mean) / std, inside of what computes logits",
         },
         "outputs": evaluated_as(restored.experiment.loss.name),
-        "network": {k: v for k, v in model.items() if v is not None and k != "dtype"},
+        "network": {k: v for k, v in model.items() if v is not None and k not in own},
         "step": predictor.step,
         "weights": WEIGHTS[predictor.weights],
         "license": license or _license(restored.metadata["config"].get("init_from")),

@@ -105,6 +105,7 @@ class MetricLog:
     def begin(self, step: int) -> None:
         """Now the loop begins, or begins again, after a step."""
         self._begin, self._began, self.is_silent = step, time.perf_counter(), True
+        self._first: int | None = None  # step after the first dispatch
         self._first_step_ended = self._began
 
     def stepped(self, step: int, epoch: float) -> None:
@@ -114,13 +115,13 @@ class MetricLog:
         """
         if not self.is_silent:
             return
-        now, first = time.perf_counter(), self._begin + 1
-        if step == first:
-            self._first_step_ended = now
+        now = time.perf_counter()
+        if self._first is None:
+            self._first, self._first_step_ended = step, now
         # The first step waits for the first data; where steps take long it is all there is.
-        seconds, steps = now - self._first_step_ended, step - first
+        seconds, steps = now - self._first_step_ended, step - self._first
         if not steps and now - self._began >= 2 * FIRST_LINE_SECONDS:
-            seconds, steps = now - self._began, 1
+            seconds, steps = now - self._began, step - self._begin
         if steps and seconds >= FIRST_LINE_SECONDS and step < self._total_steps:
             self.is_silent = False
             remaining = (self._total_steps - step) * seconds / steps

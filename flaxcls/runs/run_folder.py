@@ -36,6 +36,7 @@ OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "inpu
 FREE_FIELDS = (
     *OWN_FIELDS,
     "duration",
+    "steps_per_dispatch",
     "log_every",
     "log_to",
     "input",

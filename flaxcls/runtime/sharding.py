@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -190,14 +190,22 @@ def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
     return np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices.values()]))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The sharding of an array of a batch: split over all devices but those of an axis `model`."""
-    return NamedSharding(mesh, BATCH)
+def batch_sharding(mesh: Mesh, stacked: bool = False) -> NamedSharding:
+    """The sharding of an array of a batch: split over all devices but those of an axis `model`.
+
+    Of `stacked` batches, [k, B, ...], each is split.
+    """
+    return NamedSharding(mesh, PartitionSpec(None, *BATCH) if stacked else BATCH)
+
+
+def is_stacked(batch: Mapping[str, Any]) -> bool:
+    """Whether these are the batches of several steps, [k, B, ...]."""
+    return "index" in batch and batch["index"].ndim == 2
 
 
 def split_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """Makes global device arrays, split over all devices, of this process's rows of a batch."""
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(mesh, is_stacked(batch))
     return {
         name: jax.make_array_from_process_local_data(sharding, array)
         for name, array in batch.items()

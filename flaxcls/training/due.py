@@ -17,11 +17,18 @@ class Due:
         self._interval, self._total_steps = interval, total_steps
         self._last = time.monotonic()
 
-    def __call__(self, step: int, may_wait: bool = False) -> bool:
+    def at(self, step: int) -> bool:
+        """Whether it is due after a step whatever the time: a pure function of the step."""
         if step == self._total_steps:
             return True
-        if self._interval.unit == "steps":  # an epoch need not be a whole number of them
-            return step // self._interval.value > (step - 1) // self._interval.value
+        if self._interval.unit != "steps":
+            return False
+        # An epoch need not be a whole number of them.
+        return step // self._interval.value > (step - 1) // self._interval.value
+
+    def __call__(self, step: int, may_wait: bool = False) -> bool:
+        if step == self._total_steps or self._interval.unit == "steps":
+            return self.at(step)
         if may_wait:
             return False
         due = bool(processes.agree(time.monotonic() - self._last >= self._interval.value))

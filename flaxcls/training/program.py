@@ -26,6 +26,7 @@ from flaxcls.data.resident import gather
 from flaxcls.inference.evaluator import Evaluator
 from flaxcls.runtime import sharding
 from flaxcls.training.data import RunData
+from flaxcls.training.dispatch import automatic, several_steps, stacks
 from flaxcls.training.head_only import HeadOnly, head_only
 
 
@@ -39,6 +40,8 @@ class Program:
       metadata: what a checkpoint holds besides its arrays; JSON.
       shapes, shardings: of the state.
       head_only: what the head is trained with, where it is all that is trained; else None.
+      steps_per_dispatch: how many steps are compiled as one; where that is automatic, 1 until
+        `compile` has found out.
     """
 
     def __init__(self, experiment: Experiment, data: RunData):
@@ -78,11 +81,13 @@ class Program:
         self.shardings = sharding.shardings(mesh, self.shapes, rules)
 
         # The functions.
+        self.steps_per_dispatch = experiment.steps_per_dispatch or 1
+        self._is_automatic = experiment.steps_per_dispatch is None and bool(self._input.arrays)
         update = make_update(experiment, self.metadata, sharding.platform(mesh), self.head_only)
         state = self.shardings
         self._init = jax.jit(init, out_shardings=state)
         self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=state)
-        self._train_steps: dict[Any, Callable] = {}  # compiled, by the size of the images
+        self._train_steps: dict[Any, jax.stages.Compiled] = {}  # by `_kind` of the batch
         self._batches: Iterator[dict[str, jax.Array]] | None = None
         self._take_metrics = jax.jit(take_metrics, donate_argnums=0, out_shardings=(state, None))
         self._is_finite = jax.jit(is_finite, out_shardings=sharding.everywhere(mesh))
@@ -128,23 +133,36 @@ class Program:
         self._evaluator = self._make_evaluator()
 
     def compile(self, start: int = 0) -> float:
-        """Compiles the training step for every image size from step `start` on; in seconds."""
+        """Compiles the training step for every image size from step `start` on; in seconds.
+
+        Also the one of several steps, if they are dispatched together.
+        """
         began = time.perf_counter()
         for begin in (start, *(begin for begin in self._sizes.begins if begin > start)):
-            size = _image_size(self.step_arguments(begin)[2])
-            if size not in self._train_steps:
-                self._train_steps[size] = self.lower(begin).compile()
+            compiled = self._compiled(begin)
+        if self._is_automatic:
+            self.steps_per_dispatch = automatic(compiled, sharding.platform(self._mesh))
+        if self.steps_per_dispatch > 1:
+            self._compiled(start, self.steps_per_dispatch)
         return time.perf_counter() - began
 
-    def lower(self, step: int = 0) -> jax.stages.Lowered:
-        """The training step for batches as that of a step, not yet compiled."""
-        return self._jitted_step.lower(*self.step_arguments(step))
+    def _compiled(self, step: int, count: int = 1) -> jax.stages.Compiled:
+        kind = _kind(self.step_arguments(step, count)[2])
+        if kind not in self._train_steps:
+            self._train_steps[kind] = self.lower(step, count).compile()
+        return self._train_steps[kind]
 
-    def step_arguments(self, step: int = 0) -> tuple[TrainState, Any, Any]:
-        """The shapes, with their shardings, of `update`'s state, data on the devices and batch."""
+    def lower(self, step: int = 0, count: int = 1) -> jax.stages.Lowered:
+        """The training step, or `count` of them, for batches as that of a step; not compiled."""
+        return self._jitted_step.lower(*self.step_arguments(step, count))
 
-        struct = jax.ShapeDtypeStruct
-        split = sharding.batch_sharding(self._mesh)
+    def step_arguments(self, step: int = 0, count: int = 1) -> tuple[TrainState, Any, Any]:
+        """The shapes, with their shardings, of `update`'s state, data on the devices and batch.
+
+        The batch is that of a step; with a `count` above 1 a stack of so many.
+        """
+        struct, stack = jax.ShapeDtypeStruct, (count,) if count > 1 else ()
+        split = sharding.batch_sharding(self._mesh, stacked=count > 1)
         return (
             jax.tree.map(
                 lambda x, named: struct(x.shape, x.dtype, sharding=named),
@@ -156,7 +174,7 @@ class Program:
                 self._input.arrays,
             ),
             {
-                name: struct(shape, dtype, sharding=split)
+                name: struct((*stack, *shape), dtype, sharding=split)
                 for name, (shape, dtype) in self._input.batch_shapes(step).items()
             },
         )
@@ -169,19 +187,30 @@ class Program:
         """The batch of the update number `step`, counted from 0, on the devices."""
         return sharding.split_batch(self._mesh, self._input.batch(step))
 
-    def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[dict[str, jax.Array]]:
+    def batches(
+        self,
+        start: int,
+        stop: int,
+        offset: int = 0,
+        steps_at: Callable[[int], int] = lambda step: 1,
+    ) -> Iterator[dict[str, jax.Array]]:
         """The batches of the updates `start` to `stop` - 1, made ahead of time.
 
-        Their examples are those that come `offset` steps later. Ends the batches made until now.
+        Their examples are those that come `offset` steps later. From a step on `steps_at(step)` of
+        them are one stack. Ends the batches made until now.
         """
         self._end_batches()
-        self._batches = sharding.prefetch(self._mesh, self._input.batches(start, stop, offset))
+        batches = stacks(self._input.batches(start, stop, offset), start, steps_at)
+        self._batches = sharding.prefetch(self._mesh, batches)
         return self._batches
 
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
-        """One step, which is compiled now if `compile` has not been called; `state` is donated."""
+        """One step, or those of a stack of batches; `state` is donated.
+
+        It is compiled now if `compile` has not been called.
+        """
         self.prepare(state)
-        step = self._train_steps.get(_image_size(batch), self._jitted_step)
+        step = self._train_steps.get(_kind(batch), self._jitted_step)
         return sharding.block_on_cpu(self._mesh, step(state, self._arrays, batch))
 
     def take_metrics(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
@@ -257,6 +286,8 @@ def make_update(
 ) -> Callable[[TrainState, Any, dict[str, jax.Array]], TrainState]:
     """Returns `update(state, data, batch) -> state`: a run's training step and its input.
 
+    Of a stack of batches it makes all steps.
+
     `metadata` is the Program's and `platform` what the step is for, as in `make_train_step`; `data`
     are the arrays of the input on the devices, {} where it is streamed. With `only` the input are
     features.
@@ -272,6 +303,7 @@ def make_update(
         num_classes=len(metadata["class_names"]),
         frozen=experiment.frozen,
         freeze_batch_stats=experiment.freeze_batch_stats,
+        batch_norm_group=experiment.batch_norm_group,
         ema_decay=experiment.ema_decay,
         gradient_accumulation=experiment.gradient_accumulation,
         max_grad_norm=experiment.divergence.max_grad_norm,
@@ -281,9 +313,9 @@ def make_update(
     def update(state, data, batch):
         return train_step(state, gather(data, batch))
 
-    return update
+    return several_steps(update)
 
 
-def _image_size(batch: Mapping[str, Any]) -> int | None:
-    """The height of a batch's images; None where they are on the devices already."""
-    return batch["image"].shape[1] if "image" in batch else None
+def _kind(batch: Mapping[str, Any]) -> tuple[int, ...]:
+    """What the compiled step depends on: the shape of the batch's images, or of their indices."""
+    return batch["image" if "image" in batch else "index"].shape

@@ -188,7 +188,7 @@ class Session:
     def _begin_batches(self) -> None:
         """Goes on with the batch of the next step."""
         self._batches = self._program.batches(
-            self.step, self._total_steps, self._progress["data_offset"]
+            self.step, self._total_steps, self._progress["data_offset"], self._steps_at
         )
         self._log.begin(self.step)
         self._logged = self.step
@@ -196,19 +196,19 @@ class Session:
     # The loop.
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
-        """The batch of each step that is left; those after a rollback are others."""
+        """The batch of each step that is left, or of several; those after a rollback are others."""
         while self.step < self._total_steps and not self._hooks.is_stopped:
             with self._clock.spending("data_wait"):
                 batch = next(self._batches)
             yield batch
 
     def after(self, state: TrainState) -> TrainState:
-        """Logs, evaluates, saves, stops and goes back, as it is due after an update.
+        """Logs, evaluates, saves, stops and goes back, as it is due after the steps of a batch.
 
         Returns the state for the next update. Raises Interrupted when a signal has asked the run to
         end and it is saved, and DivergedError when it has diverged too often.
         """
-        self.step += 1
+        self.step += self._steps_at(self.step)
         if self._log.is_silent:  # what is only dispatched tells nothing of the speed
             jax.block_until_ready(state)
         self._log.stepped(self.step, self._epoch)
@@ -233,6 +233,16 @@ class Session:
         if self._hooks.error:
             raise self._hooks.error
         return state
+
+    def _steps_at(self, step: int) -> int:
+        """How many steps are one dispatch from a step on: so many that nothing is due before all.
+
+        A pure function of the step, so that a resumed run has the same dispatches.
+        """
+        count = self._program.steps_per_dispatch
+        dues = (self._log_due, self._eval_due, self._save_due)
+        within = range(step + 1, step + count)
+        return 1 if any(due.at(step) for step in within for due in dues) else count
 
     @property
     def _epoch(self) -> float:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxcls.config.fields import options_of
+from flaxcls.build import accepted
 from flaxcls.core.metrics import WEIGHTS, best_of
 from flaxcls.errors import ConfigError, did_you_mean
 from flaxcls.runs import run_folder
@@ -112,9 +112,8 @@ def network(source: str) -> tuple[dict[str, Any], int] | None:
         config = run_folder.load_config(folder)
         checkpoints = CheckpointReader(folder / "checkpoints")
         _, metadata = checkpoints.read("last", checkpoints.metadata)
-    return options_of(config.model, "dtype") | {"name": config.model.name}, metadata["image_shape"][
-        0
-    ]
+    given = accepted.options_given(config, "model")
+    return {**given, "name": config.model.name}, metadata["image_shape"][0]
 
 
 def _run(source: str) -> tuple[Path, str | None]:

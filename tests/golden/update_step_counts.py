@@ -89,6 +89,8 @@ def with_fake_data(config):
         config.data.image_shape = (side, side, channels)
     config.batch_size = DEVICES * 8 * config.gradient_accumulation
     config.eval.batch_size = None
+    if config.model.batch_norm_group:
+        config.model.batch_norm_group = 8  # as many groups as devices
     return config
 
 

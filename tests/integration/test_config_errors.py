@@ -44,6 +44,23 @@ CASES = {
         "config.optimizer.weight_decay_factors must be",
     ),
     "batch of zero": (["--config.batch_size=0"], "config.batch_size must be at least 1, got 0"),
+    "BatchNorm in groups that do not divide the batch": (
+        ["--config.model.batch_norm_group=7"],
+        "batch_norm_group must be 'global' or a divisor of config.batch_size (divided by "
+        "config.gradient_accumulation), ",
+    ),
+    "BatchNorm in groups of nothing": (
+        ["--config.model.batch_norm_group=0"],
+        "batch_norm_group must be 'global' or a divisor of config.batch_size",
+    ),
+    "BatchNorm in some word": (
+        ["--config.model.batch_norm_group=local"],
+        "batch_norm_group must be 'global' or a divisor of config.batch_size",
+    ),
+    "no step in a dispatch": (
+        ["--config.steps_per_dispatch=0"],
+        "config.steps_per_dispatch must be at least 1, got 0",
+    ),
     "negative seed": (
         ["--config.seed=-1"],
         "config.seed must be at least 0 and below 2**64, got -1",

@@ -78,6 +78,8 @@ def test_two_processes_of_two_devices_equal_one_of_four(
         "--config.duration=10 steps",
         "--config.checkpoint.every=10 steps",
         f"--config.input.mode={mode}",
+        f"--config.steps_per_dispatch={3 if mode == 'resident' else 1}",
+        "--config.model.batch_norm_group=4",  # of a device, in each part of the batch
     ]
     code, stdout, stderr = run_processes(*arguments, f"--workdir={tmp_path / 'two'}")
     assert code == 0, stderr
