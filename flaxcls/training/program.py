@@ -82,7 +82,9 @@ class Program:
         state = self.shardings
         self._init = jax.jit(init, out_shardings=state)
         self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=state)
-        self._train_steps: dict[Any, Callable] = {}  # compiled, by the size of the images
+        self._train_steps: dict[
+            Any, jax.stages.Compiled
+        ] = {}  # compiled, by the size of the images
         self._batches: Iterator[dict[str, jax.Array]] | None = None
         self._take_metrics = jax.jit(take_metrics, donate_argnums=0, out_shardings=(state, None))
         self._is_finite = jax.jit(is_finite, out_shardings=sharding.everywhere(mesh))
@@ -131,10 +133,15 @@ class Program:
         """Compiles the training step for every image size from step `start` on; in seconds."""
         began = time.perf_counter()
         for begin in (start, *(begin for begin in self._sizes.begins if begin > start)):
-            size = _image_size(self.step_arguments(begin)[2])
-            if size not in self._train_steps:
-                self._train_steps[size] = self.lower(begin).compile()
+            self.compiled(begin)
         return time.perf_counter() - began
+
+    def compiled(self, step: int = 0) -> jax.stages.Compiled:
+        """The training step for batches as that of a step; compiled now if it has not been."""
+        size = _image_size(self.step_arguments(step)[2])
+        if size not in self._train_steps:
+            self._train_steps[size] = self.lower(step).compile()
+        return self._train_steps[size]
 
     def lower(self, step: int = 0) -> jax.stages.Lowered:
         """The training step for batches as that of a step, not yet compiled."""

@@ -33,6 +33,7 @@ from flaxcls.runtime.watchdog import Watchdog
 from flaxcls.training.due import Due
 from flaxcls.training.hooks import NO_HOOKS, HookCalls, Hooks
 from flaxcls.training.introduction import check_new_length
+from flaxcls.training.profile import Profile
 from flaxcls.training.program import Program
 from flaxcls.weights.initial import initial_weights
 
@@ -124,9 +125,11 @@ class Session:
         enter(jax.transfer_guard("disallow"))
         enter(self._clock.spending("step"))
         self._watchdog = enter(Watchdog(experiment.hang_after or None))
+        self._profile = enter(self._new_profile())
         if not self._total_steps and not self._progress["results"]:  # of weights as they came
             self._evaluate(state)
             self._save(state, must=True)
+        self._profile.begin(self.step, state)
         return state
 
     def _restored(self) -> TrainState:
@@ -193,14 +196,29 @@ class Session:
         self._log.begin(self.step)
         self._logged = self.step
 
+    def _new_profile(self) -> Profile:
+        @contextlib.contextmanager
+        def spending() -> Iterator[None]:
+            with self._watchdog.pause(), self._clock.spending("save"):
+                yield
+
+        return Profile(
+            self._experiment.profiled,
+            self._workdir / "profile",
+            self._log.say,
+            lambda: self._program.compiled(self.step - 1).as_text(),
+            spending,
+        )
+
     # The loop.
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """The batch of each step that is left; those after a rollback are others."""
         while self.step < self._total_steps and not self._hooks.is_stopped:
-            with self._clock.spending("data_wait"):
-                batch = next(self._batches)
-            yield batch
+            with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                with self._clock.spending("data_wait"):
+                    batch = next(self._batches)
+                yield batch
 
     def after(self, state: TrainState) -> TrainState:
         """Logs, evaluates, saves, stops and goes back, as it is due after an update.
@@ -209,6 +227,7 @@ class Session:
         end and it is saved, and DivergedError when it has diverged too often.
         """
         self.step += 1
+        self._profile.end(self.step, state)
         if self._log.is_silent:  # what is only dispatched tells nothing of the speed
             jax.block_until_ready(state)
         self._log.stepped(self.step, self._epoch)
@@ -232,6 +251,7 @@ class Session:
             )
         if self._hooks.error:
             raise self._hooks.error
+        self._profile.begin(self.step, state)
         return state
 
     @property
