@@ -75,10 +75,12 @@ def origins(compiled: str) -> dict[tuple[str, str], str]:
     program = re.match(r"HloModule ([\w.\-]+)", compiled)
     found, results, computation = {}, {}, ""
     for line in compiled.splitlines():
-        if header := re.match(r"(?:ENTRY )?%([\w.\-]+) \(", line):
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(", line):
             computation = header[1]
-        elif operator := re.match(r"\s+(?:ROOT )?%([\w.\-]+) = ", line):
-            own, called = (re.search(p, line) for p in (r'op_name="([^"]+)"', r"calls=%([\w.\-]+)"))
+        elif operator := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line):
+            own, called = (
+                re.search(p, line) for p in (r'op_name="([^"]+)"', r"calls=%?([\w.\-]+)")
+            )
             origin = own[1] if own else results.get(called[1]) if called else None
             if origin:
                 found[program[1] if program else "", operator[1]] = origin

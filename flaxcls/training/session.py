@@ -100,6 +100,7 @@ class Session:
         From here on the run is under way: recorded in its folder, logged, watched.
         """
         state = self._restored()
+        self._clock.reach("initialised")
         if self._before:
             check_new_length(self._before, self._experiment, self.step, self._workdir)
         self._record()
@@ -179,6 +180,7 @@ class Session:
         with self._clock.spending("compile"):
             seconds = self._program.compile(self.step)
             self._program.prepare(state)
+        self._clock.reach("compiled")
         saved = compilation_cache.saved_seconds()
         if self.step:
             self._log.say(f"resumed from step {self.step:,} of {self._total_steps:,}")
@@ -230,6 +232,7 @@ class Session:
         self._profile.end(self.step, state)
         if self._log.is_silent:  # what is only dispatched tells nothing of the speed
             jax.block_until_ready(state)
+        self._clock.reach("first_step")
         self._log.stepped(self.step, self._epoch)
         self._watchdog.alive(self.step)
         signal, evaluates = self._stop_request(), self._eval_due(self.step)
