@@ -1,11 +1,16 @@
 """The config decides what becomes of a picture, and whether batches are resident or streamed."""
 
+import contextlib
+import pickle
+import subprocess
+import sys
 from functools import partial
 
 import cv2
 import numpy as np
 import pytest
 
+from flaxcls import augment
 from flaxcls import config as configs
 from flaxcls.build import inputs
 from flaxcls.config import durations, options
@@ -14,7 +19,7 @@ from flaxcls.data.loader import Loader
 from flaxcls.data.resident import Resident
 from flaxcls.data.source import Example, Source
 from flaxcls.data.stream import Stream
-from flaxcls.data.transform import CenterCrop, Pad, RandomResizedCrop, Resize
+from flaxcls.data.transform import Augmented, CenterCrop, Pad, RandomResizedCrop, Resize
 from flaxcls.errors import ConfigError, DataError
 
 COUNT = 24
@@ -449,3 +454,95 @@ def test_default_fits_every_option_of_the_input():
     given = configs.default().input
     assert given.mode == "auto" and given.read_ahead >= 1 and 0 <= given.max_broken <= 1
     assert options.fits(given.max_pixels, options.Count)
+
+
+# Where the policies are computed.
+
+FLIP, RAND, MIX = {"name": "flip"}, {"name": "rand_augment"}, {"name": "mix"}
+
+
+@pytest.mark.parametrize(
+    "specs, on_host",
+    [
+        ((), 0),
+        ((FLIP,), 0),  # costs a device nothing
+        ((FLIP, RAND, MIX), 2),
+        ((RAND, FLIP, {"name": "auto_augment"}, FLIP), 3),
+        (({"name": "trivial_augment"}, {"name": "normalize"}, {"name": "cutout"}), 1),
+        (({"name": "flip", "mode": "alternating"}, RAND), 0),  # needs to know the epoch
+        (({"name": "color_jitter", "hue": 0.1}, RAND), 0),
+    ],
+)
+def test_a_host_does_policies_and_what_is_before_them(specs, on_host):
+    changes, others = augment.split(specs)
+    assert [change.name for change in changes] == [spec["name"] for spec in specs[:on_host]]
+    assert others == specs[on_host:]
+
+
+@pytest.mark.parametrize(
+    "changes, platform, on_host",
+    [
+        ({}, "cpu", True),
+        ({}, "tpu", True),
+        ({}, "gpu", False),
+        ({"input__policies": "host"}, "gpu", True),
+        ({"input__policies": "device"}, "tpu", False),
+        ({"crop__name": "pad"}, "tpu", False),  # resident
+    ],
+)
+def test_policies_of_streamed_pictures_are_computed_on_the_host(changes, platform, on_host):
+    config = config_with(image_size=6, **changes)
+    sizes = inputs.image_sizes(config, TO_STEPS)
+    training = inputs.training(config, Pictures(VARIED), sizes)
+    specs = (FLIP, RAND, MIX)
+    result, others = inputs.policies_on_host(training, specs, platform)
+    assert others == ((MIX,) if on_host else specs)
+    assert isinstance(result.transform, Augmented) == on_host
+    if not on_host:
+        assert result == training
+
+
+def test_policies_of_a_resident_split_can_not_be_computed_on_the_host():
+    config = config_with(input__policies="host")
+    training = inputs.training(config, Pictures(FIXED), inputs.image_sizes(config, TO_STEPS))
+    with pytest.raises(ConfigError, match="config.input.policies = 'host' needs streamed pictures"):
+        inputs.policies_on_host(training, (RAND,), "cpu")
+
+
+@pytest.mark.parametrize("shape, size", [(VARIED, 12), (FIXED, None)])
+def test_the_host_changes_what_it_has_cropped_by_draws_of_their_own(shape, size):
+    config = config_with(image_size=size, input__mode="stream")
+    source = Pictures(shape)
+    training = inputs.training(config, source, inputs.image_sizes(config, TO_STEPS))
+    result, _ = inputs.policies_on_host(training, (FLIP, RAND), "cpu")
+    transform, (flip, policy) = training.transform, result.transform.changes
+    assert pickle.loads(pickle.dumps(result.transform)) == result.transform  # for other processes
+    crops = transform.draws if transform else 0
+    assert result.transform.draws == crops + 16  # 1 and 14, and one to spare
+    with contextlib.closing(result.open()) as data:
+        batch, later = data.batches(0, 2)
+    draws = training.order.draws(0, result.transform.draws)
+    load = Loader(source, transform)
+    for row, index in enumerate(batch["index"].tolist()):
+        image, _ = load(index, size, draws[row, :crops])
+        image = flip.on_host(image, draws[row, crops:])
+        image = policy.on_host(image, draws[row, crops + 1 : crops + 15])
+        np.testing.assert_array_equal(batch["image"][row], image)
+    with contextlib.closing(result.open()) as data:  # resumed
+        (again,) = data.batches(1, 2)
+    np.testing.assert_array_equal(again["image"], later["image"])
+
+
+def test_a_policy_on_the_host_needs_no_device():
+    """The processes that decode must not take a GPU's memory."""
+    code = """
+import numpy as np
+from jax._src import xla_bridge
+from flaxcls.augment.policy import AutoAugment, RandAugment, TrivialAugment
+for policy in (RandAugment(num_ops=40, cutout=True), TrivialAugment(), AutoAugment()):
+    for seed in range(40):
+        draws = np.random.default_rng(seed).random(policy.draws).tolist()
+        policy.on_host(np.full((9, 8, 3), 40, np.uint8), draws)
+assert not xla_bridge._backends, xla_bridge._backends
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

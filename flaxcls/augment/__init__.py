@@ -10,6 +10,7 @@ What is listed before it sees images in [0, 255]; what is listed after it sees n
 which 0 is the mean.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,13 +22,20 @@ from flaxcls.augment.geometry import Affine, Flip, PadCrop, Rotation
 from flaxcls.augment.mixing import CutMix, Mix, MixUp
 from flaxcls.augment.noise import Cutout, GaussianBlur, RandomErasing, SaltAndPepper
 from flaxcls.augment.own import own
-from flaxcls.augment.policy import AugMix, AutoAugment, RandAugment, ThreeAugment, TrivialAugment
+from flaxcls.augment.policy import (
+    AugMix,
+    AutoAugment,
+    Policy,
+    RandAugment,
+    ThreeAugment,
+    TrivialAugment,
+)
 from flaxcls.config.options import accepted, look_up
 from flaxcls.config.options import check as check_options
 from flaxcls.config.user_code import is_path
 from flaxcls.errors import ConfigError
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "Batch", "build", "check", "normalize"]
+__all__ = ["AUGMENTATIONS", "Augmentation", "Batch", "build", "check", "normalize", "split"]
 
 AUGMENTATIONS: dict[str, type[Augmentation]] = {
     "pad_crop": PadCrop,
@@ -85,6 +93,18 @@ def build(
 def check(specs: Sequence[Mapping[str, Any]]) -> None:
     """Raises `ConfigError` if `build` could not make a pipeline of `specs`."""
     _parse(specs)
+
+
+def split(specs: Sequence[Mapping[str, Any]]) -> tuple[tuple[Augmentation, ...], tuple[Any, ...]]:
+    """What a host can do of the augmentations `specs`, by `on_host`, and the specs that are left.
+
+    A host does the policies, which devices are bad at, and what has to come before them.
+    """
+    before = [augmentation for _, augmentation in _parse(specs)[0]]
+    first = list(itertools.takewhile(lambda augmentation: augmentation.draws > 0, before))
+    while first and not isinstance(first[-1], Policy):
+        first.pop()
+    return tuple(first), tuple(specs[len(first) :])
 
 
 Placed = list[tuple[int, Augmentation]]

@@ -1,10 +1,11 @@
 """What every augmentation is: a frozen dataclass whose fields are its options."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxcls.errors import ConfigError
 
@@ -23,6 +24,9 @@ class Augmentation:
 
     # The images an op can take: "any", "pixels" (in [0, 255]) or "normalized".
     domain: ClassVar[str] = "any"
+
+    # How many uniform random numbers `on_host` needs; 0: a host can't do it.
+    draws: ClassVar[int] = 0
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
@@ -43,6 +47,10 @@ class Augmentation:
             )
 
     def __call__(self, key: jax.Array, batch: Batch) -> Batch:
+        raise NotImplementedError
+
+    def on_host(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray:
+        """The same to one uint8 image [H, W, C], by `self.draws` random numbers in [0, 1)."""
         raise NotImplementedError
 
 

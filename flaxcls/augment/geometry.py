@@ -1,10 +1,12 @@
 """Augmentations that move pixels."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxcls.augment.base import Augmentation, Batch, check_pair, per_example
 from flaxcls.augment.ops import Interpolation, about_centre, rotation, warp
@@ -61,6 +63,13 @@ class Flip(Augmentation):
         else:
             flipped = (_hash(batch["index"]) + batch["epoch"].astype(jnp.uint32)) % 2 == 1
         return {**batch, "image": jnp.where(per_example(flipped), images[:, :, ::-1], images)}
+
+    @property
+    def draws(self) -> int:
+        return 1 if self.mode == "random" else 0
+
+    def on_host(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray:
+        return image[:, ::-1] if draws[0] < 0.5 else image
 
 
 def _hash(indices: jax.Array) -> jax.Array:

@@ -5,23 +5,23 @@ warp, that is a matrix; a lookup, that is a table of 256 values a channel; or a 
 version of the image. `apply` chooses matrix, table and blend for each example first, so that a
 layer of a policy costs one warp, one lookup and one blend, whatever was drawn.
 
-As in Pillow, images are uint8 [B, H, W, C] with C = 1 or 3. Tables and blends follow Pillow's
-arithmetic to the last rounding. Warps round where Pillow truncates, and at the border of the image
-they interpolate with the fill value where Pillow cuts sharply.
+As in Pillow, images are uint8 [B, H, W, C] with C = 1 or 3. Warps round where Pillow truncates, and
+at the border of the image they interpolate with the fill value where Pillow cuts sharply; the rest
+follows its arithmetic to the last rounding (`flaxcls.augment.enhance`).
 """
 
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flaxcls.augment.base import box_mask, like, per_example, unfused
+from flaxcls.augment.enhance import BLENDS, TABLES, Array, blend, look_up
 
 Interpolation = Literal["nearest", "bilinear"]
-
-_VALUES = np.arange(256)
 
 
 def apply(
@@ -64,7 +64,7 @@ def apply(
         def fill_in(same: jax.Array) -> jax.Array:
             return choose({name: TABLES[name](images, arguments[name]) for name in names}, same)
 
-        same = jnp.broadcast_to(_VALUES.astype(np.uint8), (count, channels, 256))
+        same = jnp.broadcast_to(np.arange(256, dtype=np.uint8), (count, channels, 256))
         tables = unfused(fill_in, same)
         images = unfused(lambda x: look_up(x, tables), images)
 
@@ -83,6 +83,41 @@ def apply(
         hole = hole & chosen["cutout"][:, None, None]
         images = jnp.where(hole[..., None], like(jnp.float32(fill), images), images)
     return images
+
+
+def apply_on_host(
+    image: np.ndarray, name: str, argument: np.ndarray, interpolation: Interpolation, fill: float
+) -> np.ndarray:
+    """What `apply` does to one uint8 image [H, W, C] whose op is drawn; `argument` is float32 [1].
+
+    OpenCV warps: it knows 32 positions between two pixels.
+    """
+    height, width, channels = image.shape
+    if name in WARPS:
+        matrix = WARPS[name]((height, width), argument)[0].astype(np.float64)
+        matrix[:, 2] += (
+            matrix[:, :2].sum(axis=1) / 2 - 0.5
+        )  # OpenCV's first pixel has its centre at 0
+        method = {"nearest": cv2.INTER_NEAREST, "bilinear": cv2.INTER_LINEAR}[interpolation]
+        image = cv2.warpAffine(
+            image,
+            matrix,
+            (width, height),
+            flags=method | cv2.WARP_INVERSE_MAP,
+            borderValue=(round(fill),) * channels,
+        )
+    elif name in TABLES:
+        (tables,) = TABLES[name](image[None], argument)  # one, or one a channel
+        image = cv2.LUT(image, np.ascontiguousarray(tables.T)[None])
+    elif name in BLENDS:
+        image = blend(BLENDS[name](image[None]), image[None], per_example(argument))[0]
+    elif name == "cutout":
+        row, column, half = argument[0].astype(int).tolist()
+        image = image.copy()
+        image[
+            max(row - half, 0) : max(row + half, 0), max(column - half, 0) : max(column + half, 0)
+        ] = round(fill)
+    return image.reshape(height, width, channels)  # OpenCV drops the axis of a single channel
 
 
 def maybe(
@@ -129,28 +164,28 @@ def warp(
     return like(upper * (1 - down) + lower * down, images)
 
 
-def about_centre(
-    shape: tuple[int, int], linear: jax.Array, offset: jax.Array | float = 0.0
-) -> jax.Array:
+def about_centre(shape: tuple[int, int], linear: Array, offset: Array | float = 0.0) -> Array:
     """The matrix [B, 2, 3] that is `linear` [B, 2, 2] about the centre of images of `shape` (H, W).
 
     The output's centre comes from `offset` [B, 2], (x, y), beside that of the image.
     """
     height, width = shape
-    centre = jnp.array([width / 2, height / 2], jnp.float32)
+    xp = linear.__array_namespace__()
+    centre = xp.asarray([width / 2, height / 2], dtype=xp.float32)
     # Not `linear @ centre`, which would be in bfloat16 on a TPU.
     constant = offset + centre - (linear * centre).sum(axis=-1)
-    return jnp.concatenate([linear, constant[..., None]], axis=-1)
+    return xp.concatenate([linear, constant[..., None]], axis=-1)
 
 
-def rotation(degrees: jax.Array) -> jax.Array:
+def rotation(degrees: Array) -> Array:
     """[B] -> [B, 2, 2], for `about_centre`: turns images counter-clockwise."""
-    radians = jnp.deg2rad(degrees)
-    cosine, sine = jnp.cos(radians), jnp.sin(radians)
-    return jnp.stack([cosine, -sine, sine, cosine], axis=-1).reshape(-1, 2, 2)
+    xp = degrees.__array_namespace__()
+    radians = xp.deg2rad(degrees)
+    cosine, sine = xp.cos(radians), xp.sin(radians)
+    return xp.stack([cosine, -sine, sine, cosine], axis=-1).reshape(-1, 2, 2)
 
 
-def _rotate(shape: tuple[int, int], degrees: jax.Array) -> jax.Array:
+def _rotate(shape: tuple[int, int], degrees: Array) -> Array:
     return about_centre(shape, rotation(degrees))
 
 
@@ -161,137 +196,10 @@ def _one_entry(row: int, column: int) -> Callable[..., jax.Array]:
     return lambda shape, argument: np.eye(2, 3, dtype=np.float32) + argument[:, None, None] * entry
 
 
-WARPS: dict[str, Callable[[tuple[int, int], jax.Array], jax.Array]] = {
+WARPS: dict[str, Callable[[tuple[int, int], Array], Array]] = {
     "shear_x": _one_entry(0, 1),
     "shear_y": _one_entry(1, 0),
     "translate_x": _one_entry(0, 2),
     "translate_y": _one_entry(1, 2),
     "rotate": _rotate,
-}
-
-
-# Lookups: a table, uint8 [B, 1 or C, 256], from the images and the argument [B].
-
-
-def look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
-    """`tables[b, c, images[b, h, w, c]]` for uint8 images and tables [B, C, 256]."""
-    one_channel = jax.vmap(lambda image, table: table[image], in_axes=(-1, 0), out_axes=-1)
-    return jax.vmap(one_channel)(images, tables)
-
-
-def _brightness(images: jax.Array, factor: jax.Array) -> jax.Array:
-    return blend(0, _VALUES, factor[:, None, None])
-
-
-def _contrast(images: jax.Array, factor: jax.Array) -> jax.Array:
-    count = images.shape[1] * images.shape[2]
-    total = grey(images).astype(jnp.int32).sum(axis=(1, 2, 3))
-    mean = (2 * total + count) // (2 * count)  # rounded half up
-    return blend(mean[:, None, None], _VALUES, factor[:, None, None])
-
-
-def _posterize(images: jax.Array, bits: jax.Array) -> jax.Array:
-    step = jnp.left_shift(1, 8 - bits.astype(jnp.int32))[:, None, None]
-    return (_VALUES // step * step).astype(jnp.uint8)
-
-
-def _solarize(images: jax.Array, threshold: jax.Array) -> jax.Array:
-    kept = threshold[:, None, None] > _VALUES
-    return jnp.where(kept, _VALUES, 255 - _VALUES).astype(jnp.uint8)
-
-
-def _solarize_add(images: jax.Array, addition: jax.Array) -> jax.Array:
-    added = jnp.minimum(_VALUES + addition[:, None, None], 255)
-    return jnp.where(_VALUES < 128, added, _VALUES).astype(jnp.uint8)
-
-
-def _invert(images: jax.Array, argument: jax.Array) -> jax.Array:
-    return jnp.asarray(255 - _VALUES, jnp.uint8)[None, None]
-
-
-def _autocontrast(images: jax.Array, argument: jax.Array) -> jax.Array:
-    # Exact, rounded down. Pillow's floating point is one below where it just misses an integer.
-    count, height, *_, channels = images.shape
-
-    def extreme(of: Callable[..., jax.Array]) -> jax.Array:
-        """Over whole rows first, which is faster on CPU; [B, C, 1]."""
-        of_column = of(images.reshape(count, height, -1), axis=1)
-        return of(of_column.reshape(count, -1, channels), axis=1).astype(jnp.int32)[..., None]
-
-    low, high = extreme(jnp.min), extreme(jnp.max)
-    stretched = (_VALUES - low) * 255 // jnp.maximum(high - low, 1)
-    return jnp.where(high > low, jnp.clip(stretched, 0, 255), _VALUES).astype(jnp.uint8)
-
-
-def _equalize(images: jax.Array, argument: jax.Array) -> jax.Array:
-    counts = _histogram(images)
-    up_to = jnp.cumsum(counts, axis=-1)
-    below_brightest = jnp.where(counts > 0, up_to - counts, 0).max(axis=-1, keepdims=True)
-    step = below_brightest // 255
-    table = (step // 2 + up_to - counts) // jnp.maximum(step, 1)
-    return jnp.where(step > 0, jnp.minimum(table, 255), _VALUES).astype(jnp.uint8)
-
-
-def _histogram(images: jax.Array) -> jax.Array:
-    """How often each value occurs in each channel, int32 [B, C, 256]."""
-    count, *_, channels = images.shape
-    bins = (images + 256 * jnp.arange(channels)).reshape(count, -1)
-
-    def counted(bins: jax.Array) -> jax.Array:
-        return jnp.zeros(channels * 256, jnp.int32).at[bins].add(1, mode="promise_in_bounds")
-
-    return jax.vmap(counted)(bins).reshape(count, channels, 256)
-
-
-TABLES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-    "brightness": _brightness,
-    "contrast": _contrast,
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "solarize_add": _solarize_add,
-    "invert": _invert,
-    "autocontrast": _autocontrast,
-    "equalize": _equalize,
-}
-
-
-# Blends: the image that an argument of 0 stands for; at 1 there is no change.
-
-
-def blend(other: jax.Array, images: jax.Array, factor: jax.Array) -> jax.Array:
-    """`other` and `factor` times what `images` differ from it, as uint8: Pillow's `Image.blend`."""
-    other = jnp.asarray(other).astype(jnp.float32)
-    difference = images - other
-    # Pillow rounds the product before it is added. A compiler may fuse both into one operation that
-    # does not; but the products with 12 bits of the factor are exact, either way.
-    coarse = jax.lax.reduce_precision(factor, exponent_bits=8, mantissa_bits=11)
-    product = coarse * difference + (factor - coarse) * difference
-    return jnp.clip(other + product, 0, 255).astype(jnp.uint8)
-
-
-def grey(images: jax.Array) -> jax.Array:
-    """Luma (ITU-R 601) as Pillow's mode L has it, uint8 [B, H, W, 1]."""
-    if images.shape[-1] == 1:
-        return images
-    weighted = images.astype(jnp.int32) * np.array([19595, 38470, 7471])
-    return ((weighted.sum(axis=-1, keepdims=True) + 2**15) >> 16).astype(jnp.uint8)
-
-
-def _smooth(images: jax.Array) -> jax.Array:
-    """Pillow's filter SMOOTH: the mean of 3 x 3 pixels, the middle counting five times."""
-    count, height, width, channels = images.shape
-    # Whole rows as vectors, and 16 bits: on CPU many times faster.
-    rows = images.reshape(count, height, width * channels).astype(jnp.int16)
-    padded = jnp.pad(rows, ((0, 0), (1, 1), (channels, channels)))
-    three = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
-    nine = three[..., : -2 * channels] + three[..., channels:-channels] + three[..., 2 * channels :]
-    mean = ((nine + 4 * rows).astype(jnp.float32) / 13 + 0.5).astype(jnp.uint8)
-    inside = np.zeros((height, width, channels), bool)
-    inside[1:-1, 1:-1] = True  # Pillow leaves the border as it is
-    return jnp.where(inside, mean.reshape(images.shape), images)
-
-
-BLENDS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "color": lambda images: jnp.broadcast_to(grey(images), images.shape),
-    "sharpness": _smooth,
 }

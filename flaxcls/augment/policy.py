@@ -5,10 +5,13 @@ level in [0, 1] and a random sign, as `policy_data` says.
 """
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+import math
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxcls.augment import ops, policy_data
 from flaxcls.augment.base import OnBytes, per_example
@@ -17,8 +20,41 @@ from flaxcls.augment.ops import Interpolation
 from flaxcls.config.options import Count, NonNegative, Range, UpToOne
 
 
+class Policy(OnBytes):
+    """One op after the other for each example; on the devices, or one image at a time on a host."""
+
+    interpolation: Interpolation
+    fill: float
+
+    def layers(
+        self, draws: Any, shape: tuple[int, int]
+    ) -> Iterator[tuple[policy_data.Arguments, Any]]:
+        """What `ops.apply` takes as `arguments` and `drawn`, one time after the other.
+
+        `draws` are `self.draws` uniform random numbers for each example, float32 [draws, B] of JAX
+        or NumPy; `shape` is (H, W).
+        """
+        raise NotImplementedError
+
+    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
+        count, *shape, _ = images.shape
+        draws = jax.random.uniform(key, (self.draws, count))
+        for arguments, drawn in self.layers(draws, shape):
+            images = ops.apply(images, arguments, drawn, self.interpolation, self.fill)
+        return images
+
+    def on_host(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray:
+        for arguments, drawn in self.layers(np.array(draws, np.float32)[:, None], image.shape[:2]):
+            position = int(drawn[0])
+            if position >= 0:
+                name = sorted(arguments)[position]
+                argument = np.asarray(arguments[name], np.float32)
+                image = ops.apply_on_host(image, name, argument, self.interpolation, self.fill)
+        return image
+
+
 @dataclasses.dataclass(frozen=True)
-class RandAugment(OnBytes):
+class RandAugment(Policy):
     """`num_ops` times over one of 15 ops, all at about the same magnitude from 0 to 10.
 
     Cubuk et al. 2019, arXiv:1909.13719, in the convention of timm's `auto_augment.py`: the
@@ -43,25 +79,26 @@ class RandAugment(OnBytes):
     interpolation: Interpolation = "bilinear"
     fill: float = 128.0
 
-    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        count, *shape, _ = images.shape
-        normal_key, uniform_key = jax.random.split(key)
-        noise = self.magnitude_std * jax.random.normal(normal_key, (self.num_ops, count))
-        levels = jnp.clip(self.magnitude + noise, 0, 10) / 10
-        draws = jax.random.uniform(uniform_key, (self.num_ops, 5, count))
-        for level, (op, sign, active, row, column) in zip(levels, draws, strict=True):
+    @property
+    def draws(self) -> int:
+        return 7 * self.num_ops
+
+    def layers(self, draws, shape):
+        xp = draws.__array_namespace__()
+        for op, sign, active, row, column, *pair in draws.reshape(self.num_ops, 7, -1):
+            magnitude = self.magnitude + self.magnitude_std * _normal(*pair)
+            level = xp.clip(magnitude, 0, 10) / 10
             arguments = policy_data.rand_arguments(level, _sign(sign), shape, self.increasing)
             if self.cutout:
-                half = jnp.floor(40 / 224 * min(shape) * level)
+                half = xp.floor(40 / 224 * min(shape) * level)
                 square = row * shape[0], column * shape[1], half
-                arguments["cutout"] = jnp.stack(square, axis=-1)
-            drawn = jnp.where(active < self.probability, _integers(op, len(arguments)), -1)
-            images = ops.apply(images, arguments, drawn, self.interpolation, self.fill)
-        return images
+                arguments["cutout"] = xp.stack(square, axis=-1)
+            applied = active < self.probability
+            yield arguments, xp.where(applied, _integers(op, len(arguments)), -1)
 
 
 @dataclasses.dataclass(frozen=True)
-class TrivialAugment(OnBytes):
+class TrivialAugment(Policy):
     """One of 14 ops (one of which changes nothing), at one of 31 magnitudes, all equally likely.
 
     Müller & Hutter 2021, arXiv:2103.10158, with the wide ranges of torchvision's
@@ -72,16 +109,16 @@ class TrivialAugment(OnBytes):
     interpolation: Interpolation = "bilinear"
     fill: float = 0.0
 
-    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        count, *shape, _ = images.shape
-        op, level, sign = jax.random.uniform(key, (3, count))
+    draws: ClassVar[int] = 3
+
+    def layers(self, draws, shape):
+        op, level, sign = draws
         arguments = policy_data.wide_arguments(_integers(level, 31) / 30, _sign(sign), shape)
-        drawn = _integers(op, len(arguments))
-        return ops.apply(images, arguments, drawn, self.interpolation, self.fill)
+        yield arguments, _integers(op, len(arguments))
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoAugment(OnBytes):
+class AutoAugment(Policy):
     """One of 25 pairs of ops, each op with a probability and a magnitude of its own.
 
     The pairs are those found for ImageNet or CIFAR-10 in Cubuk et al. 2018, arXiv:1805.09501; what
@@ -93,22 +130,22 @@ class AutoAugment(OnBytes):
     interpolation: Interpolation = "bilinear"
     fill: float = 128.0
 
-    def change(self, key: jax.Array, images: jax.Array) -> jax.Array:
-        count, *shape, _ = images.shape
+    draws: ClassVar[int] = 5
+
+    def layers(self, draws, shape):
+        xp = draws.__array_namespace__()
         pairs = policy_data.AUTO_AUGMENT[self.policy]
-        draws = jax.random.uniform(key, (5, count))
         pair = _integers(draws[0], len(pairs))
         for layer, sign, active in zip(
             zip(*pairs, strict=True), draws[1:3], draws[3:], strict=True
         ):
             names, probabilities, magnitudes = zip(*layer, strict=True)
-            level = jnp.array(magnitudes, jnp.float32)[pair] / 9
+            level = xp.asarray(magnitudes, dtype=xp.float32)[pair] / 9
             arguments = policy_data.auto_arguments(level, _sign(sign), shape)
             arguments = {name: arguments[name] for name in sorted(set(names))}
-            drawn = jnp.array([sorted(arguments).index(name) for name in names])[pair]
-            drawn = jnp.where(active < jnp.array(probabilities)[pair], drawn, -1)
-            images = ops.apply(images, arguments, drawn, self.interpolation, self.fill)
-        return images
+            drawn = xp.asarray([sorted(arguments).index(name) for name in names])[pair]
+            applied = active < xp.asarray(probabilities, dtype=xp.float32)[pair]
+            yield arguments, xp.where(applied, drawn, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,10 +204,16 @@ class ThreeAugment(OnBytes):
         return blur(images, jnp.where(drawn == 2, 0.1 + 1.9 * sigma, 0), 2)
 
 
-def _integers(uniform: jax.Array, below: int) -> jax.Array:
+def _integers(uniform: Any, below: int) -> Any:
     """Uniform numbers in [0, 1) -> integers, int32, from 0 to `below` - 1."""
-    return (uniform * below).astype(jnp.int32)
+    return (uniform * below).astype(np.int32)
 
 
-def _sign(uniform: jax.Array) -> jax.Array:
-    return jnp.where(uniform < 0.5, -1.0, 1.0)
+def _sign(uniform: Any) -> Any:
+    return uniform.__array_namespace__().where(uniform < 0.5, np.float32(-1), np.float32(1))
+
+
+def _normal(first: Any, second: Any) -> Any:
+    """Uniform numbers in [0, 1) -> normal ones (Box & Muller 1958)."""
+    xp = first.__array_namespace__()
+    return xp.sqrt(-2 * xp.log1p(-first)) * xp.cos(2 * math.pi * second)

@@ -1,20 +1,17 @@
 """What the policies are made of: the arguments of their ops, and the pairs of AutoAugment.
 
 A function `..._arguments(level, sign, shape)` gives the argument of each op that can be drawn, [B],
-for `ops.apply`: from a level [B] in [0, 1], a random sign [B] and the images' (height, width).
+for `ops.apply`: from a level [B] in [0, 1], a random sign [B] and the images' (height, width). The
+arrays are JAX's or, for `ops.apply_on_host`, NumPy's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-Arguments = dict[str, jax.Array]
+Arguments = dict[str, Any]
 
 
-def _warps(
-    level: jax.Array, shear: float, degrees: float, pixels: Sequence[jax.Array]
-) -> Arguments:
+def _warps(level: Any, shear: float, degrees: float, pixels: Sequence[Any]) -> Arguments:
     """`pixels` are those of the translations, by row and by column."""
     down, across = pixels
     return {
@@ -26,59 +23,63 @@ def _warps(
     }
 
 
-def _enhancements(factor: jax.Array) -> Arguments:
+def _enhancements(factor: Any) -> Arguments:
     return dict.fromkeys(("brightness", "contrast", "color", "sharpness"), factor)
 
 
 def rand_arguments(level, sign, shape, increasing: bool) -> Arguments:
     """timm's for RandAugment; where not `increasing` they are those of the paper's code."""
+    xp = level.__array_namespace__()
     signed = sign * level
-    factor, bits, threshold = 0.1 + 1.8 * level, jnp.floor(4 * level), jnp.floor(256 * level)
+    factor, bits, threshold = 0.1 + 1.8 * level, xp.floor(4 * level), xp.floor(256 * level)
     if increasing:
-        factor, bits, threshold = jnp.maximum(0.1, 1 + 0.9 * signed), 4 - bits, 256 - threshold
+        factor, bits, threshold = xp.maximum(0.1, 1 + 0.9 * signed), 4 - bits, 256 - threshold
     return {
         **_warps(signed, 0.3, 30, [0.45 * side * signed for side in shape]),
         **_enhancements(factor),
         **dict.fromkeys(("invert", "autocontrast", "equalize"), level),
         "posterize": bits,
         "solarize": threshold,
-        "solarize_add": jnp.floor(110 * level),
+        "solarize_add": xp.floor(110 * level),
     }
 
 
 def wide_arguments(level, sign, shape) -> Arguments:
     """torchvision's for TrivialAugment."""
+    xp = level.__array_namespace__()
     signed = sign * level
     return {
-        **_warps(signed, 0.99, 135, [jnp.trunc(32 * signed)] * 2),
+        **_warps(signed, 0.99, 135, [xp.trunc(32 * signed)] * 2),
         **_enhancements(1 + 0.99 * signed),
         **dict.fromkeys(("identity", "autocontrast", "equalize"), level),
-        "posterize": 8 - jnp.round(6 * level),
+        "posterize": 8 - xp.round(6 * level),
         "solarize": 255 * (1 - level),
     }
 
 
 def auto_arguments(level, sign, shape) -> Arguments:
     """torchvision's for AutoAugment."""
+    xp = level.__array_namespace__()
     signed = sign * level
     return {
-        **_warps(signed, 0.3, 30, [jnp.trunc(150 / 331 * side * signed) for side in shape]),
+        **_warps(signed, 0.3, 30, [xp.trunc(150 / 331 * side * signed) for side in shape]),
         **_enhancements(1 + 0.9 * signed),
         **dict.fromkeys(("invert", "autocontrast", "equalize"), level),
-        "posterize": 8 - jnp.round(4 * level),
+        "posterize": 8 - xp.round(4 * level),
         "solarize": 255 * (1 - level),
     }
 
 
 def augmix_arguments(level, sign, shape) -> Arguments:
     """Those of the code of AugMix."""
+    xp = level.__array_namespace__()
     signed = sign * level
     return {
-        **_warps(signed, 0.3, 30, [jnp.trunc(side / 3 * signed) for side in shape]),
+        **_warps(signed, 0.3, 30, [xp.trunc(side / 3 * signed) for side in shape]),
         **dict.fromkeys(("autocontrast", "equalize"), level),
-        "rotate": jnp.trunc(30 * signed),
-        "posterize": 4 - jnp.floor(4 * level),
-        "solarize": 256 - jnp.floor(256 * level),
+        "rotate": xp.trunc(30 * signed),
+        "posterize": 4 - xp.floor(4 * level),
+        "solarize": 256 - xp.floor(256 * level),
     }
 
 

@@ -22,6 +22,7 @@ from flaxcls.core.losses import LossSpec
 from flaxcls.data.pipeline import Pipeline, Sizes
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
+from flaxcls.runtime import sharding
 
 
 class Divergence(NamedTuple):
@@ -55,7 +56,7 @@ class Experiment:
       train, evaluation: how the batches of the two splits are made.
       eval_batch_size: examples at a time.
       normalization: mean and standard deviation per channel; None: those of the training images.
-      augmentations: as `augment.build` takes them.
+      augmentations: those on the devices, as `augment.build` takes them.
       network, loss, optimizer: what a step computes.
       frozen: the paths of the parameters that are not trained.
       freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
@@ -151,6 +152,9 @@ def make_experiment(
     evaluation = inputs.evaluation(config, eval_source)
     shapes = [train.image_shape(begin) for begin in sizes.begins]
 
+    augmentations = pieces.augmentation(config, shapes, num_classes)
+    train, augmentations = inputs.policies_on_host(train, augmentations, sharding.platform(mesh))
+
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
     models.check_partition(network, mesh.shape.get("model", 1))
     rate = pieces.learning_rate(config, run)
@@ -164,7 +168,7 @@ def make_experiment(
         evaluation=evaluation,
         eval_batch_size=config.eval.batch_size or config.batch_size,
         normalization=pieces.normalization(config, train_source.image_shape[-1]),
-        augmentations=pieces.augmentation(config, shapes, num_classes),
+        augmentations=augmentations,
         network=network,
         loss=pieces.loss(config, num_classes),
         optimizer=optimizer,

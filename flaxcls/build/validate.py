@@ -75,6 +75,7 @@ def check(config: ConfigDict) -> None:
     )
     for field, choices in (
         ("input.mode", ("auto", "resident", "stream")),
+        ("input.policies", ("auto", "host", "device")),
         ("checkpoint.best_metric", ("accuracy", "accuracy_top5", "loss")),
         ("checkpoint.on_error", ("continue", "stop")),
         ("model.dtype", ("auto", "float32", "bfloat16")),

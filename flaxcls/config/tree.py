@@ -71,6 +71,7 @@ def default() -> ConfigDict:
     config.input.max_broken = 0.001  # share of the training images that may be unreadable
     config.input.max_pixels = 100_000_000  # of a picture; larger ones are refused undecoded
     config.input.max_bytes = 2**28  # of a picture's file; larger ones are refused unread
+    config.input.policies = "auto"  # where RandAugment and the like are computed: host, device
 
     # In this order: ({"name": "pad_crop", "padding": 4}, {"name": "flip"}); see flaxcls/augment.
     config.augment = _any()

@@ -56,6 +56,7 @@ class InputOptions:
     max_broken: float = 0.001
     max_pixels: int = 100_000_000
     max_bytes: int = 2**28
+    policies: Literal["auto", "host", "device"] = "auto"
 
     @property
     def workers(self) -> Workers:

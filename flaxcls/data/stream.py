@@ -229,7 +229,7 @@ class Stream:
 
     def _shape(self, size: int | None) -> tuple[int, int, int]:
         height, width, channels = self.loader.source.image_shape
-        return (size, size, channels) if self.loader.transform else (height, width, channels)
+        return (size, size, channels) if size else (height, width, channels)
 
 
 class _PendingBatch:

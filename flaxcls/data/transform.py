@@ -1,4 +1,4 @@
-"""Which part of a picture becomes the image, and how it is resampled; on the host, one at a time.
+"""What the host makes of a picture, one at a time: which part, how resampled, how changed.
 
 Sizes and offsets are torchvision's to the pixel. With `antialias` Pillow resamples, which is what
 torchvision does to PIL images; without it OpenCV, in a third of the time, as tf.image and
@@ -37,23 +37,30 @@ class Picture(Protocol):
     def part(self, box: tuple[int, int, int, int]) -> np.ndarray: ...
 
 
-@dataclasses.dataclass(frozen=True)
 class Transform:
     """Base of the transforms: `transform(picture, size, draws)` is uint8 [size, size, C].
+
+    `draws` is how many uniform random numbers it needs, a multiple of 4.
+    """
+
+    draws: int = 0
+
+    def __call__(self, picture: Picture, size: int | None, draws: Sequence[float]) -> np.ndarray:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampled(Transform):
+    """Base of those that resample a part of the picture.
 
     Attributes:
       interpolation: "bilinear", "bicubic" or "area" (the mean over what a pixel covers; as ffcv).
       antialias: whether the filter grows with the pixels when an image is made smaller. (A JPEG
         that is shrunk more than four times is averaged while it is decoded, in any case.)
-      draws: how many uniform random numbers it needs, a multiple of 4.
     """
 
-    draws: ClassVar[int] = 0
     interpolation: Literal["bilinear", "bicubic", "area"] = "bilinear"
     antialias: bool = True
-
-    def __call__(self, picture: Picture, size: int, draws: Sequence[float]) -> np.ndarray:
-        raise NotImplementedError
 
     def _resample(
         self,
@@ -111,7 +118,7 @@ def _by_opencv(pixels, box, shape, method) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomResizedCrop(Transform):
+class RandomResizedCrop(Resampled):
     """A random part of the picture, `area` of it, with its width `aspect` times its height.
 
     Inception's crop (Szegedy et al. 2014, arXiv:1409.4842), drawn as torchvision does: up to ten
@@ -151,7 +158,7 @@ class RandomResizedCrop(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
-class CenterCrop(Transform):
+class CenterCrop(Resampled):
     """Shrinks the shorter side to size / `ratio` and takes the square in the centre."""
 
     ratio: Annotated[float, Range(above=0, at_most=1)] = 0.875
@@ -172,7 +179,7 @@ class CenterCrop(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Resize(Transform):
+class Resize(Resampled):
     """The whole picture, its sides stretched to the square."""
 
     def __call__(self, picture: Picture, size: int, draws: Sequence[float]) -> np.ndarray:
@@ -180,7 +187,7 @@ class Resize(Transform):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pad(Transform):
+class Pad(Resampled):
     """The whole picture, its longer side shrunk to the square's, with borders of `fill`."""
 
     fill: Annotated[int, Range(0, 255)] = 0
@@ -193,6 +200,35 @@ class Pad(Transform):
         image = np.full((size, size, pixels.shape[2]), self.fill, np.uint8)
         top, left = (size - tall) // 2, (size - wide) // 2
         image[top : top + tall, left : left + wide] = pixels
+        return image
+
+
+class Change(Protocol):
+    """What is done to an image after that: see `on_host` of `flaxcls.augment.Augmentation`."""
+
+    draws: ClassVar[int]
+
+    def on_host(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmented(Transform):
+    """A transform, or none for pictures of one size, and then some changes to the image."""
+
+    transform: Transform | None
+    changes: tuple[Change, ...]
+
+    @property
+    def draws(self) -> int:
+        count = sum(change.draws for change in self.changes)
+        return (self.transform.draws if self.transform else 0) + -(-count // 4) * 4
+
+    def __call__(self, picture: Picture, size: int | None, draws: Sequence[float]) -> np.ndarray:
+        start = self.transform.draws if self.transform else 0
+        image = self.transform(picture, size, draws[:start]) if self.transform else picture.pixels()
+        for change in self.changes:
+            image = change.on_host(image, draws[start : start + change.draws])
+            start += change.draws
         return image
 
 

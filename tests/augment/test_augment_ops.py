@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flaxcls.augment import ops
+from flaxcls.augment import enhance, ops
 from flaxcls.augment.noise import blur
 
 ALL = {**ops.WARPS, **ops.TABLES, **ops.BLENDS}
@@ -155,7 +155,7 @@ def test_blur_leaves_images_of_sigma_0():
 
 def test_histogram_counts_every_value():
     images = pictures(37, 23, 3)
-    counts = jax.jit(ops._histogram)(jnp.asarray(images))
+    counts = jax.jit(enhance._histogram)(jnp.asarray(images))
     for image, count in zip(images, counts, strict=True):
         for channel in range(3):
             expected = np.bincount(image[..., channel].ravel(), minlength=256)
@@ -169,3 +169,43 @@ def test_maybe_applies_as_often_as_the_probability_says():
     kept = (result == images).all(axis=(1, 2, 3))
     assert (inverted ^ kept).all()
     assert stats.binomtest(int(inverted.sum()), 600, 0.3).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear"])
+@pytest.mark.parametrize("shape", [(37, 23, 3), (24, 40, 1)])
+@pytest.mark.parametrize("name", ALL)
+def test_every_op_on_the_host_equals_that_on_the_device(name, shape, interpolation):
+    images = pictures(*shape)
+    for argument in ARGUMENTS.get(name, (0,)):
+        expected = applied(name, images, argument, fill=90, interpolation=interpolation)
+        for image, other in zip(images, np.asarray(expected), strict=True):
+            result = ops.apply_on_host(image, name, np.float32([argument]), interpolation, 90)
+            assert result.dtype == np.uint8
+            difference = np.abs(result.astype(int) - other)
+            if name not in ops.WARPS:
+                np.testing.assert_array_equal(result, other)
+            elif interpolation == "bilinear":  # between pixels OpenCV knows 32 positions
+                assert difference.max() <= 255 * 2 / 64 + 2, (argument, difference.max())
+            elif argument % 1 != 0.5:  # in the middle between two pixels either may be taken
+                assert (difference > 0).mean() < 0.05, argument
+
+
+@pytest.mark.parametrize("place", [(5.9, 4.2, 2.0), (0.0, 9.9, 3.0), (11.0, 0.0, 9.0)])
+def test_cutout_on_the_host_fills_the_same_square(place):
+    images = pictures(12, 10, 3)[:1]
+    place = np.float32([place])
+    expected = ops.apply(jnp.asarray(images), {"cutout": jnp.asarray(place)}, jnp.array([0]))
+    result = ops.apply_on_host(images[0], "cutout", place, "bilinear", 0)
+    np.testing.assert_array_equal(result, expected[0])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_tables_and_histograms_by_comparison_equal_those_by_gather(monkeypatch, channels):
+    """What a TPU is given, on the devices that there are."""
+    images = jnp.asarray(pictures(37, 23, channels))
+    tables = np.random.default_rng(3).integers(0, 256, (len(images), channels, 256))
+    tables = jnp.asarray(tables, jnp.uint8)
+    gathered, counts = enhance.look_up(images, tables), enhance._histogram(images)
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, tpu, default: tpu(*a))
+    np.testing.assert_array_equal(enhance.look_up(images, tables), gathered)
+    np.testing.assert_array_equal(enhance._histogram(images), counts)

@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from flaxcls.augment import ops, policy_data
+from flaxcls.augment import policy as policy_module
 from flaxcls.augment.policy import AugMix, AutoAugment, RandAugment, ThreeAugment, TrivialAugment
 from flaxcls.errors import ConfigError
 
@@ -355,3 +356,35 @@ def test_float_images_are_rounded_first(make_batch):
     shifted = {**batch, "image": batch["image"].astype(jnp.float32) + 0.3}
     policy = jax.jit(RandAugment(probability=0.0))
     np.testing.assert_array_equal(policy(KEY, shifted)["image"], batch["image"])
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RandAugment(probability=1.0, fill=90, cutout=True),
+        RandAugment(probability=0.5, increasing=False, num_ops=3),
+        TrivialAugment(),
+        AutoAugment(fill=90),
+        AutoAugment(policy="cifar10"),
+    ],
+    ids=lambda policy: policy.name,
+)
+def test_a_host_does_the_same_to_an_image_as_the_devices_by_the_same_draws(policy):
+    images = noise(64, 33, 30)
+    draws = np.random.default_rng(4).random((policy.draws, len(images)), np.float32)
+    expected = jnp.asarray(images)
+    for arguments, drawn in policy.layers(jnp.asarray(draws), (33, 30)):
+        expected = ops.apply(expected, arguments, drawn, policy.interpolation, policy.fill)
+    results = [policy.on_host(*pair) for pair in zip(images, draws.T.tolist(), strict=True)]
+    same = [(a == b).all() for a, b in zip(results, np.asarray(expected), strict=True)]
+    assert 0.5 < np.mean(same) < 1  # not those that are warped
+    differences = np.abs(np.stack(results).astype(int) - np.asarray(expected))
+    assert np.median(differences) == 0 and differences.mean() < 3
+
+
+def test_a_normal_magnitude_of_the_host_is_that_of_the_devices():
+    draws = np.random.default_rng(5).random((2, 5000), np.float32)
+    normal = policy_module._normal(*draws)
+    assert normal.dtype == np.float32
+    assert stats.kstest(normal, stats.norm.cdf).pvalue > 1e-3
+    np.testing.assert_allclose(policy_module._normal(*jnp.asarray(draws)), normal, atol=1e-5)
