@@ -59,12 +59,13 @@ def newest(folder: Path) -> Path | None:
 
 def operators(path: Path) -> list[Operator]:
     """The operators in a file *.xplane.pb, that with the most seconds first."""
-    calls, seconds = collections.Counter[_Key](), collections.Counter[_Key]()
+    calls, seconds = collections.Counter[_Key](), collections.defaultdict[_Key, float](float)
     for line in _lines_of_operators(ProfileData.from_file(str(path))):
         for key, spent in _own_seconds(line):
             calls[key] += 1
             seconds[key] += spent
-    return [Operator(*key, calls[key], spent) for key, spent in seconds.most_common()]
+    found = [Operator(*key, calls[key], spent) for key, spent in seconds.items()]
+    return sorted(found, key=lambda operator: -operator.seconds)
 
 
 def origins(compiled: str) -> dict[tuple[str, str], str]:
@@ -88,7 +89,7 @@ def origins(compiled: str) -> dict[tuple[str, str], str]:
     return found
 
 
-def _lines_of_operators(trace: ProfileData) -> Iterator[list[_Call]]:
+def _lines_of_operators(trace: Any) -> Iterator[list[_Call]]:
     """The calls of operators, a list for all that ran one after the other."""
     planes = list(trace.planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]

@@ -39,6 +39,7 @@ class Profile:
         self._steps, self._folder, self._say = steps, folder, say
         self._compiled, self._spending = compiled, spending
         self._is_due = bool(steps) and processes.is_first()
+        self._step = 0
         self._first: int | None = None  # the step that the trace under way began with
 
     def begin(self, step: int, state: Any) -> None:
@@ -60,10 +61,10 @@ class Profile:
         self._step = step
         if step not in self._steps:
             jax.block_until_ready(state)
-            self._write()
+            self._write(self._first)
 
-    def _write(self) -> None:
-        first, self._first = self._first, None
+    def _write(self, first: int) -> None:
+        self._first = None
         with self._spending():
             began, before = time.perf_counter(), trace.newest(self._folder)
             try:
@@ -87,7 +88,7 @@ class Profile:
 
     def __exit__(self, *exception: object) -> None:
         if self._first is not None:  # a signal or an error has ended the run inside of the range
-            self._write()
+            self._write(self._first)
 
 
 def operator_table(

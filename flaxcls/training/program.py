@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ class Program:
         self._reset_skipped = jax.jit(reset_skipped, donate_argnums=0, out_shardings=state)
 
     @classmethod
-    def open(cls, experiment: Experiment, *arguments: Any, **options: Any) -> "Program":
+    def open(cls, experiment: Experiment, *arguments: Any, **options: Any) -> Self:
         """The program with its data, opened as `RunData` does with the other arguments."""
         program = cls(experiment, RunData(experiment, *arguments, **options))
         if not program.head_only:
