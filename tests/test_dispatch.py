@@ -53,6 +53,18 @@ def test_what_is_due_comes_at_its_step(tmp_path, tiny_config, dispatched, count,
     assert {"4", "8", "12"} <= saved
 
 
+def test_a_trace_begins_and_ends_at_its_steps(tmp_path, tiny_config, dispatched, capsys):
+    profile = {"profile__start": "3 steps", "profile__stop": "6 steps"}
+    every = {"log_every": "12 steps", "eval__every": "12 steps", "checkpoint__every": "12 steps"}
+    train(tiny_config(steps_per_dispatch=3, **every, **profile), tmp_path / "run")
+    assert dispatched == [3] * 4
+    assert "traced 3 steps, from 4 to 6" in capsys.readouterr().out
+    dispatched.clear()
+    train(tiny_config(steps_per_dispatch=4, **every, **profile), tmp_path / "other")
+    assert dispatched == [1] * 6 + [4, 1, 1]
+    assert "traced 3 steps, from 4 to 6" in capsys.readouterr().out
+
+
 CHANGES = {
     "log_every": "6 steps",
     "checkpoint__every": "6 steps",

@@ -296,3 +296,14 @@ def test_file_is_whole_whenever_the_process_is_killed(path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert json.loads(path.read_text())["restarts"] == attempt
+
+
+def test_stages_of_a_start_are_counted_from_the_beginning_of_the_process(clock, path):
+    run = begin(clock, path, {}, startup=2, age=3.0)
+    run.reach("read")
+    clock.sleep(4)
+    run.reach("first_step")
+    clock.sleep(100)
+    run.reach("first_step")  # of the next step
+    run.write()
+    assert json.loads(path.read_text())["start"] == {"imported": 3, "read": 5, "first_step": 9}

@@ -132,6 +132,7 @@ def test_streamed_or_resident_a_run_keeps_its_normalization(tmp_path, tiny_confi
         {"input__max_broken": 0.5},
         {"input__mode": "stream"},
         {"hang_after": "1 hours"},
+        {"profile__start": "3 steps"},
         {"eval__every": "2 steps"},
         {"divergence__max_grad_norm": 1.0},
     ],

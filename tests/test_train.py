@@ -365,7 +365,7 @@ def test_what_a_run_leaves_is_documented(tmp_path, tiny_config):
     best = set(summary["best"]) - set(summary["eval"])
     assert {*summary, *best} == documented("summary.json")
     spent = json.loads((tmp_path / "goodput.json").read_text())
-    assert {*spent, *spent["seconds"]} == documented("goodput.json")
+    assert {*spent, *spent["seconds"], *spent["start"]} == documented("goodput.json")
     written = {path.name for path in tmp_path.iterdir()} | {
         *json.loads((tmp_path / "config.json").read_text())
     }

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from flaxcls import models
 from flaxcls.build import inputs, log_to, notes, pieces
-from flaxcls.build.length import Length, interval, run_length
+from flaxcls.build.length import Length, interval, profiled_steps, run_length
 from flaxcls.build.sources import source
 from flaxcls.build.validate import about
 from flaxcls.config.durations import Duration, parse_duration
@@ -71,6 +71,7 @@ class Experiment:
       log_every, eval_every: of steps.
       log_to: the services that metrics are sent to.
       hang_after: seconds without a step; 0: never.
+      profiled: the updates, counted from 0, that are traced.
       notes: what a user may not have meant.
     """
 
@@ -99,6 +100,7 @@ class Experiment:
     eval_every: Duration
     log_to: tuple[str, ...]
     hang_after: float
+    profiled: range
     saving: Saving
     divergence: Divergence
     notes: tuple[str, ...]
@@ -188,6 +190,7 @@ def make_experiment(
         eval_every=interval(config, "eval.every", run),
         log_to=log_to.names(config.log_to),
         hang_after=parse_duration(config.hang_after).value,
+        profiled=profiled_steps(config, run),
         saving=saving,
         divergence=Divergence(**config.divergence),
         notes=(

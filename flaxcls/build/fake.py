@@ -15,4 +15,5 @@ def on_fake_data(config: ConfigDict, *, image_size: int, num_classes: int) -> Co
     config.data.num_classes, config.data.num_examples = num_classes, 2 * config.batch_size
     config.image_size = config.eval.image_size = None
     config.schedule.warmup = None
+    config.profile.start = config.profile.stop = None
     return config

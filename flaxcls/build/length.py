@@ -64,3 +64,30 @@ def interval(config: ConfigDict, field: str, run: Length, *, may_be_time: bool =
     if duration.value < 1:
         raise ConfigError(f"config.{field} must be at least a step, got {text!r}")
     return duration
+
+
+def profiled_steps(config: ConfigDict, run: Length) -> range:
+    """The updates, counted from 0, of which config.profile asks for a trace; empty: of none."""
+    given = {end: config.profile[end] for end in ("start", "stop")}
+    if all(text is None for text in given.values()):
+        return range(0)
+    steps = {}
+    for end, text in given.items():
+        if text is None:
+            raise ConfigError(
+                f"config.profile.{end} is missing: a trace needs config.profile.start and "
+                "config.profile.stop, such as '100 steps' and '105 steps'"
+            )
+        with about(f"profile.{end}"):
+            steps[end] = run.to_steps(text)
+    if steps["stop"] > run.total_steps:
+        raise ConfigError(
+            f"config.profile.stop must be within the run, which has {run.total_steps:,} steps, got "
+            f"{given['stop']!r}"
+        )
+    if steps["start"] >= steps["stop"]:
+        raise ConfigError(
+            f"config.profile.start must be at least a step before config.profile.stop, got "
+            f"{given['start']!r} and {given['stop']!r}"
+        )
+    return range(steps["start"], steps["stop"])

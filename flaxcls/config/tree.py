@@ -130,6 +130,11 @@ def default() -> ConfigDict:
     config.divergence.max_skipped = 10  # in a row; then the run goes back to its last checkpoint
     config.divergence.max_rollbacks = 3  # then it ends
 
+    # A trace of the steps between, in WORKDIR/profile, and a table of the operators that took most.
+    config.profile = ConfigDict()
+    config.profile.start = placeholder(str)  # durations since the run's beginning, such as
+    config.profile.stop = placeholder(str)  # "100 steps" and "105 steps"; None: no trace
+
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that parameters are split over
     config.mesh.model = 1  # devices that layers are split over, where the network has rules

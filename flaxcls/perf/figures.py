@@ -1,9 +1,13 @@
 """Measured figures: how they are taken, said and stored."""
 
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from flaxcls.runtime.output import write_result
 
@@ -27,9 +31,14 @@ def rates_of(work: Callable[[], int], rounds: int) -> list[float]:
     return rates[1:]  # the first round warms up
 
 
-def print_rates(rates: Sequence[float]) -> None:
+def print_rates(rates: Sequence[float], devices: int = 1) -> None:
+    """The rounds, their median and spread and, where there are several, the share of a device."""
+    median = statistics.median(rates)
     write_result("images/s: " + ", ".join(f"{rate:,.0f}" for rate in rates))
-    write_result(f"median {statistics.median(rates):,.0f} images/s")
+    write_result(
+        f"median {median:,.0f} images/s, {min(rates):,.0f} to {max(rates):,.0f}"
+        + (f"; {median / devices:,.0f} on each of {devices} devices" if devices > 1 else "")
+    )
 
 
 def figure(value: float | Sequence[float], unit: str) -> dict[str, Any]:
@@ -37,3 +46,31 @@ def figure(value: float | Sequence[float], unit: str) -> dict[str, Any]:
     if isinstance(value, Sequence):
         return {"value": statistics.median(value), "unit": unit, "rounds": list(value)}
     return {"value": value, "unit": unit}
+
+
+def host_peak() -> float:
+    """The most memory that this process has had, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def device_peak(mesh: Mesh) -> float | None:
+    """The most memory that has been in use on one of this process's devices, in MiB.
+
+    None where they do not count it, as CPUs don't.
+    """
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return max(peaks) / 2**20 if peaks else None
+
+
+def print_memory(mesh: Mesh) -> Figures:
+    """Both peaks."""
+    host, device = host_peak(), device_peak(mesh)
+    text = f"peak memory: {host:,.0f} MiB of the host"
+    figures = {"peak_memory_host": figure(host, "MiB")}
+    if device is not None:
+        text += f", {device:,.0f} MiB of a device"
+        figures["peak_memory_device"] = figure(device, "MiB")
+    write_result(text)
+    return figures

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from flaxcls.build import Experiment
 from flaxcls.data.decode import available_cores
 from flaxcls.data.order import evenly_spaced
 from flaxcls.data.stream import Stream
-from flaxcls.perf.figures import Effort, Figures, figure, print_rates, rates_of
+from flaxcls.perf.figures import Effort, Figures, figure, host_peak, print_rates, rates_of
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import say, write_result
 
@@ -83,7 +82,7 @@ def _end_to_end(
                 waited += time.perf_counter() - start
                 time.sleep(model_seconds)
             waits.append(waited / (time.perf_counter() - begin))
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+            peaks.append(host_peak())
             return batch_size * effort.steps
 
         rates = rates_of(round_of, effort.rounds)

@@ -6,8 +6,8 @@ checkpoint that a restart or a rollback went back to) or "down" (between the las
 process and the start of the next). Goodput is the share of "step".
 
 The totals are part of every checkpoint, as the seconds that led to its state. goodput.json in the
-run's folder says how much was spent beyond that, when the process was last alive, and is for people
-to read.
+run's folder says how much was spent beyond that, when the process was last alive and how long its
+start took, and is for people to read.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ NAMES = {  # as a sentence says them
     "lost": "lost",
     "down": "down",
 }
+STAGES = ("imported", "checked", "read", "initialised", "compiled", "first_step")  # of a start
 _MOST_SECONDS = 1e11  # seconds: more than since 1970, some 3,000 years
 
 
@@ -48,9 +49,11 @@ class Goodput:
         self._path: Path | None = None
         self._totals = dict.fromkeys(NAMES, 0.0) | {"startup": age}
         self._restarts = 0
+        self._age, self._stages = age, dict[str, float]()
         self._category, self._since = "startup", time.perf_counter()
-        self._written = -math.inf
+        self._began, self._written = self._since, -math.inf
         self._begin_lap()
+        self.reach("imported")
 
     def resume(self, path: Path | None, saved: Mapping[str, float] | float) -> None:
         """Continues from a checkpoint's `totals`, {} where there is none yet.
@@ -71,6 +74,11 @@ class Goodput:
         if any(saved.values()) or any(earlier.seconds.values()):
             self._restarts = earlier.restarts + 1
         self._begin_lap()
+
+    def reach(self, stage: str) -> None:
+        """Notes when this process came to one of STAGES for the first time."""
+        if stage not in self._stages:
+            self._stages[stage] = self._age + time.perf_counter() - self._began
 
     def roll_back(self, saved: Mapping[str, float] | float) -> None:
         """Continues from an earlier checkpoint's `totals`; what was spent since then is lost."""
@@ -116,7 +124,8 @@ class Goodput:
         if self._path is None or time.perf_counter() - self._written < every:
             return
         self._written = time.perf_counter()
-        content = {**self.numbers(), "last_sign_of_life": time.time()}
+        stages = {stage: round(seconds, 3) for stage, seconds in self._stages.items()}
+        content = {**self.numbers(), "start": stages, "last_sign_of_life": time.time()}
         with contextlib.suppress(OSError):  # a full disk: training is worth more
             write_json(self._path, content)
 

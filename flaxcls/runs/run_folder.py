@@ -4,6 +4,7 @@ config.json      the resolved config; versions, device, commit, sizes and when t
                  were written last ("data_modified", seconds since 1970) beside it
 metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
 checkpoints/     the newest steps and the best one
+profile/         the trace of config.profile
 code/            the user's own modules that the config names; see `run_code`
 summary.json     how it ended
 """
@@ -47,6 +48,7 @@ FREE_FIELDS = (
     "checkpoint.on_error",
     "divergence",
     "hang_after",
+    "profile",
     "mesh",
 )
 # What a run may have left in its folder before it got so far as to write config.json.

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,7 @@ class Program:
         self._reset_skipped = jax.jit(reset_skipped, donate_argnums=0, out_shardings=state)
 
     @classmethod
-    def open(cls, experiment: Experiment, *arguments: Any, **options: Any) -> "Program":
+    def open(cls, experiment: Experiment, *arguments: Any, **options: Any) -> Self:
         """The program with its data, opened as `RunData` does with the other arguments."""
         program = cls(experiment, RunData(experiment, *arguments, **options))
         if not program.head_only:
@@ -139,14 +139,18 @@ class Program:
         """
         began = time.perf_counter()
         for begin in (start, *(begin for begin in self._sizes.begins if begin > start)):
-            compiled = self._compiled(begin)
+            compiled = self.compiled(begin)
         if self._is_automatic:
             self.steps_per_dispatch = automatic(compiled, sharding.platform(self._mesh))
         if self.steps_per_dispatch > 1:
-            self._compiled(start, self.steps_per_dispatch)
+            self.compiled(start, self.steps_per_dispatch)
         return time.perf_counter() - began
 
-    def _compiled(self, step: int, count: int = 1) -> jax.stages.Compiled:
+    def compiled(self, step: int = 0, count: int = 1) -> jax.stages.Compiled:
+        """The training step, or `count` of them, for batches as that of a step.
+
+        It is compiled now if it has not been.
+        """
         kind = _kind(self.step_arguments(step, count)[2])
         if kind not in self._train_steps:
             self._train_steps[kind] = self.lower(step, count).compile()

@@ -33,6 +33,7 @@ from flaxcls.runtime.watchdog import Watchdog
 from flaxcls.training.due import Due
 from flaxcls.training.hooks import NO_HOOKS, HookCalls, Hooks
 from flaxcls.training.introduction import check_new_length
+from flaxcls.training.profile import Profile
 from flaxcls.training.program import Program
 from flaxcls.weights.initial import initial_weights
 
@@ -99,6 +100,7 @@ class Session:
         From here on the run is under way: recorded in its folder, logged, watched.
         """
         state = self._restored()
+        self._clock.reach("initialised")
         if self._before:
             check_new_length(self._before, self._experiment, self.step, self._workdir)
         self._record()
@@ -124,9 +126,11 @@ class Session:
         enter(jax.transfer_guard("disallow"))
         enter(self._clock.spending("step"))
         self._watchdog = enter(Watchdog(experiment.hang_after or None))
+        self._profile = enter(self._new_profile())
         if not self._total_steps and not self._progress["results"]:  # of weights as they came
             self._evaluate(state)
             self._save(state, must=True)
+        self._profile.begin(self.step, state)
         return state
 
     def _restored(self) -> TrainState:
@@ -176,6 +180,7 @@ class Session:
         with self._clock.spending("compile"):
             seconds = self._program.compile(self.step)
             self._program.prepare(state)
+        self._clock.reach("compiled")
         saved = compilation_cache.saved_seconds()
         if self.step:
             self._log.say(f"resumed from step {self.step:,} of {self._total_steps:,}")
@@ -193,14 +198,31 @@ class Session:
         self._log.begin(self.step)
         self._logged = self.step
 
+    def _new_profile(self) -> Profile:
+        @contextlib.contextmanager
+        def spending() -> Iterator[None]:
+            with self._watchdog.pause(), self._clock.spending("save"):
+                yield
+
+        return Profile(
+            self._experiment.profiled,
+            self._workdir / "profile",
+            self._log.say,
+            lambda: self._program.compiled(
+                self.step - 1, self._program.steps_per_dispatch
+            ).as_text(),
+            spending,
+        )
+
     # The loop.
 
     def batches(self) -> Iterator[dict[str, jax.Array]]:
         """The batch of each step that is left, or of several; those after a rollback are others."""
         while self.step < self._total_steps and not self._hooks.is_stopped:
-            with self._clock.spending("data_wait"):
-                batch = next(self._batches)
-            yield batch
+            with jax.profiler.StepTraceAnnotation("train", step_num=self.step):
+                with self._clock.spending("data_wait"):
+                    batch = next(self._batches)
+                yield batch
 
     def after(self, state: TrainState) -> TrainState:
         """Logs, evaluates, saves, stops and goes back, as it is due after the steps of a batch.
@@ -209,8 +231,10 @@ class Session:
         end and it is saved, and DivergedError when it has diverged too often.
         """
         self.step += self._steps_at(self.step)
+        self._profile.end(self.step, state)
         if self._log.is_silent:  # what is only dispatched tells nothing of the speed
             jax.block_until_ready(state)
+        self._clock.reach("first_step")
         self._log.stepped(self.step, self._epoch)
         self._watchdog.alive(self.step)
         signal, evaluates = self._stop_request(), self._eval_due(self.step)
@@ -232,6 +256,7 @@ class Session:
             )
         if self._hooks.error:
             raise self._hooks.error
+        self._profile.begin(self.step, state)
         return state
 
     def _steps_at(self, step: int) -> int:
@@ -241,8 +266,9 @@ class Session:
         """
         count = self._program.steps_per_dispatch
         dues = (self._log_due, self._eval_due, self._save_due)
-        within = range(step + 1, step + count)
-        return 1 if any(due.at(step) for step in within for due in dues) else count
+        traced, within = self._experiment.profiled, range(step + 1, step + count)
+        is_due = any(due.at(step) for step in within for due in dues)
+        return 1 if is_due or traced.start in within or traced.stop in within else count
 
     @property
     def _epoch(self) -> float:

@@ -49,6 +49,7 @@ def train(
     )
     program = Program.open(experiment, broken_images_log(workdir), normalization)
     introduce(experiment, program, workdir, before)
+    clock.reach("read")
 
     with Session(experiment, workdir, program, clock, before, hooks) as session:
         state = session.restore()
@@ -82,6 +83,7 @@ def train_config(
         return finished
     with processes.first_before_others():  # it may have to prepare the data for all
         experiment = build.make_experiment(config, mesh)
+    clock.reach("checked")
     if not watched:
         experiment = dataclasses.replace(experiment, hang_after=0)
     before = earlier and build.before(earlier, len(experiment.train.source))

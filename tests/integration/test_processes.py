@@ -95,6 +95,20 @@ def test_two_processes_of_two_devices_equal_one_of_four(
 
 
 @pytest.mark.slow
+def test_first_of_two_processes_traces(tmp_path, recipe, run_processes):
+    code, stdout, stderr = run_processes(
+        f"--config={recipe}",
+        f"--workdir={tmp_path / 'run'}",
+        "--config.mesh.cpu_devices=1",
+        "--config.profile.start=3 steps",
+        "--config.profile.stop=5 steps",
+    )
+    assert code == 0, stderr
+    assert stdout.count("traced 2 steps, from 4 to 5") == 1
+    assert len([*tmp_path.glob("run/profile/plugins/profile/*/*.xplane.pb")]) == 1
+
+
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_stops_both_at_one_step_and_they_go_on(
     tmp_path, recipe, run_main, start_processes, run_processes, run_folder, wait_until, stopped_step
 ):
