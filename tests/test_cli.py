@@ -76,7 +76,10 @@ def test_last_override_of_a_field_counts(recipe):
         ("bath_size=3", "config.bath_size is not a config field, did you mean 'batch_size'?"),
         ("modell.width=3", "config.modell.width is not a config field, did you mean 'model'?"),
         ("seed.x=3", "config.seed.x is not a config field: config.seed has none"),
-        ("model=dense", "config.model is a section; its fields are dtype, name, widths"),
+        (
+            "model=dense",
+            "config.model is a section; its fields are batch_norm_group, dtype, name, widths",
+        ),
         ("batch_size=12.5", "config.batch_size must be int, got '12.5'"),
         ("batch_size=True", "config.batch_size must be int, got 'True'"),
         ("batch_size=many", "config.batch_size must be int, got 'many'"),

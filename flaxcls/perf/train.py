@@ -41,7 +41,7 @@ class TimedProgram(Program):
 
     Attributes:
       between: seconds from the end of each `update` to the beginning of the next, without those in
-        which a batch was waited for.
+        which a batch was waited for; of several steps in one dispatch the share of each.
     """
 
     def __init__(self, *arguments: Any):
@@ -52,13 +52,15 @@ class TimedProgram(Program):
 
     def update(self, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
         if self._returned is not None:
-            self.between.append(time.perf_counter() - self._returned - self._waited)
+            steps = len(batch["index"]) if sharding.is_stacked(batch) else 1
+            seconds = time.perf_counter() - self._returned - self._waited
+            self.between += [seconds / steps] * steps
         state = super().update(state, batch)
         self._returned, self._waited = time.perf_counter(), 0.0
         return state
 
-    def batches(self, start: int, stop: int, offset: int = 0) -> Iterator[dict[str, jax.Array]]:
-        batches = super().batches(start, stop, offset)
+    def batches(self, *arguments: Any) -> Iterator[dict[str, jax.Array]]:
+        batches = super().batches(*arguments)
 
         def timed() -> Iterator[dict[str, jax.Array]]:
             while True:
