@@ -21,8 +21,6 @@ the devices have finished. --fake takes made-up images of the recipe's size, for
 eval. --json=FILE gets the figures with their units, the config, versions and devices.
 """
 
-import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,7 @@ from typing import Any
 from absl import flags
 
 from flaxcls import cli
-from flaxcls.errors import ConfigError, OutputError, did_you_mean
-from flaxcls.runtime.output import printable
+from flaxcls.errors import ConfigError, did_you_mean
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
@@ -65,13 +62,16 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
     if FLAGS.fake and what not in ON_FAKE_DATA:
         raise ConfigError(f"--fake is for {', '.join(ON_FAKE_DATA)}, not for {what}")
-    if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json={printable(FLAGS.json)} is in a folder that does not exist")
+    if FLAGS.json:
+        cli.check_folder("json", FLAGS.json)
     config = cli.load_config(FLAGS.config, overrides)
 
     experiment, figures = _measure(what, config, overrides)
     if FLAGS.json:
-        _write_json(Path(FLAGS.json), what, experiment, figures)
+        from flaxcls.perf.figures import write_json
+
+        given = {name: FLAGS[name].value for name in RECORDED}
+        write_json(Path(FLAGS.json), what, given, figures=figures, config=experiment.config)
 
 
 def _measure(what: str, config: Any, overrides: Sequence[str]) -> tuple[Any, dict[str, Any]]:
@@ -102,25 +102,6 @@ def _measure(what: str, config: Any, overrides: Sequence[str]) -> tuple[Any, dic
     else:
         figures = augmentations.bench_augment(experiment, effort)
     return experiment, figures
-
-
-def _write_json(path: Path, what: str, experiment: Any, figures: Any) -> None:
-    from flaxcls.runs import run_folder
-
-    content = {
-        "benchmark": what,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "flags": {name: FLAGS[name].value for name in RECORDED},
-        "figures": figures,
-        "config": experiment.config,
-        **run_folder.surroundings(),
-    }
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"--json={printable(path)} can't be written: {error.strerror or error}"
-        ) from error
 
 
 if __name__ == "__main__":

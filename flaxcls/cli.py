@@ -99,6 +99,12 @@ def local_folder(flag: str, text: str) -> Path:
     return Path(text).expanduser()
 
 
+def check_folder(flag: str, path: str | Path) -> None:
+    """ConfigError unless the folder that a flag's file shall be in is there."""
+    if not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--{flag}={output.printable(path)} is in a folder that does not exist")
+
+
 def find_pictures(paths: Iterable[str]) -> Iterator[str]:
     """The files among the paths, and all pictures in and below the folders, sorted."""
     for path in paths:

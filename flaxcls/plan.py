@@ -12,9 +12,7 @@ chip-hours of the whole recipe, and what the chips send each other. Where a step
 and FSDP are tried, then smaller batches. --tune tries batches, remat and compiler options.
 """
 
-import json
 import os
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,8 +21,7 @@ from typing import Any
 from absl import flags
 
 from flaxcls import cli
-from flaxcls.errors import ConfigError, OutputError
-from flaxcls.runtime.output import printable
+from flaxcls.errors import ConfigError
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
@@ -42,6 +39,7 @@ flags.DEFINE_integer(
 flags.DEFINE_string("json", None, "A file for all figures.", flag_values=FLAGS)
 
 LOCAL = "local"
+RECORDED = ("config", "topology", "batch_per_chip", "tune", "num_examples", "num_classes")
 # For TPUs that aren't there: JAX itself stays on the CPU, and libtpu asks neither a metadata server
 # what machine this is nor other processes whether it may be loaded.
 ENVIRONMENT = {
@@ -64,8 +62,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--topology=SLICE is missing, such as v5e:2x2, or {LOCAL}")
     if (FLAGS.num_examples is None) != (FLAGS.num_classes is None):
         raise ConfigError("--num_examples and --num_classes go together")
-    if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json={printable(FLAGS.json)} is in a folder that does not exist")
+    if FLAGS.json:
+        cli.check_folder("json", FLAGS.json)
     if LOCAL not in names:
         os.environ.update(ENVIRONMENT)
 
@@ -76,7 +74,11 @@ def main(argv: Sequence[str]) -> None:
     config = cli.load_config(FLAGS.config, overrides)
     planned = [_plan(config, name) for name in names]
     if FLAGS.json:
-        _write_json(Path(FLAGS.json), planned)
+        from flaxcls.perf.figures import write_json
+
+        given = {name: FLAGS[name].value for name in RECORDED}
+        libtpu = topologies.libtpu_version()
+        write_json(Path(FLAGS.json), "plan", given, plans=planned, libtpu=libtpu)
 
 
 def _plan(config: Any, topology: str) -> dict[str, Any]:
@@ -94,27 +96,6 @@ def _plan(config: Any, topology: str) -> dict[str, Any]:
     devices = None if topology == LOCAL else topologies.devices(topology)
     planner = Planner(config, devices, open_split, FLAGS.batch_per_chip)
     return {"topology": topology, **report(planner, topology, tune=FLAGS.tune)}
-
-
-def _write_json(path: Path, planned: list[dict[str, Any]]) -> None:
-    from flaxcls.runs import run_folder
-    from flaxcls.runtime import topologies
-
-    names = ("config", "topology", "batch_per_chip", "tune", "num_examples", "num_classes")
-    content = {
-        "benchmark": "plan",
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "flags": {name: FLAGS[name].value for name in names},
-        "plans": planned,
-        "libtpu": topologies.libtpu_version(),
-        **run_folder.surroundings(),
-    }
-    try:
-        path.write_text(json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(
-            f"--json={printable(path)} can't be written: {error.strerror or error}"
-        ) from error
 
 
 if __name__ == "__main__":

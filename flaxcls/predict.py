@@ -121,8 +121,8 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("no pictures are given: name files, or folders that hold them")
     if not any(map(os.path.exists, arguments)):
         raise ConfigError(f"there is no file {arguments[0]}")
-    if FLAGS.features and not Path(FLAGS.features).absolute().parent.is_dir():
-        raise ConfigError(f"--features={FLAGS.features} is in a folder that does not exist")
+    if FLAGS.features:
+        cli.check_folder("features", FLAGS.features)
     files = cli.find_pictures(arguments)
     first = list(itertools.islice(files, FLAGS.batch_size))
     if not first:

@@ -1,15 +1,19 @@
 """Measured figures: how they are taken, said and stored."""
 
+import json
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from flaxcls.runtime.output import write_result
+from flaxcls.errors import OutputError
+from flaxcls.runs import run_folder
+from flaxcls.runtime.output import printable, write_result
 
 Figures = dict[str, dict[str, Any]]  # by name {"value": number, "unit": str}, maybe "rounds"
 
@@ -46,6 +50,26 @@ def figure(value: float | Sequence[float], unit: str) -> dict[str, Any]:
     if isinstance(value, Sequence):
         return {"value": statistics.median(value), "unit": unit, "rounds": list(value)}
     return {"value": value, "unit": unit}
+
+
+def write_json(path: Path, benchmark: str, flags: dict[str, Any], **content: Any) -> None:
+    """Writes what was measured and what explains it: the flags, date, versions and device.
+
+    OutputError where that fails.
+    """
+    content = {
+        "benchmark": benchmark,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "flags": flags,
+        **content,
+        **run_folder.surroundings(),
+    }
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(
+            f"--json={printable(path)} can't be written: {error.strerror or error}"
+        ) from error
 
 
 def host_peak() -> float:

@@ -55,8 +55,8 @@ flags.DEFINE_string("json", None, "A file for the whole report.", flag_values=FL
 def main(argv: Sequence[str]) -> int:
     overrides, argv = cli.split_overrides(argv)
     cli.parse(FLAGS, argv, __doc__)
-    if FLAGS.json and not Path(FLAGS.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json={FLAGS.json} is in a folder that does not exist")
+    if FLAGS.json:
+        cli.check_folder("json", FLAGS.json)
     config = read_config(FLAGS, overrides)
     named = any(override.startswith("data.eval_split=") for override in overrides)
     named = named or bool(FLAGS.config and config.data.name not in FILES)

@@ -57,8 +57,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(FLAGS.out)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ConfigError(f"--out={out} must end in .png, .jpg or .webp")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out={out} is in a folder that does not exist")
+    cli.check_folder("out", out)
     config = cli.load_config(FLAGS.config, overrides)
     rows = preview(config, step=FLAGS.step, count=FLAGS.count)
     picture = io.BytesIO()
