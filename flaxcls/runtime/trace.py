@@ -6,6 +6,7 @@ TensorBoard) shows, and perfetto_trace.json.gz for https://ui.perfetto.dev.
 
 import collections
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,10 +61,14 @@ def newest(folder: Path) -> Path | None:
 def operators(path: Path) -> list[Operator]:
     """The operators in a file *.xplane.pb, that with the most seconds first."""
     calls, seconds = collections.Counter[_Key](), collections.defaultdict[_Key, float](float)
-    for line in _lines_of_operators(ProfileData.from_file(str(path))):
-        for key, spent in _own_seconds(line):
-            calls[key] += 1
-            seconds[key] += spent
+    with warnings.catch_warnings():
+        # Python 3.13 deprecates how JAX makes the types of ProfileData. Where warnings are errors,
+        # as with `python -W error`, JAX ends the process for it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for line in _lines_of_operators(ProfileData.from_file(str(path))):
+            for key, spent in _own_seconds(line):
+                calls[key] += 1
+                seconds[key] += spent
     found = [Operator(*key, calls[key], spent) for key, spent in seconds.items()]
     return sorted(found, key=lambda operator: -operator.seconds)
 
