@@ -158,6 +158,16 @@ HloModule step
   ROOT %scattered = bf16[4]{0:T(256)} reduce-scatter(%q), dimensions={0}, to_apply=%sum
 }
 
+%first_piece (r: bf16[16]) -> bf16[32] {
+  %r = bf16[16]{0} parameter(0)
+  %piece = bf16[32]{0} all-gather(%r), channel_id=7, x={"async_collective_fusion_config":{}}
+}
+
+%last_piece (s: bf16[16]) -> bf16[32] {
+  %s = bf16[16]{0} parameter(0)
+  %whole = bf16[32]{0} all-gather(%s), channel_id=7, x={"async_collective_fusion_config":{}}
+}
+
 ENTRY %main (k: f32[10], b: bf16[16]) -> f32[10] {
   %k = f32[10]{0:T(128)} parameter(0)
   %b = bf16[16]{0:T(256)} parameter(1)
@@ -168,6 +178,8 @@ ENTRY %main (k: f32[10], b: bf16[16]) -> f32[10] {
   %gathered = bf16[64]{0} all-gather-done(%gathering)
   %begun = ((bf16[16]{0}), bf16[4]{0}, s32[]) async-start(%b), calls=%wrapped
   %ended = bf16[4]{0} async-done(%begun), calls=%wrapped
+  %first = bf16[32]{0} fusion(%b), kind=kCustom, calls=%first_piece
+  %last = bf16[32]{0} fusion(%b), kind=kCustom, calls=%last_piece
   %loop = (s32[], f32[8,4]{1,0}) while(%start), body=%body, x={"known_trip_count":{"n":"5"}}
   ROOT %result = f32[10]{0:T(128)} copy(%k)
 }
@@ -177,7 +189,7 @@ ENTRY %main (k: f32[10], b: bf16[16]) -> f32[10] {
 def test_collectives_are_read_off_the_compiled_text():
     assert hlo.collectives(HLO) == [
         ("collective-permute", 5, 5 * 8 * 4 * 4),
-        ("all-gather", 1, 128),
+        ("all-gather", 2, 128 + 64),
         ("all-reduce", 2, (40 + 32) + 40),
         ("reduce-scatter", 1, 32),
     ]

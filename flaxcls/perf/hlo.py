@@ -15,6 +15,8 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _NAME = re.compile(r"%([\w.\-]+)")
+# What a TPU sends while it computes is in each operator of that time, with the same channel.
+_IN_PIECES = re.compile(r'channel_id=(\d+).*"async_collective_fusion_config"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -62,7 +64,7 @@ def _read(text: str) -> tuple[str, dict, list[tuple[str, str, int]]]:
     """The entry's name, what each computation calls how often, and (where, kind, bytes) of all."""
     entry = computation = ""
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
-    found, sizes = [], {}
+    found, sizes, begun = [], {}, set()
     for line in text.splitlines():
         if head := _COMPUTATION.match(line):
             computation = head[2]
@@ -78,6 +80,10 @@ def _read(text: str) -> tuple[str, dict, list[tuple[str, str, int]]]:
             names = [part.strip(" %{}") for part in called.split(",")]
             calls[computation] += [(part, int(trips[1]) if trips else 1) for part in names]
         if kind := _COLLECTIVE.fullmatch(opcode):
+            if pieces := _IN_PIECES.search(rest):
+                if pieces[1] in begun:
+                    continue
+                begun.add(pieces[1])
             taken = sum(sizes[name] for name in _NAME.findall(rest.partition("), ")[0]))
             given = sizes[name] - (taken if kind[2] else 0)  # a start's result holds its operands
             found.append((computation, kind[1], given if kind[1] == "all-gather" else taken))
