@@ -5,8 +5,9 @@
 writes step_counts.json, which changes only on purpose, or another file. Of the step compiled for 4
 CPU devices ("cpu") that holds how many collectives of each kind, branches, loops and transfers to
 the host there are; of the step that is meant for GPUs ("gpu"), which can't be compiled without one,
-the branches, loops and transfers of its StableHLO. What is not there is not listed. Another version
-of JAX may make other numbers.
+the branches, loops and transfers of its StableHLO. What is not there is not listed. "work" is that
+of the step for CPUs on each device: its HLO operators, the FLOPs and bytes that XLA counts, and the
+bytes that go between devices. Another version of JAX may make other numbers.
 
 The recipes get made-up images, 8 a device, at most 32 pixels wide and of 10 classes. With the sizes
 and the 1,000 classes of ImageNet the counts of imagenet_resnet18 are the same, and those of
@@ -103,6 +104,19 @@ def count_compiled(text):
     return counted({name: len(re.findall(pattern, text)) for name, pattern in COMPILED.items()})
 
 
+def work(compiled, text):
+    """What a step does on a device, which its counts say nothing of."""
+    from flaxcls.perf import hlo
+
+    cost = compiled.cost_analysis()
+    return {
+        "operators": len(re.findall(r"^ +(?:ROOT )?%?[\w.\-]+ = ", text, re.MULTILINE)),
+        "flops": round(cost["flops"]),
+        "bytes": round(cost["bytes accessed"]),
+        "bytes between devices": sum(each.bytes for each in hlo.collectives(text)),
+    }
+
+
 def count_lowered(module):
     """Branches, loops and transfers in a StableHLO module; a callback has failed to lower."""
     from jaxlib.mlir import ir
@@ -125,7 +139,7 @@ def count_lowered(module):
 
 
 def step_counts(config):
-    """{"cpu": counts, "gpu": counts} of a config's training step."""
+    """{"cpu": counts, "gpu": counts, "work": amounts} of a config's training step."""
     import jax
 
     from flaxcls import build
@@ -138,14 +152,16 @@ def step_counts(config):
     with Program.open(experiment) as program:
         # Spared is only what LLVM does with the HLO.
         options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        compiled = program.lower().compile(options).as_text()
+        compiled = program.lower().compile(options)
 
         update = make_update(experiment, program.metadata, "gpu", program.head_only)
         traced = jax.jit(update, donate_argnums=0, out_shardings=program.shardings).trace(
             *program.step_arguments()
         )
     lowered = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    return {"cpu": count_compiled(compiled), "gpu": count_lowered(lowered)}
+    text = compiled.as_text()
+    counts = {"cpu": count_compiled(text), "gpu": count_lowered(lowered)}
+    return {**counts, "work": work(compiled, text)}
 
 
 def main(file=FILE, *names):
