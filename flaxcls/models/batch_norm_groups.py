@@ -26,7 +26,7 @@ def batch_norm_in_groups(count: int) -> contextlib.AbstractContextManager:
 
     def in_groups(call, arguments, keywords, context):
         module = context.module
-        if not isinstance(module, nn.BatchNorm) or isinstance(module, _GroupedBatchNorm):
+        if not isinstance(module, nn.BatchNorm) or isinstance(module, GroupedBatchNorm):
             return call(*arguments, **keywords)
         images, *given = arguments
         given = given[0] if given else keywords.get("use_running_average")
@@ -39,12 +39,12 @@ def batch_norm_in_groups(count: int) -> contextlib.AbstractContextManager:
             )
         options = {name: getattr(module, name) for name in nn.BatchNorm.__dataclass_fields__}
         options |= {"parent": module.scope, "name": None}
-        return _GroupedBatchNorm(**options, groups=count)(images)
+        return GroupedBatchNorm(**options, groups=count)(images)
 
     return nn.intercept_methods(in_groups)
 
 
-class _GroupedBatchNorm(nn.BatchNorm):
+class GroupedBatchNorm(nn.BatchNorm):
     """nn.BatchNorm in training, in `groups`; its parameters, statistics and arithmetic."""
 
     groups: int = 1
@@ -65,17 +65,24 @@ class _GroupedBatchNorm(nn.BatchNorm):
             deviation = wide - jnp.expand_dims(mean, pixels)
             var = self._over_groups(jnp.square(deviation).mean(pixels))
 
-        for name, start, new in (("mean", jnp.zeros, mean), ("var", jnp.ones, var)):
-            running = self.variable("batch_stats", name, start, channels, jnp.float32)
-            running.value = self.momentum * running.value + (1 - self.momentum) * new.mean(0)
-
-        factor = jax.lax.rsqrt(var + self.epsilon)
-        if self.use_scale:
-            factor *= self.param("scale", self.scale_init, channels, self.param_dtype)
-        y = (wide - jnp.expand_dims(mean, pixels)) * jnp.expand_dims(factor, pixels)
+        self._track(mean, var)
+        y = (wide - jnp.expand_dims(mean, pixels)) * jnp.expand_dims(self._factor(var), pixels)
         if self.use_bias:
             y += self.param("bias", self.bias_init, channels, self.param_dtype)
         return y.astype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
+
+    def _track(self, mean: jax.Array, var: jax.Array) -> None:
+        """Moves the running statistics by those of the groups, [..., C] each."""
+        for name, start, new in (("mean", jnp.zeros, mean), ("var", jnp.ones, var)):
+            running = self.variable("batch_stats", name, start, new.shape[-1:], jnp.float32)
+            running.value = self.momentum * running.value + (1 - self.momentum) * new.mean(0)
+
+    def _factor(self, var: jax.Array) -> jax.Array:
+        """What deviations from the mean are multiplied by, [..., C]."""
+        factor = jax.lax.rsqrt(var + self.epsilon)
+        if self.use_scale:
+            factor *= self.param("scale", self.scale_init, var.shape[-1:], self.param_dtype)
+        return factor
 
     def _over_groups(self, x: jax.Array) -> jax.Array:
         """The mean over the group of each example, [B,C]."""
