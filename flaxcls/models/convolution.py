@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flaxcls.models import onednn
+
 Sides = Sequence[tuple[int, int]]
 
 
@@ -35,6 +37,10 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> ja
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     padding = tuple(map(tuple, padding))
     algorithm = _on_cpu(x.shape, kernel.shape, strides, padding)
+    if algorithm is None and options["feature_group_count"] == 1:
+        y = onednn.convolve(x, kernel, strides, padding)
+        if y is not None:
+            return y
     if algorithm:
         cpu = functools.partial(algorithm, strides=strides, padding=padding)
         return lax.platform_dependent(x, kernel, cpu=cpu, default=as_given)

@@ -158,7 +158,7 @@ def _plan_step(
         batch_size=experiment.batch_size,
         chips=mesh.size,
         chip=chip(mesh),
-        flops=times * cost["flops"],
+        flops=times * hlo.flops(compiled),
         bytes=times * cost["bytes accessed"],
         memory=_memory(program.step_arguments(begin), compiled.memory_analysis()),
         collectives=tuple(hlo.collectives(compiled.as_text())),
