@@ -314,6 +314,7 @@ def make_update(
         gradient_accumulation=experiment.gradient_accumulation,
         max_grad_norm=experiment.divergence.max_grad_norm,
         platform=platform,
+        batch_shards=sharding.batch_parts(experiment.mesh),
     )
 
     def update(state, data, batch):
