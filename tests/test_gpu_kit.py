@@ -31,7 +31,9 @@ def test_kit_times_and_profiles_a_training_step(run_kit):
     code, results, stdout = run_kit("--only=^about$|^pieces$|^flaxcls_cifar_resnet18_128$")
     assert code == 0, stdout
     assert results["about"]["result"]["platform"] == "cpu"
-    assert {"convolution_flaxcls", "max_pool_flaxcls", "a3"} <= results["pieces"]["result"].keys()
+    assert {"convolution_flaxcls", "max_pool_flaxcls", "attention_fused", "a3"} <= results[
+        "pieces"
+    ]["result"].keys()
     step = results["flaxcls_cifar_resnet18_128"]["result"]
     assert step["train_milliseconds"] > 0 and len(step["train_rounds"]) == 2
     assert step["forward_images_per_second"] > 0 and len(step["forward_rounds"]) == 2

@@ -20,7 +20,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flaxcls.errors import ConfigError
-from flaxcls.runtime import read_ahead
+from flaxcls.runtime import onednn, read_ahead
+from flaxcls.runtime.cores import available_cores
 
 BATCH = PartitionSpec(("data", "fsdp"))
 REPLICATED = PartitionSpec()
@@ -45,8 +46,7 @@ def cpu_devices(batch_size: int, num_processes: int = 1) -> int:
     with its batch split over two devices did 1.5 times as many images/s on 2 cores (the network
     `quick`, batch 500, jax 0.10.2).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    most = max(1, min(cores or 1, 8) // num_processes)
+    most = max(1, min(available_cores(), 8) // num_processes)
     return max(d for d in range(1, most + 1) if batch_size % (d * num_processes) == 0 or d == 1)
 
 
@@ -274,8 +274,14 @@ def device_kind_and_count() -> dict[str, str | int]:
 
 
 def describe(mesh: Mesh) -> str:
-    """`2 x cpu (data 2, fsdp 1)`; the axis `model` is named where it splits something."""
+    """`2 x cpu (data 2, fsdp 1)`; the axis `model` is named where it splits something.
+
+    On CPUs with what convolves, where that is not XLA: `2 x cpu (data 2, fsdp 1), oneDNN 3.2.0`.
+    """
     device = mesh.devices.flat[0]
     shown = {name: size for name, size in mesh.shape.items() if name != "model" or size > 1}
     axes = ", ".join(f"{name} {size}" for name, size in shown.items())
-    return f"{mesh.size} x {device.device_kind} ({axes})"
+    library = onednn.version() if platform(mesh) == "cpu" else None
+    return f"{mesh.size} x {device.device_kind} ({axes})" + (
+        f", oneDNN {library}" if library else ""
+    )
