@@ -27,6 +27,20 @@ def classification_metrics(
 ) -> Metrics:
     """The pairs of one batch: "loss", "accuracy" and, with more than 10 classes, "accuracy_top5".
 
+    The arguments are those of `example_metrics`.
+    """
+    return over_examples(example_metrics(logits, targets, losses, weights, mask))
+
+
+def example_metrics(
+    logits: jax.Array,
+    targets: jax.Array,
+    losses: jax.Array,
+    weights: jax.Array,
+    mask: jax.Array | None = None,
+) -> Metrics:
+    """What each example adds to `classification_metrics`: the pairs are of arrays [B].
+
     Args:
       logits: float [B, K].
       targets: soft targets float [B, K], whose largest entry is taken for the truth (the first one
@@ -38,22 +52,27 @@ def classification_metrics(
     num_classes = logits.shape[-1]
     labels = targets if targets.ndim == 1 else jnp.argmax(targets, axis=-1)
     counted = jnp.ones(labels.shape, bool) if mask is None else mask.astype(bool)
-    count = jnp.sum(counted, dtype=jnp.int32)
+    count = counted.astype(jnp.int32)
     rank = rank_of_label(logits, labels)
 
     def right_in_top(k: int) -> tuple[jax.Array, jax.Array]:
-        return jnp.sum(counted & (rank < k), dtype=jnp.int32), count
+        return jnp.where(rank < k, count, 0), count
 
     metrics = {
         "loss": (
-            jnp.sum(jnp.where(counted, losses * weights, 0), dtype=jnp.float32),
-            jnp.sum(jnp.where(counted, weights, 0), dtype=jnp.float32),
+            jnp.where(counted, losses * weights, 0).astype(jnp.float32),
+            jnp.where(counted, weights, 0).astype(jnp.float32),
         ),
         "accuracy": right_in_top(1),
     }
     if num_classes > 10:
         metrics["accuracy_top5"] = right_in_top(5)
     return metrics
+
+
+def over_examples(metrics: Metrics) -> Metrics:
+    """The sums of pairs of arrays [B]."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), metrics)
 
 
 def rank_of_label(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -146,7 +146,9 @@ def make_train_step(
     is that of the weighted mean loss over the whole batch, so that without BatchNorm and dropout
     the update equals that of the whole batch. BatchNorm normalises each part by its own statistics;
     its running statistics move once, by the mean over the parts. Dropout and augmentation, which
-    each part has to itself, draw other random numbers.
+    each part has to itself, draw other random numbers. The devices sum up the gradient once, after
+    the last part, and nothing else but the statistics of BatchNorm without groups; where parameters
+    are split (FSDP, `mesh.model`) each part gathers what it uses.
 
     With `batch_norm_group` = g BatchNorm takes its statistics of each g neighbours in the batch, as
     in `batch_norm_in_groups`. Parts are then of whole groups, so that the update is that of the
@@ -188,8 +190,8 @@ def make_train_step(
                 rngs={"dropout": key},
             )
         losses, weights = loss(logits, batch["label"])
-        sums = metrics.classification_metrics(logits, batch["label"], losses, weights)
-        return jnp.sum(losses * weights), (jnp.sum(weights), updates.get("batch_stats", {}), sums)
+        pairs = metrics.example_metrics(logits, batch["label"], losses, weights)
+        return jnp.sum(losses * weights), (updates.get("batch_stats", {}), pairs)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         augment_key, dropout_key = step_keys(jax.random.wrap_key_data(state.rng), state.step)
@@ -198,21 +200,26 @@ def make_train_step(
             labels = jax.nn.one_hot(part_batch["label"], num_classes)
             part_key = augmentation_key(augment_key, index, gradient_accumulation)
             part_batch = augment(part_key, {**part_batch, "label": labels})
-            (_, (weight, batch_stats, part_sums)), grads = jax.value_and_grad(
-                loss_sum, has_aux=True
-            )(state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch)
-            return {"grads": grads, "weight": weight, "batch_stats": batch_stats, "sums": part_sums}
+            grads, rest = jax.grad(loss_sum, has_aux=True)(
+                state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch
+            )
+            return grads, *rest
 
         run = batch_norm_group or 1
-        total = _sum_over_parts(part, batch, gradient_accumulation, run, platform)
-        grads = jax.tree.map(lambda g: g / total["weight"], total["grads"])
-        batch_stats = jax.tree.map(lambda s: s / gradient_accumulation, total["batch_stats"])
+        grads, batch_stats, sums = _sum_over_parts(
+            part, batch, gradient_accumulation, run, platform
+        )
+        sums = metrics.over_examples(sums)
+        weight = sums["loss"][1]
+        grads = jax.tree.map(lambda g: g / weight, grads)
         if freeze_batch_stats:  # not their mean over the parts, which rounds
             batch_stats = state.batch_stats
+        else:
+            batch_stats = _means(batch_stats, gradient_accumulation, state.batch_stats)
 
         # A norm is finite only if every element is.
         grad_norm, stats_norm = optax.tree.norm(grads), optax.tree.norm(batch_stats)
-        finite = jnp.isfinite(total["sums"]["loss"][0]) & jnp.isfinite(stats_norm)
+        finite = jnp.isfinite(sums["loss"][0]) & jnp.isfinite(stats_norm)
         accepted = finite & (grad_norm <= max_grad_norm)  # false if the norm is NaN
 
         def updated(state: TrainState) -> TrainState:
@@ -226,7 +233,7 @@ def make_train_step(
             )
 
         one = accepted.astype(jnp.int32)
-        sums = {**total["sums"], "grad_norm": (grad_norm, one)}
+        sums = {**sums, "grad_norm": (grad_norm, one)}
         broken = jnp.sum(batch.get("broken", 0), dtype=jnp.int32)
         counts = {"broken_images": broken, "skipped_updates": 1 - one}
         sums = {
@@ -240,6 +247,15 @@ def make_train_step(
         )
 
     return train_step
+
+
+def _means(sums: Any, parts: int, like: Any) -> Any:
+    """The means over the parts and, where each group has its own, [G,C], over the groups."""
+
+    def mean(total: jax.Array, old: jax.Array) -> jax.Array:
+        return total / parts if total.shape == old.shape else total.mean(0) / parts
+
+    return jax.tree.map(mean, sums, like)
 
 
 def _where(condition: jax.Array, true: Any, false: Any) -> Any:
@@ -264,6 +280,10 @@ def _sum_over_parts(part: Callable, batch: Batch, parts: int, run: int, platform
 
     Part i takes the runs i, i + parts, ... of so many neighbours each: so that a batch that is
     split over devices in longer runs of neighbours stays where it is.
+
+    Of what a part gives nothing but the gradient is a sum over devices, added up as it is: such
+    sums XLA takes out of the loop, so that they are made once (WhileLoopAllReduceCodeMotion, which
+    compilers for TPUs and GPUs have; seen for v5e). Any arithmetic in between would keep them in.
     """
     if parts == 1:
         return part(0, batch)

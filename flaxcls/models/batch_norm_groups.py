@@ -17,11 +17,12 @@ from flaxcls.models.layers import title
 def batch_norm_in_groups(count: int) -> contextlib.AbstractContextManager:
     """In this context each nn.BatchNorm normalises `count` equal runs of its batch separately.
 
-    Running statistics move by the mean over the groups: of their means, and of their variances,
-    which lack what the groups' means differ by. (DistributedDataParallel, whose groups are the
-    batches of the devices, keeps those of its first one.) BatchNorm that uses its running
-    statistics is as ever. ConfigError for a BatchNorm over another axis than the last or with
-    a mask.
+    Its running statistics come out [count, C], as each group alone would move them: who applies the
+    network takes their mean, of the groups' means, and of their variances, which lack what the
+    means differ by. So it is taken once, however many parts of a batch are computed in turn.
+    (DistributedDataParallel, whose groups are the batches of the devices, keeps the statistics of
+    its first one.) BatchNorm that uses its running statistics is as ever. ConfigError for a
+    BatchNorm over another axis than the last or with a mask.
     """
 
     def in_groups(call, arguments, keywords, context):
@@ -57,35 +58,40 @@ class GroupedBatchNorm(nn.BatchNorm):
         # has 16.25 MB of HBM an image so, 29.1 with maps [G,g,H,W,C] and 16.2 without groups, by
         # XLA for v5e (jax 0.10.2).
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        mean = self._over_groups(wide.mean(pixels))
+        means = self._of_groups(wide.mean(pixels))
+        mean = jnp.expand_dims(_to_examples(means, len(x)), pixels)
         if self.use_fast_variance:
-            square = self._over_groups(jnp.square(wide).mean(pixels))
-            var = jnp.maximum(0, square - jnp.square(mean))
+            squares = self._of_groups(jnp.square(wide).mean(pixels))
+            variances = jnp.maximum(0, squares - jnp.square(means))
         else:
-            deviation = wide - jnp.expand_dims(mean, pixels)
-            var = self._over_groups(jnp.square(deviation).mean(pixels))
+            variances = self._of_groups(jnp.square(wide - mean).mean(pixels))
 
-        self._track(mean, var)
-        y = (wide - jnp.expand_dims(mean, pixels)) * jnp.expand_dims(self._factor(var), pixels)
+        self._track(means, variances)
+        factor = _to_examples(self._factor(variances), len(x))
+        y = (wide - mean) * jnp.expand_dims(factor, pixels)
         if self.use_bias:
             y += self.param("bias", self.bias_init, channels, self.param_dtype)
         return y.astype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
 
-    def _track(self, mean: jax.Array, var: jax.Array) -> None:
-        """Moves the running statistics by those of the groups, [..., C] each."""
-        for name, start, new in (("mean", jnp.zeros, mean), ("var", jnp.ones, var)):
+    def _track(self, means: jax.Array, variances: jax.Array) -> None:
+        """Moves the running statistics by those of the groups, [G,C] each."""
+        for name, start, new in (("mean", jnp.zeros, means), ("var", jnp.ones, variances)):
             running = self.variable("batch_stats", name, start, new.shape[-1:], jnp.float32)
-            running.value = self.momentum * running.value + (1 - self.momentum) * new.mean(0)
+            running.value = self.momentum * running.value + (1 - self.momentum) * new
 
-    def _factor(self, var: jax.Array) -> jax.Array:
-        """What deviations from the mean are multiplied by, [..., C]."""
-        factor = jax.lax.rsqrt(var + self.epsilon)
+    def _factor(self, variances: jax.Array) -> jax.Array:
+        """What deviations from the groups' means are multiplied by, [G,C]."""
+        factor = jax.lax.rsqrt(variances + self.epsilon)
         if self.use_scale:
-            factor *= self.param("scale", self.scale_init, var.shape[-1:], self.param_dtype)
+            factor *= self.param("scale", self.scale_init, variances.shape[-1:], self.param_dtype)
         return factor
 
-    def _over_groups(self, x: jax.Array) -> jax.Array:
-        """The mean over the group of each example, [B,C]."""
-        groups = x.reshape(self.groups, -1, x.shape[-1])
-        mean = groups.mean(1, keepdims=True)
-        return jnp.broadcast_to(mean, groups.shape).reshape(x.shape)
+    def _of_groups(self, x: jax.Array) -> jax.Array:
+        """The means over the groups, [G,C], of [B,C]."""
+        return x.reshape(self.groups, -1, x.shape[-1]).mean(1)
+
+
+def _to_examples(x: jax.Array, count: int) -> jax.Array:
+    """Each group's values for each of its examples, [B,C], of [G,C]."""
+    groups, channels = x.shape
+    return jnp.broadcast_to(x[:, None], (groups, count // groups, channels)).reshape(-1, channels)

@@ -11,10 +11,11 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -162,6 +163,39 @@ def shardings(mesh: Mesh, shapes: Any, rules: Rules = ()) -> Any:
 def everywhere(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, REPLICATED)
+
+
+def share_out(
+    mesh: Mesh | None, function: Callable[[jax.Array], jax.Array], stack: jax.Array
+) -> jax.Array:
+    """`function(stack)` within a compiled step, each device computing its share of the rows.
+
+    Args:
+      mesh: the devices; None: one.
+      function: [n, ...] -> [n, ...] for any n, each row from that row alone.
+      stack: [N, ...]. It and the result are replicated; the result is gathered.
+
+    Rows of zeros are added until each share is as large. Where there are more devices than rows,
+    groups of devices do the same: padding for all would be gathered, too.
+    """
+    rows = len(stack)
+    parts = _parts(mesh.size, rows) if mesh else 1
+    if mesh is None or parts == 1:
+        return function(stack)
+    groups = Mesh(mesh.devices.reshape(-1, parts), ("group", "part"))
+    share = PartitionSpec("part")
+    padding = [(0, -rows % parts)] + [(0, 0)] * (stack.ndim - 1)
+    # Without the first constraint XLA copies more: 0.31 instead of 0.21 GB for Muon's kernels of
+    # airbench94 (4 CPU devices, jax 0.10.2).
+    stack = jax.lax.with_sharding_constraint(jnp.pad(stack, padding), everywhere(mesh))
+    stack = jax.shard_map(function, mesh=groups, in_specs=share, out_specs=share)(stack)
+    return jax.lax.with_sharding_constraint(stack, everywhere(mesh))[:rows]
+
+
+def _parts(devices: int, rows: int) -> int:
+    """The smallest divisor of `devices` into which `rows` are split as finely as by all."""
+    finest = -(-rows // devices)
+    return next(d for d in range(1, devices + 1) if devices % d == 0 and -(-rows // d) == finest)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:

@@ -10,6 +10,7 @@ from flaxcls.models.layers import Conv
 from flaxcls.models.onednn import convolutions_for
 from flaxcls.perf import hlo
 from flaxcls.runtime import onednn, sharding
+from flaxcls.training.train import train_config as train
 
 VERSION = onednn.version()
 
@@ -21,6 +22,7 @@ TARGET = "flaxcls_onednn_convolution"
 @pytest.fixture(autouse=True)
 def with_onednn(monkeypatch):
     monkeypatch.setattr(onednn, "version", lambda: VERSION)
+    monkeypatch.setattr("flaxcls.models.onednn.SMALLEST", 0)
 
 
 def mesh_of(devices):
@@ -100,6 +102,29 @@ def test_a_batch_that_does_not_split_over_the_devices_is_left_alone():
     assert TARGET not in step.lower(x).as_text()
 
 
+def test_what_is_too_small_is_left_to_xla(monkeypatch):
+    conv, x = Conv(8, (3, 3), padding="VALID"), jnp.ones((4, 8, 6, 10))
+    step = jax.jit(
+        convolutions_for(mesh_of(2), lambda x: conv.init_with_output(jax.random.key(0), x))
+    )
+    flops = 2 * (2 * 6 * 4 * 8) * (3 * 3 * 10)  # of one device
+    monkeypatch.setattr("flaxcls.models.onednn.SMALLEST", flops + 1)
+    assert TARGET not in step.lower(x).as_text()
+    jax.clear_caches()
+    monkeypatch.setattr("flaxcls.models.onednn.SMALLEST", flops)
+    assert TARGET in step.lower(x).as_text()
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_numbers_are_the_same_every_time(devices):
+    conv = Conv(16, (3, 3), use_bias=False)
+    x, gradient = jax.random.normal(jax.random.key(0), (2, 64, 12, 12, 16))
+    first = jax.tree.leaves(convolved(conv, x, gradient, mesh_of(devices)))
+    again = jax.tree.leaves(convolved(conv, x, gradient, mesh_of(devices)))
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_only_where_it_is_asked_for_and_installed(monkeypatch):
     conv, x = Conv(8, (3, 3)), jnp.ones((4, 6, 6, 8))
 
@@ -149,3 +174,30 @@ def test_calls_of_several_threads_do_not_disturb_each_other():
     for x in images.reshape(16, 32, 12, 12, 8):
         y = step(jax.device_put(x, split))
         np.testing.assert_allclose(y, conv.apply(params, x), rtol=0, atol=1e-5)
+
+
+def test_a_run_is_xlas_but_for_rounding_and_resumes_bitwise(
+    tmp_path, tiny_config, saved_arrays, assert_same_arrays, monkeypatch
+):
+    def config(**changes):
+        changes |= {
+            "model__name": "digits_cnn",
+            "gradient_accumulation": 2,
+            "ema_decay": 0.9,
+            "schedule__name": "constant",
+        }
+        made = tiny_config(**changes)
+        del made.model["widths"]
+        return made
+
+    train(config(), tmp_path / "whole")
+    train(config(duration="8 steps"), tmp_path / "parts")
+    train(config(), tmp_path / "parts")
+    whole = saved_arrays(tmp_path / "whole", 12)
+    assert_same_arrays(saved_arrays(tmp_path / "parts", 12), whole)
+    monkeypatch.setattr(onednn, "version", lambda: None)
+    train(config(), tmp_path / "xla")
+    by_xla = saved_arrays(tmp_path / "xla", 12)
+    assert any(np.any(whole[name] != by_xla[name]) for name in whole)
+    for name, array in whole.items():
+        np.testing.assert_allclose(array, by_xla[name], rtol=0, atol=1e-4, err_msg=name)
