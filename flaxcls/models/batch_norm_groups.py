@@ -74,13 +74,13 @@ class GroupedBatchNorm(nn.BatchNorm):
         return y.astype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
 
     def _track(self, means: jax.Array, variances: jax.Array) -> None:
-        """Moves the running statistics by those of each group, [G,C] both."""
+        """Moves the running statistics by those of the groups, [G,C] each."""
         for name, start, new in (("mean", jnp.zeros, means), ("var", jnp.ones, variances)):
             running = self.variable("batch_stats", name, start, new.shape[-1:], jnp.float32)
             running.value = self.momentum * running.value + (1 - self.momentum) * new
 
     def _factor(self, variances: jax.Array) -> jax.Array:
-        """What deviations from the mean are multiplied by, [G,C]."""
+        """What deviations from the groups' means are multiplied by, [G,C]."""
         factor = jax.lax.rsqrt(variances + self.epsilon)
         if self.use_scale:
             factor *= self.param("scale", self.scale_init, variances.shape[-1:], self.param_dtype)

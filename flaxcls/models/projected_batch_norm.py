@@ -34,8 +34,9 @@ def batch_norm_of_projections(groups: int = 1) -> Iterator[None]:
 
     It concerns each nn.BatchNorm in training right after an nn.Conv without bias that has more
     channels out than in. All else is as ever. The statistics are those of `groups` equal runs of
-    the batch, as in `batch_norm_in_groups`. It pays where each device has one whole group, or the
-    group is the whole batch: else the weights differ within what a device multiplies at once.
+    the batch; the running ones come out [groups, C], as in `batch_norm_in_groups`, which is entered
+    after this one. It pays where each device has one whole group, or the group is the whole batch:
+    else the weights differ within what a device multiplies at once.
     """
     projections: dict[int, _Projection] = {}  # by their results, which these keep alive
 

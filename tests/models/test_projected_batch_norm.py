@@ -35,8 +35,7 @@ def contexts(groups, projected):
     stack = contextlib.ExitStack()
     if projected:
         stack.enter_context(batch_norm_of_projections(groups))
-    if groups > 1:
-        stack.enter_context(batch_norm_in_groups(groups))
+    stack.enter_context(batch_norm_in_groups(groups))
     return stack
 
 
