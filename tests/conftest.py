@@ -27,7 +27,7 @@ import pytest  # noqa: E402
 
 from flaxcls import config as configs  # noqa: E402
 from flaxcls.errors import SIGNAL_EXIT_CODES  # noqa: E402
-from flaxcls.runtime import sharding  # noqa: E402
+from flaxcls.runtime import onednn, sharding  # noqa: E402
 
 sharding.set_up_devices(8, 8)
 jax.devices()
@@ -53,6 +53,12 @@ def keep_signal_handlers():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def convolutions_by_xla(monkeypatch):
+    """Also where oneDNN is installed; its own tests take this back, and processes have it."""
+    monkeypatch.setattr(onednn, "version", lambda: None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -16,6 +16,7 @@ from flaxcls.errors import ConfigError, DataError
 from flaxcls.perf import devices, hlo
 from flaxcls.perf.plan import StepPlan, TooLarge, image_seconds
 from flaxcls.perf.plan_search import Planner, Variant
+from flaxcls.perf.traffic import traffic
 from flaxcls.plan import ENVIRONMENT
 from flaxcls.runtime import sharding, topologies
 from flaxcls.training.data import RunData
@@ -193,6 +194,48 @@ def test_collectives_are_read_off_the_compiled_text():
         ("all-reduce", 2, (40 + 32) + 40),
         ("reduce-scatter", 1, 32),
     ]
+
+
+TRAFFIC = """
+HloModule step
+
+%fused (a: bf16[8,100], w: bf16[100,100]) -> bf16[8,100] {
+  ROOT %product = bf16[8,100]{1,0:T(8,128)(2,1)} convolution(%a, %w), dim_labels=bf_io->bf
+}
+
+%body (p: (s32[], f32[128])) -> (s32[], f32[128]) {
+  %x = f32[128]{0:T(128)} get-tuple-element(%p), index=1
+  %negative = f32[128]{0:T(128)} negate(%x)
+  ROOT %next = (s32[], f32[128]{0:T(128)}) tuple(%i, %negative)
+}
+
+ENTRY %main (a: bf16[8,100], w: bf16[100,100]) -> bf16[8,100] {
+  %a = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = f32[104,128]{1,0:T(8,128)} parameter(1)
+  %begun = (f32[104,128]{1,0:T(8,128)S(1)}, f32[104,128]{1,0:T(8,128)}, u32[]) copy-start(%w)
+  %near = f32[104,128]{1,0:T(8,128)S(1)} copy-done(%begun)
+  %half = ((bf16[8,100]{1,0:T(8,128)(2,1)}), bf16[4,100]{1,0:T(4,128)S(1)}, s32[]) slice-start(%a)
+  %done = bf16[4,100]{1,0:T(4,128)S(1)} slice-done(%half)
+  %loop = (s32[], f32[128]{0}) while(%start), body=%body, x={"known_trip_count":{"n":"3"}}
+  ROOT %y = bf16[8,100]{1,0:T(8,128)(2,1)} fusion(%a, %near), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_memory_traffic_is_read_off_the_compiled_text():
+    map_, weights = 8 * 128 * 2, 104 * 128 * 4
+    assert traffic(TRAFFIC) == [
+        ("copies", 2, weights + map_ // 2, 0),
+        ("convolutions", 1, map_, map_),
+        ("others", 3, 3 * 512, 3 * 512),
+    ]
+
+
+def test_memory_traffic_of_a_compiled_program():
+    shape = jax.ShapeDtypeStruct((64, 32), jnp.float32)
+    compiled = jax.jit(lambda x: x.T @ jnp.ones_like(x)).lower(shape).compile()
+    found = traffic(compiled.as_text())
+    assert found and all(one.read >= 0 and one.written > 0 for one in found)
 
 
 def test_collectives_of_a_compiled_program():

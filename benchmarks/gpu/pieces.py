@@ -1,11 +1,11 @@
-"""Times pieces of a training step alone, the stem beside what XLA makes of it.
+"""Times pieces of a training step alone, stem and attention beside what XLA makes of them.
 
     python benchmarks/gpu/pieces.py [--tiny]
 
 The stem of an ImageNet ResNet is that of 256 images of 224 pixels in bfloat16: its convolution with
-the kernel's gradient, and max-pool's gradient. The augmentations, normalising included, have 1,024
-uint8 images of 160 pixels. Milliseconds, the median of five rounds of ten calls. The last line
-is the result as JSON.
+the kernel's gradient, and max-pool's gradient. Attention, with its gradient, is that of a ViT-B/16
+on 256 images, bfloat16 too. The augmentations, normalising included, have 1,024 uint8 images of 160
+pixels. Milliseconds, the median of five rounds of ten calls. The last line is the result as JSON.
 """
 
 import argparse
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args().tiny
     result = stem(*((2, 16) if tiny else (256, 112)))
+    print(json.dumps(result), flush=True)
+    result |= attentions(*((2, 17) if tiny else (256, 197)))
     print(json.dumps(result), flush=True)
     result |= augmentations(*((8, 32) if tiny else (1024, 160)))
     print(json.dumps(result))
@@ -66,6 +68,25 @@ def stem(batch: int, size: int) -> dict[str, float]:
         "convolution_flaxcls": milliseconds(kernel_gradient(flaxcls), images, kernel, features),
         "max_pool_xla": milliseconds(gradient(max_pool), features, pooled),
         "max_pool_flaxcls": milliseconds(gradient(recipes.overlapping_max_pool), features, pooled),
+    }
+
+
+def attentions(batch: int, tokens: int) -> dict[str, float]:
+    """Of 12 heads of 64: XLA's, and cuDNN's where it takes them."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = [jax.random.normal(key, (batch, tokens, 12, 64), jnp.bfloat16) for key in keys]
+
+    def gradient(by: Callable) -> Callable:
+        def both(*inputs: jax.Array) -> Any:
+            output, pullback = jax.vjp(by, *inputs[:3])
+            return output, pullback(inputs[3])
+
+        return both
+
+    fused = functools.partial(recipes.attention, fused=True)
+    return {
+        "attention_xla": milliseconds(gradient(recipes.attention), *arrays),
+        "attention_fused": milliseconds(gradient(fused), *arrays),
     }
 
 

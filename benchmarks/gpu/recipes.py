@@ -13,6 +13,7 @@ from workloads import Workload
 from flaxcls import augment, build, cli
 from flaxcls.config.fields import update
 from flaxcls.core.step import make_eval_step, zero_metrics
+from flaxcls.models.attention import attention as attention
 from flaxcls.models.layers import convolve as convolve
 from flaxcls.models.pooling import overlapping_max_pool as overlapping_max_pool
 from flaxcls.training.program import Program

@@ -163,7 +163,7 @@ def make_experiment(
     models.check_partition(network, mesh.shape.get("model", 1))
     rate = pieces.learning_rate(config, run)
     frozen = pieces.frozen(config, network, shapes[0])
-    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, rate)
+    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, rate, mesh)
     return Experiment(
         config=plain(config),
         mesh=mesh,

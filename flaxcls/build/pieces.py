@@ -128,6 +128,7 @@ def optimizer(
     image_shape: tuple[int, int, int],
     frozen: frozenset[str],
     rate: Callable[[Any], jax.Array],
+    mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, str]:
     """The optimizer and what it does to which parameters, in words."""
     decay = config.finetune.layer_decay
@@ -137,6 +138,7 @@ def optimizer(
         params=models.shapes(network, image_shape)["params"],
         frozen=frozen,
         layers=None if decay is None else (decay, layers_of(network, image_shape)),
+        mesh=mesh,
         **options_of(config.optimizer, "learning_rate", "learning_rate_batch"),
     )
 

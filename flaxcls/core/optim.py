@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from flaxcls.config.options import NonNegative, Positive, accepted, check, look_up
 from flaxcls.config.user_code import file_of, in_user_code, is_path
@@ -57,6 +58,7 @@ def build(
     layers: tuple[float, Sequence[Sequence[str]]] | None = None,
     gradient_clip_norm: Positive | None = None,
     gradient_clip_value: Positive | None = None,
+    mesh: Mesh | None = None,
     **options,
 ) -> tuple[optax.GradientTransformation, str]:
     """Returns the optimizer, and a description of what it does to which parameters.
@@ -81,6 +83,7 @@ def build(
         that of the layer above times the decay, besides its `learning_rate_factors`.
       gradient_clip_norm: largest global norm of the gradient.
       gradient_clip_value: largest absolute value of each element of the gradient.
+      mesh: the devices that the step is for; None: one CPU.
       **options: those of the named rule.
 
     Raises ConfigError for what is unknown or out of range.
@@ -117,7 +120,7 @@ def build(
 
     decay = _add_decay(groups) if weight_decay else optax.identity()
     l2, decoupled = (decay, optax.identity()) if mode == "l2" else (optax.identity(), decay)
-    context = UpdateContext(groups, decoupled, [])
+    context = UpdateContext(groups, decoupled, [], mesh)
     transforms = rule(context, **options)
     if is_path(name):
         needed = decoupled if weight_decay and mode == "decoupled" else None

@@ -16,6 +16,7 @@ from flaxcls.core.state import TrainState
 from flaxcls.core.update_rules import path_name
 from flaxcls.models.batch_norm_groups import batch_norm_in_groups
 from flaxcls.models.layers import batch_stats_frozen
+from flaxcls.models.projected_batch_norm import batch_norm_of_projections
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
@@ -129,6 +130,7 @@ def make_train_step(
     gradient_accumulation: int,
     max_grad_norm: float,
     platform: str,
+    batch_shards: int = 1,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, batch) -> state`, one update.
 
@@ -157,7 +159,8 @@ def make_train_step(
     its running statistics, which stay as they are; dropout is as ever.
 
     `platform`, "cpu", "gpu" or "tpu", is what the step is for, not what it is compiled on: the
-    results are the same but for rounding, what is fast differs.
+    results are the same but for rounding, what is fast differs. `batch_shards` is the number of
+    devices that the batch is split over.
     """
 
     def trained(params: Any) -> Any:
@@ -169,9 +172,13 @@ def make_train_step(
     def batch_norm(examples: int) -> contextlib.AbstractContextManager:
         if freeze_batch_stats:
             return batch_stats_frozen()
+        groups = examples // batch_norm_group if batch_norm_group else 1
+        contexts = contextlib.ExitStack()
+        if platform == "tpu" and groups in (1, batch_shards):
+            contexts.enter_context(batch_norm_of_projections(groups))  # asked first
         if batch_norm_group:
-            return batch_norm_in_groups(examples // batch_norm_group)
-        return contextlib.nullcontext()
+            contexts.enter_context(batch_norm_in_groups(groups))
+        return contexts
 
     def loss_sum(params, batch_stats, key, batch):
         with batch_norm(len(batch["image"])):

@@ -12,8 +12,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from flaxcls.config.options import BelowOne, Count, Positive
+from flaxcls.core.newton_schulz import orthogonalize
 from flaxcls.errors import ConfigError
 
 Transforms = list[optax.GradientTransformation]
@@ -44,11 +46,13 @@ class UpdateContext(NamedTuple):
       groups: path -> ParamGroup of every parameter. A rule may replace entries.
       decoupled: the weight decay that the rule puts where its paper has it; identity for "l2".
       last: transformations of the finished update, to which a rule may add.
+      mesh: the devices that the step is for; None: one CPU.
     """
 
     groups: dict[str, ParamGroup]
     decoupled: optax.GradientTransformation
     last: Transforms
+    mesh: Mesh | None = None
 
 
 def sgd(
@@ -200,7 +204,7 @@ def muon(
 
     kernels = [
         *_momentum("muon", momentum, nesterov),
-        _orthogonalize(matrices, newton_schulz_steps),
+        _orthogonalize(matrices, newton_schulz_steps, context.mesh),
     ]
     if rest == "adam":
         others = [optax.scale_by_adam(rest_momentum)]
@@ -234,27 +238,26 @@ def _momentum(owner: str, momentum: float, nesterov: bool) -> Transforms:
 
 
 def _orthogonalize(
-    matrices: dict[str, tuple[int, int]], steps: int
+    matrices: dict[str, tuple[int, int]], steps: int, mesh: Mesh | None
 ) -> optax.GradientTransformation:
-    """Newton-Schulz iterations towards the nearest orthogonal matrix, scaled by the shape.
+    """An orthogonal matrix instead of every update, scaled by its shape.
 
-    The coefficients, from Jordan's Muon, bring all singular values to between 0.7 and 1.2 in few
-    steps rather than to 1. (optax's `scale_by_muon` is not used because its Nesterov momentum is
-    not that of Muon and PyTorch in the first steps.)
+    (optax's `scale_by_muon` is not used because its Nesterov momentum is not that of Muon and
+    PyTorch in the first steps.)
     """
 
-    def orthogonalize(path: str, update: jax.Array, _param: jax.Array) -> jax.Array:
-        inputs, outputs = matrices[path]
-        x = update.reshape(inputs, outputs)
-        x = x.T if inputs > outputs else x
-        x = x / jnp.maximum(jnp.linalg.norm(x), 1e-8)
-        for _ in range(steps):
-            gram = x @ x.T
-            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-        x = x.T if inputs > outputs else x
-        return math.sqrt(max(1, outputs / inputs)) * x.reshape(update.shape)
+    def orthogonal(updates: Any, _params: Any) -> Any:
+        given = {path_name(path): leaf for path, leaf in jax.tree.leaves_with_path(updates)}
+        found = orthogonalize({p: x.reshape(matrices[p]) for p, x in given.items()}, steps, mesh)
 
-    return by_path(orthogonalize)
+        def scaled(path: tuple, update: jax.Array) -> jax.Array:
+            inputs, outputs = matrices[path_name(path)]
+            x = found[path_name(path)].reshape(update.shape)
+            return math.sqrt(max(1, outputs / inputs)) * x
+
+        return jax.tree.map_with_path(scaled, updates)
+
+    return optax.stateless(orthogonal)
 
 
 def _matrix(path: str, shape: tuple[int, ...]) -> tuple[int, int] | None:

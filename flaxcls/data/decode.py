@@ -5,7 +5,6 @@ other format as torchvision's users know it.
 """
 
 import io
-import os
 import threading
 import warnings
 from typing import NamedTuple
@@ -186,10 +185,3 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _unreadable(where: str, image: bytes) -> DataError:
     return DataError(f"{where} is not a readable image ({len(image)} bytes)")
-
-
-def available_cores() -> int:
-    """The cores that this process may use: what a container or SLURM grants, not what exists."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -7,10 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores, set_up
+from flaxcls.data.decode import MAX_PIXELS, Picture, set_up
 from flaxcls.data.source import Source
 from flaxcls.data.transform import Transform
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.runtime.cores import available_cores
 
 _CHUNK = 256  # examples that a thread loads at a time
 _SUBSTITUTES = 100  # neighbours tried instead of a broken image

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from flaxcls.data.decode import available_cores
 from flaxcls.data.loader import BrokenImages, Loader
 from flaxcls.data.order import Batch, Order, Shapes, batch_shapes, evaluation_batches, take_rows
 from flaxcls.data.workers import (
@@ -25,6 +24,7 @@ from flaxcls.data.workers import (
     free_shared_memory,
 )
 from flaxcls.errors import WorkersError
+from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import say
 
 RESTARTS = 3  # of the workers of a stream: what kills them more often is no accident

@@ -16,12 +16,13 @@ from PIL import Image
 from flaxcls import augment, models
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS, best_of
-from flaxcls.data.decode import Picture, available_cores
+from flaxcls.data.decode import Picture
 from flaxcls.data.loader import Decoded
 from flaxcls.data.storage import read_picture
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.inference.restored import RestoredRun, restore
 from flaxcls.runtime import sharding
+from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import printable
 from flaxcls.runtime.read_ahead import in_order
 

@@ -27,7 +27,7 @@ def batch_norm_in_groups(count: int) -> contextlib.AbstractContextManager:
 
     def in_groups(call, arguments, keywords, context):
         module = context.module
-        if not isinstance(module, nn.BatchNorm) or isinstance(module, _GroupedBatchNorm):
+        if not isinstance(module, nn.BatchNorm) or isinstance(module, GroupedBatchNorm):
             return call(*arguments, **keywords)
         images, *given = arguments
         given = given[0] if given else keywords.get("use_running_average")
@@ -40,12 +40,12 @@ def batch_norm_in_groups(count: int) -> contextlib.AbstractContextManager:
             )
         options = {name: getattr(module, name) for name in nn.BatchNorm.__dataclass_fields__}
         options |= {"parent": module.scope, "name": None}
-        return _GroupedBatchNorm(**options, groups=count)(images)
+        return GroupedBatchNorm(**options, groups=count)(images)
 
     return nn.intercept_methods(in_groups)
 
 
-class _GroupedBatchNorm(nn.BatchNorm):
+class GroupedBatchNorm(nn.BatchNorm):
     """nn.BatchNorm in training, in `groups`; its parameters, statistics and arithmetic."""
 
     groups: int = 1
@@ -66,17 +66,25 @@ class _GroupedBatchNorm(nn.BatchNorm):
         else:
             variances = self._of_groups(jnp.square(wide - mean).mean(pixels))
 
-        for name, start, new in (("mean", jnp.zeros, means), ("var", jnp.ones, variances)):
-            running = self.variable("batch_stats", name, start, channels, jnp.float32)
-            running.value = self.momentum * running.value + (1 - self.momentum) * new
-
-        factor = jax.lax.rsqrt(_to_examples(variances, len(x)) + self.epsilon)
-        if self.use_scale:
-            factor *= self.param("scale", self.scale_init, channels, self.param_dtype)
+        self._track(means, variances)
+        factor = _to_examples(self._factor(variances), len(x))
         y = (wide - mean) * jnp.expand_dims(factor, pixels)
         if self.use_bias:
             y += self.param("bias", self.bias_init, channels, self.param_dtype)
         return y.astype(self.dtype or jnp.promote_types(x.dtype, self.param_dtype))
+
+    def _track(self, means: jax.Array, variances: jax.Array) -> None:
+        """Moves the running statistics by those of the groups, [G,C] each."""
+        for name, start, new in (("mean", jnp.zeros, means), ("var", jnp.ones, variances)):
+            running = self.variable("batch_stats", name, start, new.shape[-1:], jnp.float32)
+            running.value = self.momentum * running.value + (1 - self.momentum) * new
+
+    def _factor(self, variances: jax.Array) -> jax.Array:
+        """What deviations from the groups' means are multiplied by, [G,C]."""
+        factor = jax.lax.rsqrt(variances + self.epsilon)
+        if self.use_scale:
+            factor *= self.param("scale", self.scale_init, variances.shape[-1:], self.param_dtype)
+        return factor
 
     def _of_groups(self, x: jax.Array) -> jax.Array:
         """The means over the groups, [G,C], of [B,C]."""

@@ -1,23 +1,36 @@
-"""What a compiled program sends between devices, read off its HLO text."""
+"""What a compiled program computes and sends between devices, read off its HLO text."""
 
 import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
+import jax
+
+from flaxcls.runtime import onednn
+
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all"
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 # `%name = TYPE opcode(`, where a TYPE may be a tuple and has layouts such as {1,0:T(8,128)S(1)}.
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _COLLECTIVE = re.compile(rf"({_KINDS})(-start)?")
 _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
-_CALLED = re.compile(
+CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
-_NAME = re.compile(r"%([\w.\-]+)")
+NAME = re.compile(r"%([\w.\-]+)")
 # What a TPU sends while it computes is in each operator of that time, with the same channel.
 _IN_PIECES = re.compile(r'channel_id=(\d+).*"async_collective_fusion_config"')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+def flops(compiled: jax.stages.Compiled) -> float:
+    """Of one run on one device, as XLA counts them; 0 where it does not.
+
+    Of what oneDNN computes XLA knows nothing; it is added here.
+    """
+    counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
+    return counted + sum(onednn.flops(compiled.as_text())) if counted else 0.0
 
 
 class Collective(NamedTuple):
@@ -66,17 +79,17 @@ def _read(text: str) -> tuple[str, dict, list[tuple[str, str, int]]]:
     calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
     found, sizes, begun = [], {}, set()
     for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
+        if head := COMPUTATION.match(line):
             computation = head[2]
             entry = computation if head[1] else entry
             continue
-        instruction = _INSTRUCTION.match(line)
+        instruction = INSTRUCTION.match(line)
         if not instruction:
             continue
         name, shape, opcode, rest = instruction.groups()
         sizes[name] = _bytes(shape)
-        trips = _TRIPS.search(rest) if opcode == "while" else None
-        for called in () if opcode.endswith("-done") else _CALLED.findall(rest):
+        trips = TRIPS.search(rest) if opcode == "while" else None
+        for called in () if opcode.endswith("-done") else CALLED.findall(rest):
             names = [part.strip(" %{}") for part in called.split(",")]
             calls[computation] += [(part, int(trips[1]) if trips else 1) for part in names]
         if kind := _COLLECTIVE.fullmatch(opcode):
@@ -84,7 +97,7 @@ def _read(text: str) -> tuple[str, dict, list[tuple[str, str, int]]]:
                 if pieces[1] in begun:
                     continue
                 begun.add(pieces[1])
-            taken = sum(sizes[name] for name in _NAME.findall(rest.partition("), ")[0]))
+            taken = sum(sizes[name] for name in NAME.findall(rest.partition("), ")[0]))
             given = sizes[name] - (taken if kind[2] else 0)  # a start's result holds its operands
             found.append((computation, kind[1], given if kind[1] == "all-gather" else taken))
     return entry, calls, found
@@ -93,11 +106,12 @@ def _read(text: str) -> tuple[str, dict, list[tuple[str, str, int]]]:
 def _bytes(shape: str) -> int:
     """The size of an array or of all arrays of a tuple, without what a layout pads."""
     return sum(
-        _bits(dtype) * _product(dimensions) // 8 for dtype, dimensions in _ARRAY.findall(shape)
+        bits(dtype) * _product(dimensions) // 8 for dtype, dimensions in _ARRAY.findall(shape)
     )
 
 
-def _bits(dtype: str) -> int:
+def bits(dtype: str) -> int:
+    """Of a number of that type, as HLO names it."""
     if dtype in ("token", "opaque"):
         return 0
     number = re.search(r"\d+", dtype)

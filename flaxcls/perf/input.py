@@ -13,11 +13,11 @@ import jax
 from jax.sharding import Mesh
 
 from flaxcls.build import Experiment
-from flaxcls.data.decode import available_cores
 from flaxcls.data.order import evenly_spaced
 from flaxcls.data.stream import Stream
 from flaxcls.perf.figures import Effort, Figures, figure, host_peak, print_rates, rates_of
 from flaxcls.runtime import sharding
+from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import say, write_result
 
 

@@ -13,6 +13,7 @@ from flaxcls.build import Experiment
 from flaxcls.errors import one_line
 from flaxcls.perf import devices, hlo
 from flaxcls.perf.figures import Figures, figure
+from flaxcls.perf.traffic import Traffic, traffic
 from flaxcls.runtime import compilation_cache, sharding
 from flaxcls.training.data import RunData
 from flaxcls.training.program import Program
@@ -82,6 +83,7 @@ class StepPlan:
       memory: of a chip.
       collectives: of a step.
       seconds: that lowering and compiling took.
+      traffic: between a chip and its own memory, a step.
     """
 
     image_size: tuple[int, int]
@@ -95,6 +97,7 @@ class StepPlan:
     memory: Memory
     collectives: tuple[hlo.Collective, ...]
     seconds: float
+    traffic: tuple[Traffic, ...] = ()
 
     def per_image(self, amount: float) -> float:
         """What a chip's share of a step is of an image."""
@@ -158,11 +161,12 @@ def _plan_step(
         batch_size=experiment.batch_size,
         chips=mesh.size,
         chip=chip(mesh),
-        flops=times * cost["flops"],
+        flops=times * hlo.flops(compiled),
         bytes=times * cost["bytes accessed"],
         memory=_memory(program.step_arguments(begin), compiled.memory_analysis()),
         collectives=tuple(hlo.collectives(compiled.as_text())),
         seconds=seconds,
+        traffic=tuple(traffic(compiled.as_text())),
     )
     if plan.chip and plan.memory.peak > plan.chip.hbm_bytes:  # not every compiler minds
         raise TooLarge(plan.memory.peak / 2**30, plan.chip.hbm_gb)
@@ -246,6 +250,10 @@ def figures_of(plan: StepPlan) -> Figures:
     for kind, count, size in plan.collectives:
         found[f"{kind}: count"] = figure(count, "a step")
         found[f"{kind}: bytes"] = figure(size, "bytes/chip/step")
+    for one in plan.traffic:
+        found[f"memory traffic: {one.kind}: read"] = figure(plan.per_image(one.read), "bytes/image")
+        size = plan.per_image(one.written)
+        found[f"memory traffic: {one.kind}: written"] = figure(size, "bytes/image")
     if plan.chip:
         found["roofline_step"] = figure(plan.step_seconds, "s")
         found["roofline_rate"] = figure(plan.rate, "images/s")

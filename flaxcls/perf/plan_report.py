@@ -130,6 +130,8 @@ def _step(plan: StepPlan) -> Iterator[str]:
         f"{plan.per_image(plan.bytes) / 1e6:,.4g} MB of memory traffic, "
         f"{plan.flops / max(plan.bytes, 1):,.3g} FLOP a byte (XLA's count)"
     )
+    if plan.chip:
+        yield from _traffic(plan)
     yield from _collectives(plan)
     if plan.chip:
         limit = "memory traffic" if plan.is_bound_by_memory else "FLOPs"
@@ -160,6 +162,12 @@ def _memory(plan: StepPlan) -> Iterator[str]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:12,.{1 if size >= 2**24 else 3}f} MiB"
+
+
+def _traffic(plan: StepPlan) -> Iterator[str]:
+    parts = {one.kind: plan.per_image(one.read + one.written) / 1e6 for one in plan.traffic}
+    named = ", ".join(f"{kind} {size:,.4g}" for kind, size in parts.items())
+    yield f"of it to and from HBM: {sum(parts.values()):,.4g} MB an image ({named})"
 
 
 def _collectives(plan: StepPlan) -> Iterator[str]:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from flaxcls import build
 from flaxcls.build import Experiment
 from flaxcls.core.state import TrainState
-from flaxcls.perf import devices
+from flaxcls.perf import devices, hlo
 from flaxcls.perf.figures import Effort, Figures, figure, print_memory, print_rates, rates_of
 from flaxcls.runtime import compilation_cache, sharding
 from flaxcls.runtime.output import say, write_result
@@ -127,7 +127,7 @@ def _utilisation(
 ) -> Figures:
     """What XLA counts of FLOPs, and their share of what the devices can do at `rate` images/s."""
     mesh = experiment.mesh
-    flops = (program.compiled().cost_analysis() or {}).get("flops")
+    flops = hlo.flops(program.compiled())
     if not flops:
         write_result("XLA does not count the FLOPs of this step")
         return {}

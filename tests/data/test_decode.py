@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from flaxcls.data.decode import Picture, available_cores, decode, read_header
+from flaxcls.data.decode import Picture, decode, read_header
 from flaxcls.errors import DataError
+from flaxcls.runtime.cores import available_cores
 
 # The decoder silences Pillow; pytest undoes that for every test (see the test of the silence).
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")

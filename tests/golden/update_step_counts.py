@@ -108,11 +108,10 @@ def work(compiled, text):
     """What a step does on a device, which its counts say nothing of."""
     from flaxcls.perf import hlo
 
-    cost = compiled.cost_analysis()
     return {
         "operators": len(re.findall(r"^ +(?:ROOT )?%?[\w.\-]+ = ", text, re.MULTILINE)),
-        "flops": round(cost["flops"]),
-        "bytes": round(cost["bytes accessed"]),
+        "flops": round(hlo.flops(compiled)),
+        "bytes": round(compiled.cost_analysis()["bytes accessed"]),
         "bytes between devices": sum(each.bytes for each in hlo.collectives(text)),
     }
 

@@ -36,12 +36,12 @@ from rich.table import Table
 from flaxcls import cli
 from flaxcls.data import FILES, contents
 from flaxcls.data.commands.shared import define_flags, read_config
-from flaxcls.data.decode import available_cores
 from flaxcls.data.files import asked_splits
 from flaxcls.data.scan import Problem, Scan, find_problems, scan
 from flaxcls.data.source import Source, all_ignored
 from flaxcls.data.statistics import mean_and_std
 from flaxcls.errors import ConfigError, DataError, FlaxclsError
+from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import Guarded, printable
 
 _CLASSES_SHOWN = 20

@@ -30,12 +30,13 @@ from flaxcls import cli
 from flaxcls.config.recipes import load_recipe
 from flaxcls.data import SOURCES
 from flaxcls.data.commands.shared import define_flags, read_config
-from flaxcls.data.decode import MAX_PIXELS, Picture, available_cores
+from flaxcls.data.decode import MAX_PIXELS, Picture
 from flaxcls.data.loader import check_label
 from flaxcls.data.order import evenly_spaced
 from flaxcls.data.source import Source, fingerprint
 from flaxcls.data.writer import DatasetWriter, Tally, is_complete
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import printable, say
 
 SHARD_BYTES = 200_000_000  # about

@@ -1,0 +1,58 @@
+"""Attention, by a fused kernel where there is one for the device."""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+TOKENS = 64  # cuDNN's kernels work on tiles of so many
+
+
+def attention(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, *, fused: bool = False
+) -> jax.Array:
+    """softmax(q k' / sqrt(D)) v of [B,T,heads,D], for each head by itself; the softmax is float32.
+
+    With `fused`, cuDNN computes it on NVIDIA GPUs in bfloat16 and float16, so that the weights,
+    [B,heads,T,T], are not written to memory; elsewhere it changes nothing.
+    """
+    arguments = queries, keys, values
+    by_cudnn = functools.partial(padded_attention, implementation="cudnn")
+    if not fused or not _is_possible(by_cudnn, *arguments):
+        return jax.nn.dot_product_attention(*arguments)
+    return jax.lax.platform_dependent(
+        *arguments, cuda=by_cudnn, default=jax.nn.dot_product_attention
+    )
+
+
+def padded_attention(*arguments: jax.Array, implementation: Literal["xla", "cudnn"]) -> jax.Array:
+    """`attention` of [B,T,heads,D] with T filled up to a multiple of TOKENS.
+
+    cuDNN refuses the gradient of 197 tokens (jax 0.11.2). The lengths tell it what not to attend
+    to, so that the result is the same.
+    """
+    batch, tokens = arguments[0].shape[:2]
+    sides = (0, 0), (0, -tokens % TOKENS), (0, 0), (0, 0)
+    lengths = jnp.full(batch, tokens, jnp.int32)
+    y = jax.nn.dot_product_attention(
+        *(jnp.pad(x, sides) for x in arguments),
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return y[:, :tokens]
+
+
+def _is_possible(function, *arguments: jax.Array) -> bool:
+    """Whether JAX takes a function and its gradient: it finds out while tracing, not compiling."""
+
+    def gradient(*arguments):
+        y, pullback = jax.vjp(function, *arguments)
+        return pullback(y)
+
+    try:
+        jax.eval_shape(gradient, *arguments)
+    except (NotImplementedError, RuntimeError, ValueError):  # this device, its cuDNN, these types
+        return False
+    return True
