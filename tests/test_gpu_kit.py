@@ -1,7 +1,9 @@
 """The kit of benchmarks/gpu runs on a CPU, at sizes that mean nothing."""
 
 import json
+import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,36 @@ def test_part_that_takes_too_long_is_stopped_and_fails_the_kit(run_kit):
     assert code == 1
     assert results["flaxcls_resnet50"]["status"] == "stopped after 1 s"
     assert "stopped after 1 s" in stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cifar_resnet18_128", "vit_s16"])
+def test_peer_trains_networks_of_torchvision_and_timm(name, torchvision, monkeypatch, capsys):
+    """Not compiled, which takes minutes here."""
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(str(KIT))
+    arguments = (name, "--tiny", "--rounds=1", "--mode=eager")
+    monkeypatch.setattr(sys, "argv", ["torch_step.py", *arguments])
+    runpy.run_path(str(KIT / "torch_step.py"), run_name="__main__")
+    sys.modules.pop("workloads")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["batch_size"] == 4
+    assert result["train_images_per_second"] > 0 and result["forward_images_per_second"] > 0
+
+
+def test_peer_is_timed_with_and_without_cuda_graphs(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(KIT))
+    import run
+
+    options = Namespace(tiny=False, out=tmp_path, data=None)
+    commands = {part.name: part.command for part in run.parts(options)}
+    peers = {name for name, workload in run.WORKLOADS.items() if workload.peer}
+    for name in peers:
+        plain, graphs = commands[f"torch_{name}"], commands[f"torch_{name}_graphs"]
+        assert set(graphs) - set(plain) == {"--mode=reduce-overhead"}
+    assert len([name for name in commands if name.startswith("torch_")]) == 2 * len(peers)
+    for module in ("run", "workloads", "correctness"):
+        sys.modules.pop(module)
 
 
 def test_every_workload_names_a_recipe(monkeypatch):

@@ -9,8 +9,9 @@ without it nothing is trained to an accuracy. --tiny is for machines without an 
 parts at sizes whose times mean nothing.
 
 DIR, a new folder, gets results.json, which is complete after every part, and what each part has
-printed. A short table is printed last. The exit code is 1 if a part failed. The peer needs torch
-and torchvision.
+printed. A short table is printed last. The exit code is 1 if a part failed. The peer needs torch,
+torchvision and, for ViTs, timm; it is timed as torch.compile has it by default and, `_graphs`, with
+CUDA graphs (its mode reduce-overhead).
 """
 
 import argparse
@@ -103,6 +104,8 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
         yield Part(f"flaxcls_{name}", script("flaxcls_step", name, trace, *brief), 240)
         if workload.peer:
             yield Part(f"torch_{name}", script("torch_step", name, *brief), 240)
+            graphs = script("torch_step", name, "--mode=reduce-overhead", *brief)
+            yield Part(f"torch_{name}_graphs", graphs, 240)
     yield Part("pieces", script("pieces"), 120)
     if options.data:
         command = script("accuracy", f"--data={options.data}")

@@ -28,17 +28,17 @@ def cifar_resnet18(num_classes: int) -> torch.nn.Module:
     return network
 
 
-def timm_network(name: str, num_classes: int) -> torch.nn.Module:
+def vit(name: str, num_classes: int, image_size: int) -> torch.nn.Module:
     import timm
 
-    return timm.create_model(name, num_classes=num_classes)
+    return timm.create_model(name, num_classes=num_classes, img_size=image_size)
 
 
 NETWORKS = {
     "resnet50": torchvision.models.resnet50,
     "cifar_resnet18": cifar_resnet18,
-    "vit_small_patch16_224": partial(timm_network, "vit_small_patch16_224"),
-    "vit_base_patch16_224": partial(timm_network, "vit_base_patch16_224"),
+    "vit_small_patch16_224": partial(vit, "vit_small_patch16_224"),
+    "vit_base_patch16_224": partial(vit, "vit_base_patch16_224"),
     # Without the stochastic depth of 0.1 that torchvision has: flaxcls' has none unless asked for.
     "convnext_tiny": partial(torchvision.models.convnext_tiny, stochastic_depth_prob=0.0),
     "efficientnet_b0": torchvision.models.efficientnet_b0,
@@ -57,10 +57,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.backends.cudnn.benchmark = True
     torch.manual_seed(0)
-    network = NETWORKS[workload.peer](num_classes=workload.num_classes)
+    size = {"image_size": workload.image_size} if workload.peer.startswith("vit_") else {}
+    network = NETWORKS[workload.peer](num_classes=workload.num_classes, **size)
     network = network.to(device, memory_format=torch.channels_last)
-    size = (workload.batch_size, 3, workload.image_size, workload.image_size)
-    images = torch.randn(size, device=device).to(memory_format=torch.channels_last)
+    shape = (workload.batch_size, 3, workload.image_size, workload.image_size)
+    images = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(workload.num_classes, (workload.batch_size,), device=device)
     compiled = network
     if options.mode != "eager":

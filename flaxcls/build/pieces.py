@@ -128,7 +128,7 @@ def optimizer(
     image_shape: tuple[int, int, int],
     frozen: frozenset[str],
     rate: Callable[[Any], jax.Array],
-    mesh: Mesh,
+    mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, str]:
     """The optimizer and what it does to which parameters, in words."""
     decay = config.finetune.layer_decay

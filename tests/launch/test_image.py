@@ -16,8 +16,8 @@ def test_every_target_is_pinned_and_not_root():
             stages[line.split()[-1]] = stage = []
         elif line and not line.startswith("#"):
             stage.append(line)
-    assert list(stages) == ["base", "cpu", "cuda", "tpu"]
-    for target in ("cpu", "cuda", "tpu"):
+    assert list(stages) == ["base", "cpu", "cuda", "cuda12", "tpu"]
+    for target in list(stages)[1:]:
         install, user = stages[target]
         assert "--constraint=launch/constraints.txt" in install
         assert user == "USER flaxcls"
@@ -38,9 +38,24 @@ def test_every_dependency_is_pinned_exactly():
     names = {re.sub("[-_.]+", "-", name).lower() for name in pinned}
     project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    required = sum((extras[name] for name in ("cloud", "cuda", "fast", "tpu")), [])
+    names_of_extras = ("cloud", "cuda12", "cuda13", "fast", "fast-cuda12", "tpu")
+    required = sum((extras[name] for name in names_of_extras), [])
     for requirement in project["dependencies"] + required:
         name = re.match("[A-Za-z0-9_.-]+", requirement)[0]
         assert re.sub("[-_.]+", "-", name).lower() in names, requirement
-    assert pinned["jax"] == pinned["jaxlib"] == pinned["jax-cuda12-plugin"]
+    assert pinned["jax"] == pinned["jaxlib"]
+    assert pinned["jax"] == pinned["jax-cuda12-plugin"] == pinned["jax-cuda13-plugin"]
     assert "libtpu" in pinned
+
+
+def test_cuda_is_the_newest_and_each_image_has_the_decoder_of_its_cuda():
+    project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    newest = max(int(name[4:]) for name in extras if re.fullmatch(r"cuda\d+", name))
+    assert extras["cuda"] == [f"flaxcls[cuda{newest}]"]
+    assert extras[f"cuda{newest}"] == [f"jax[cuda{newest}]"]
+    assert f"nvimgcodec-cu{newest}>" in extras["fast"][0]
+    # The packages of two CUDAs would install the same files.
+    for target, codec in (("cuda", "fast"), ("cuda12", "fast-cuda12")):
+        [install] = [line for line in LINES if f",{target}," in line]
+        assert f"[cloud,{target},{codec}]" in install

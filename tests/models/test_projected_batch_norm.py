@@ -40,7 +40,7 @@ def contexts(groups, projected):
 
 
 def computed(network, x, variables, groups, projected):
-    """Output, running statistics, and the gradients of the parameters and x."""
+    """Output, running statistics [G,C], and the gradients of the parameters and x."""
 
     def loss(params, x):
         with contexts(groups, projected):
@@ -51,7 +51,7 @@ def computed(network, x, variables, groups, projected):
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
     gradients, (y, updates) = run(variables["params"], x)
-    return y, updates, gradients
+    return y, jax.tree.map(lambda s: s.reshape(groups, -1), updates), gradients
 
 
 def example(network, channels=5):
