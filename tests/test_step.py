@@ -14,6 +14,7 @@ from flaxcls import augment, build, models
 from flaxcls.build.accepted import options_given
 from flaxcls.core.step import augmentation_key, make_init, make_train_step, seed_key, take_metrics
 from flaxcls.models.dense import DenseNetwork
+from flaxcls.models.resnet import BottleneckBlock, ResNet
 from flaxcls.training.program import Program
 from flaxcls.training.train import train_config as train
 
@@ -376,3 +377,37 @@ def test_step_for_another_platform_trains_alike(tiny_config, parts):
     cpu, _ = step_in_parts(config, parts)
     gpu, _ = step_in_parts(config, parts, platform="gpu")
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), cpu, gpu)
+
+
+@pytest.mark.parametrize(("group", "parts"), [(None, 2), (8, 1)])
+def test_step_for_tpus_is_that_of_other_devices_but_for_rounding(group, parts):
+    """There BatchNorm of projections is computed from their inputs."""
+    network = ResNet(num_classes=5, stage_sizes=(1,), block=BottleneckBlock, width=8, stem="cifar")
+    init = make_init(network, optax.sgd(0.1), num_classes=5, ema=False)
+    batch = tiny_batch()
+    batch["image"] = batch["image"] / 255
+    after = {}
+    for platform in ("cpu", "tpu"):
+        step = make_train_step(
+            network,
+            lambda logits, labels: (
+                optax.softmax_cross_entropy(logits, labels),
+                jnp.ones(len(logits)),
+            ),
+            optax.sgd(0.1),
+            lambda key, batch: batch,
+            num_classes=5,
+            batch_norm_group=group,
+            ema_decay=None,
+            gradient_accumulation=parts,
+            max_grad_norm=1e4,
+            platform=platform,
+            batch_shards=len(batch["image"]) // (group or len(batch["image"])),
+        )
+        state = init(jax.random.key_data(jax.random.key(0)), batch["image"])
+        after[platform] = jax.jit(step)(state, batch).variables
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+        after["tpu"],
+        after["cpu"],
+    )
