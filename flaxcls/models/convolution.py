@@ -38,7 +38,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides, padding, **options) -> ja
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     padding = tuple(map(tuple, padding))
     algorithm = _on_cpu(x.shape, kernel.shape, strides, padding)
-    if algorithm is None and options["feature_group_count"] == 1:
+    if algorithm is None and options.get("feature_group_count", 1) == 1:
         y = onednn.convolve(x, kernel, strides, padding)
         if y is not None:
             return y
