@@ -5,6 +5,7 @@ numbers are the same on any layout. A device that holds whole groups needs nothi
 """
 
 import contextlib
+from typing import Self
 
 import flax.linen as nn
 import jax
@@ -29,26 +30,41 @@ def batch_norm_in_groups(count: int) -> contextlib.AbstractContextManager:
         module = context.module
         if not isinstance(module, nn.BatchNorm) or isinstance(module, GroupedBatchNorm):
             return call(*arguments, **keywords)
-        images, *given = arguments
-        given = given[0] if given else keywords.get("use_running_average")
-        if nn.merge_param("use_running_average", module.use_running_average, given):
+        if not takes_statistics(module, *arguments, **keywords):
             return call(*arguments, **keywords)
-        if module.axis not in (-1, images.ndim - 1) or keywords.get("mask") is not None:
+        if not is_by_channel(module, *arguments, **keywords):
             raise ConfigError(
                 "config.model.batch_norm_group must be None where BatchNorm is over another axis "
                 f"than the last or has a mask, as {title(module)} does"
             )
-        options = {name: getattr(module, name) for name in nn.BatchNorm.__dataclass_fields__}
-        options |= {"parent": module.scope, "name": None}
-        return GroupedBatchNorm(**options, groups=count)(images)
+        return GroupedBatchNorm.in_place_of(module, count)(arguments[0])
 
     return nn.intercept_methods(in_groups)
+
+
+def takes_statistics(
+    norm: nn.BatchNorm, x: jax.Array, use_running_average: bool | None = None, **_keywords
+) -> bool:
+    """Whether a call with these arguments normalises by the statistics of its batch."""
+    return not nn.merge_param("use_running_average", norm.use_running_average, use_running_average)
+
+
+def is_by_channel(norm: nn.BatchNorm, x: jax.Array, *_arguments, mask=None, **_keywords) -> bool:
+    """Whether a call with these arguments is over all pixels, with channels as the last axis."""
+    return norm.axis in (-1, x.ndim - 1) and mask is None
 
 
 class GroupedBatchNorm(nn.BatchNorm):
     """nn.BatchNorm in training, in `groups`; its parameters, statistics and arithmetic."""
 
     groups: int = 1
+
+    @classmethod
+    def in_place_of(cls, norm: nn.BatchNorm, groups: int) -> Self:
+        """One with the options, parameters and statistics of another that is being called."""
+        options = {name: getattr(norm, name) for name in nn.BatchNorm.__dataclass_fields__}
+        options |= {"parent": norm.scope, "name": None}
+        return cls(**options, groups=groups)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -17,6 +16,8 @@ from flaxcls.runtime.cores import available_cores
 # cifar10_quick 1.75, _vgg16_bn 1.40, _resnet20 1.26, _convnet 1.10; _keras_cnn, whose convolutions
 # have 0.02 to 0.05 GFLOP, 0.92.
 SMALLEST = 1e8
+
+_BATCH, _EVERYWHERE = sharding.BATCH, sharding.REPLICATED
 
 _MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
@@ -46,12 +47,6 @@ def _for(mesh: Mesh) -> Iterator[None]:
         _MESH.reset(token)
 
 
-class _Geometry(NamedTuple):
-    mesh: Mesh
-    strides: tuple[int, int]
-    padding: tuple[int, int, int, int]  # top, bottom, left, right
-
-
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
@@ -65,52 +60,52 @@ def convolve(
     mesh = _MESH.get()
     if mesh is None or x.dtype != kernel.dtype or len(x) % sharding.batch_parts(mesh):
         return None
-    geometry = _Geometry(mesh, tuple(strides), (*padding[0], *padding[1]))
-    kinds = ("forward", "images", "kernel")
-    all_kinds = [_on_device(geometry, kind, x, kernel) for kind in kinds]
-    if all_kinds[0].flops < SMALLEST or not all(map(onednn.can, all_kinds)):
+    # What a device computes: its part of the batch, on its share of the cores.
+    forward = onednn.Convolution(
+        "forward",
+        x.dtype.name,
+        (len(x) // sharding.batch_parts(mesh), *x.shape[1:]),
+        kernel.shape,
+        tuple(strides),
+        (*padding[0], *padding[1]),
+        threads=max(1, available_cores() // len(mesh.local_devices)),
+    )
+    by_images, by_kernel = (forward._replace(kind=kind) for kind in ("images", "kernel"))
+    if forward.flops < SMALLEST or not all(map(onednn.can, (forward, by_images, by_kernel))):
         return None
-    return _convolve(geometry, x, kernel)
+    return _convolve(mesh, forward, x, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve(geometry: _Geometry, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    convolution = _on_device(geometry, "forward", x, kernel)
-    in_specs = sharding.BATCH, PartitionSpec()
-    return _on_each(geometry, convolution, in_specs, sharding.BATCH)(x, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _convolve(
+    mesh: Mesh, forward: onednn.Convolution, x: jax.Array, kernel: jax.Array
+) -> jax.Array:
+    return _on_each(mesh, forward, (_BATCH, _EVERYWHERE), _BATCH)(x, kernel)
 
 
-def _forward(geometry: _Geometry, x: jax.Array, kernel: jax.Array):
-    return _convolve(geometry, x, kernel), (x, kernel)
+def _forward(mesh: Mesh, forward: onednn.Convolution, x: jax.Array, kernel: jax.Array):
+    return _convolve(mesh, forward, x, kernel), (x, kernel)
 
 
-def _backward(geometry: _Geometry, arrays: tuple[jax.Array, jax.Array], gradient: jax.Array):
+def _backward(
+    mesh: Mesh,
+    forward: onednn.Convolution,
+    arrays: tuple[jax.Array, jax.Array],
+    gradient: jax.Array,
+):
     x, kernel = arrays
-    by_x = _on_device(geometry, "images", x, kernel)
-    by_kernel = _on_device(geometry, "kernel", x, kernel)
-    batch, everywhere = sharding.BATCH, PartitionSpec()
+    by_images, by_kernel = (forward._replace(kind=kind) for kind in ("images", "kernel"))
     return (
-        _on_each(geometry, by_x, (everywhere, batch), batch)(kernel, gradient),
-        _on_each(geometry, by_kernel, (batch, batch), everywhere)(x, gradient),
+        _on_each(mesh, by_images, (_EVERYWHERE, _BATCH), _BATCH)(kernel, gradient),
+        _on_each(mesh, by_kernel, (_BATCH, _BATCH), _EVERYWHERE)(x, gradient),
     )
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def _on_device(
-    geometry: _Geometry, kind: onednn.Kind, x: jax.Array, kernel: jax.Array
-) -> onednn.Convolution:
-    """What a device computes of it: its part of the batch, on its share of the cores."""
-    mesh, strides, padding = geometry
-    images = len(x) // sharding.batch_parts(mesh), *x.shape[1:]
-    devices = len(mesh.local_devices)
-    threads = max(1, available_cores() // devices)
-    return onednn.Convolution(kind, x.dtype.name, images, kernel.shape, strides, padding, threads)
-
-
 def _on_each(
-    geometry: _Geometry,
+    mesh: Mesh,
     convolution: onednn.Convolution,
     in_specs: tuple[PartitionSpec, PartitionSpec],
     out_spec: PartitionSpec,
@@ -119,10 +114,6 @@ def _on_each(
 
     def compute(first: jax.Array, second: jax.Array) -> jax.Array:
         result = onednn.call(convolution, first, second)
-        if out_spec == PartitionSpec():
-            return jax.lax.psum(result, sharding.BATCH[0])
-        return result
+        return jax.lax.psum(result, _BATCH[0]) if out_spec == _EVERYWHERE else result
 
-    return jax.shard_map(
-        compute, mesh=geometry.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False
-    )
+    return jax.shard_map(compute, mesh=mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import Precision
 
-from flaxcls.models.batch_norm_groups import GroupedBatchNorm
+from flaxcls.models.batch_norm_groups import GroupedBatchNorm, is_by_channel, takes_statistics
 
 
 class _Projection(NamedTuple):
@@ -53,12 +53,12 @@ def batch_norm_of_projections(groups: int = 1) -> Iterator[None]:
             return y
         if type(module) is not nn.BatchNorm or id(arguments[0]) not in projections:
             return call(*arguments, **keywords)
-        if not _is_plain_training(module, *arguments, **keywords):
+        if not all(
+            asked(module, *arguments, **keywords) for asked in (takes_statistics, is_by_channel)
+        ):
             return call(*arguments, **keywords)
-        options = {name: getattr(module, name) for name in nn.BatchNorm.__dataclass_fields__}
-        options |= {"parent": module.scope, "name": None}
         inputs, kernel, _ = projections.pop(id(arguments[0]))
-        return _ProjectedBatchNorm(**options, groups=groups)(inputs, kernel)
+        return _ProjectedBatchNorm.in_place_of(module, groups)(inputs, kernel)
 
     with nn.intercept_methods(intercept):
         yield
@@ -82,12 +82,6 @@ def _strided(x: jax.Array, strides) -> jax.Array:
     """The pixels of [B,H,W,C] that a 1x1 convolution with these strides sees."""
     down, across = strides if isinstance(strides, tuple) else (strides or 1,) * 2
     return x[:, ::down, ::across]
-
-
-def _is_plain_training(norm: nn.BatchNorm, x: jax.Array, *given, **keywords) -> bool:
-    average = given[0] if given else keywords.get("use_running_average")
-    average = nn.merge_param("use_running_average", norm.use_running_average, average)
-    return not average and norm.axis in (-1, x.ndim - 1) and keywords.get("mask") is None
 
 
 class _ProjectedBatchNorm(GroupedBatchNorm):

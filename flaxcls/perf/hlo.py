@@ -24,13 +24,13 @@ _IN_PIECES = re.compile(r'channel_id=(\d+).*"async_collective_fusion_config"')
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
-def flops(compiled: jax.stages.Compiled) -> float:
+def flops(compiled: jax.stages.Compiled, text: str) -> float:
     """Of one run on one device, as XLA counts them; 0 where it does not.
 
-    Of what oneDNN computes XLA knows nothing; it is added here.
+    Of what oneDNN computes XLA knows nothing; it is added here, from `compiled.as_text()`.
     """
     counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
-    return counted + sum(onednn.flops(compiled.as_text())) if counted else 0.0
+    return counted + sum(onednn.flops(text)) if counted else 0.0
 
 
 class Collective(NamedTuple):

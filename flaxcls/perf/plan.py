@@ -152,7 +152,7 @@ def _plan_step(
             raise TooLarge.by_compiler(one_line(error)) from error
         raise
     seconds = time.perf_counter() - start
-    cost, times = compiled.cost_analysis(), _times_counted(experiment)
+    cost, times, text = compiled.cost_analysis(), _times_counted(experiment), compiled.as_text()
     height, width, _ = experiment.train.image_shape(begin)
     plan = StepPlan(
         image_size=(height, width),
@@ -161,12 +161,12 @@ def _plan_step(
         batch_size=experiment.batch_size,
         chips=mesh.size,
         chip=chip(mesh),
-        flops=times * hlo.flops(compiled),
+        flops=times * hlo.flops(compiled, text),
         bytes=times * cost["bytes accessed"],
         memory=_memory(program.step_arguments(begin), compiled.memory_analysis()),
-        collectives=tuple(hlo.collectives(compiled.as_text())),
+        collectives=tuple(hlo.collectives(text)),
         seconds=seconds,
-        traffic=tuple(traffic(compiled.as_text())),
+        traffic=tuple(traffic(text)),
     )
     if plan.chip and plan.memory.peak > plan.chip.hbm_bytes:  # not every compiler minds
         raise TooLarge(plan.memory.peak / 2**30, plan.chip.hbm_gb)

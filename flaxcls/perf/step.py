@@ -127,7 +127,8 @@ def _utilisation(
 ) -> Figures:
     """What XLA counts of FLOPs, and their share of what the devices can do at `rate` images/s."""
     mesh = experiment.mesh
-    flops = hlo.flops(program.compiled())
+    compiled = program.compiled()
+    flops = hlo.flops(compiled, compiled.as_text())
     if not flops:
         write_result("XLA does not count the FLOPs of this step")
         return {}
