@@ -110,7 +110,7 @@ def work(compiled, text):
 
     return {
         "operators": len(re.findall(r"^ +(?:ROOT )?%?[\w.\-]+ = ", text, re.MULTILINE)),
-        "flops": round(hlo.flops(compiled)),
+        "flops": round(hlo.flops(compiled, text)),
         "bytes": round(compiled.cost_analysis()["bytes accessed"]),
         "bytes between devices": sum(each.bytes for each in hlo.collectives(text)),
     }
