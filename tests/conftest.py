@@ -28,6 +28,7 @@ import pytest  # noqa: E402
 from flaxcls import config as configs  # noqa: E402
 from flaxcls.errors import SIGNAL_EXIT_CODES  # noqa: E402
 from flaxcls.runtime import onednn, sharding  # noqa: E402
+from flaxcls.training.train import train_config  # noqa: E402
 
 sharding.set_up_devices(8, 8)
 jax.devices()
@@ -140,6 +141,21 @@ def recipe(tmp_path):
     path = tmp_path / "tiny.py"
     path.write_text(RECIPE)
     return path
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory):
+    """The folder of a run of a small convolutional network on digits, right on some 95 % of them.
+
+    It is for reading only: a test that changes a run copies it first.
+    """
+    config = configs.default()
+    config.batch_size, config.duration, config.eval.every = 64, "4 epochs", "4 epochs"
+    config.data.name, config.model.name = "digits", "digits_cnn"
+    config.optimizer.name, config.optimizer.learning_rate = "adamw", 3e-3
+    workdir = tmp_path_factory.mktemp("digits") / "run"
+    train_config(config, workdir)
+    return workdir
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from flaxcls.data.resident import Resident
 from flaxcls.data.stream import Stream, Workers
 from flaxcls.errors import ConfigError
 from flaxcls.inference import evaluator
+from flaxcls.inference.predictions import predict_split
+from flaxcls.inference.restored import restore
 from flaxcls.training.train import train_config as train
 
 MEAN, STD = (0.3,), (0.35,)
@@ -120,6 +122,18 @@ def test_saved_run_evaluates_to_what_training_said(trained):
     assert (step, split) == (20, "test[:77]")
     assert results == {"eval": summary["eval"], "ema": summary["ema"]}
     assert summary["eval"]["count"] == 77
+
+
+def test_predictions_of_a_split_have_the_metrics_of_its_evaluation(digits_run):
+    _, _, results = evaluator.evaluate_run(digits_run)
+    run = restore(digits_run)
+    pipeline = run.experiment.evaluation(None, None)
+    predictions = predict_split(run, pipeline, run.variables)
+    assert predictions.logits.shape == predictions.probabilities.shape == (360, 10)
+    np.testing.assert_array_equal(predictions.labels, pipeline.source.labels())
+    np.testing.assert_allclose(predictions.probabilities.sum(axis=1), 1, rtol=1e-5)
+    accuracy = np.mean(predictions.logits.argmax(axis=1) == predictions.labels)
+    assert accuracy == pytest.approx(results["eval"]["accuracy"], abs=1e-9) and accuracy > 0.9
 
 
 def test_best_checkpoint_evaluates_to_the_best_result(trained):
