@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxcls import augment, models
+from flaxcls.augment.views import view_shapes
 from flaxcls.build import accepted
 from flaxcls.build.length import Length
 from flaxcls.build.validate import about
@@ -159,6 +160,22 @@ def augmentation(
         }
         jax.eval_shape(augment.build(specs, mean=ones, std=ones), jax.random.key(0), batch)
     return specs
+
+
+def test_time_augmentation(
+    config: ConfigDict, network: nn.Module, image_shape: tuple[int, int, int]
+) -> str | None:
+    """config.eval.tta, whose views of images of this shape the network must take."""
+    name = config.eval.tta
+    for shape in sorted(view_shapes(name, image_shape) - {image_shape}):
+        models.check_image_shape(network, shape)
+        if str(models.shapes(network, shape)) != str(models.shapes(network, image_shape)):
+            raise ConfigError(
+                f"{config.model.name} has other parameters for images of another size, but the "
+                f"views of config.eval.tta = {name!r} are {shape[0]} x {shape[1]} pixels of "
+                f"{image_shape[0]} x {image_shape[1]}"
+            )
+    return name
 
 
 def normalization(config: ConfigDict, channels: int) -> tuple[list[float], list[float]] | None:
