@@ -163,9 +163,8 @@ def make_experiment(
 
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
     models.check_partition(network, mesh.shape.get("model", 1))
-    rate = pieces.learning_rate(config, run)
     frozen = pieces.frozen(config, network, shapes[0])
-    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, rate, mesh)
+    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, run, mesh)
     return Experiment(
         config=plain(config),
         mesh=mesh,
@@ -186,7 +185,7 @@ def make_experiment(
         steps_per_dispatch=inputs.steps_per_dispatch(config, train),
         init_from=config.init_from,
         ema_decay=config.ema_decay,
-        learning_rate=rate,
+        learning_rate=pieces.learning_rate(config, run),
         parameter_groups=parameter_groups,
         length=run,
         log_every=interval(config, "log_every", run),
