@@ -84,11 +84,16 @@ def train(
 
 
 def load(
-    run: str | Path, *, checkpoint: str = "last", ema: bool | None = None, batch_size: int = 64
+    run: str | Path,
+    *,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    batch_size: int = 64,
+    tta: str | None = None,
 ) -> Predictor:
     """A saved run's network, ready to classify paths, arrays and PIL images; see Predictor."""
     compilation_cache.enable()
-    return Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size)
+    return Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size, tta=tta)
 
 
 def evaluate(
@@ -97,6 +102,7 @@ def evaluate(
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
+    tta: str | None = None,
 ) -> dict[str, Any]:
     """The exact metrics of a saved run: {"step", "split", "eval": {"accuracy", ...}, "ema": ...}.
 
@@ -105,10 +111,11 @@ def evaluate(
       split: such as "test"; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
       data_dir: where the data is, if it has moved.
+      tta: the test-time augmentation, such as "flip"; "none"; None: the run's own.
     """
     compilation_cache.enable()
     step, split, results = evaluate_run(
-        Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir
+        Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir, tta=tta
     )
     return {"step": step, "split": split, **results}
 

@@ -50,7 +50,7 @@ def _source_options(name: str) -> Parameters:
 
 # What the program gives to the builders by keyword, not the config's section.
 _LOSS = "name"
-_OPTIMIZER = "name schedule params frozen layers mesh"
+_OPTIMIZER = "name schedule shortened params frozen layers mesh"
 _SCHEDULE = "name learning_rate total_steps to_steps"
 _CROP = _from(TRANSFORMS, "crop", None, "")
 SECTIONS = {

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from flaxcls.augment.views import VIEWS
 from flaxcls.build import accepted, log_to
 from flaxcls.config import default, options
 from flaxcls.config.durations import parse_duration
@@ -45,6 +46,8 @@ def check(config: ConfigDict) -> None:
         f"{batch // parts}",
     )
     log_to.names(config.log_to)
+    if config.eval.tta is not None:
+        options.look_up("config.eval.tta", config.eval.tta, VIEWS)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
     decay = config.finetune.layer_decay

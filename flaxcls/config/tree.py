@@ -116,6 +116,8 @@ def default() -> ConfigDict:
     config.eval.every = "1 epochs"
     config.eval.batch_size = placeholder(int)  # examples; None: as in training
     config.eval.image_size = placeholder(int)  # pixels per side; None: the last of training
+    # Views of each image that its logits are the mean over: flip, flip_shift, five_crop, ten_crop.
+    config.eval.tta = placeholder(str)
     config.eval.crop = _open()  # as config.crop; what is None or absent is as in training
     config.eval.crop.name = None  # center_crop, resize, pad
 

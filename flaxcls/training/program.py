@@ -289,6 +289,7 @@ def _evaluator(experiment: Experiment, data: RunData, only: HeadOnly | None) -> 
         mean=None if only else data.mean,
         std=None if only else data.std,
         objective=experiment.loss.objective(data.class_weights),
+        tta=experiment.tta,
     )
 
 
