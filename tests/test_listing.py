@@ -19,7 +19,7 @@ from flaxcls import augment, models
 from flaxcls.build import accepted, listing
 from flaxcls.config import default
 from flaxcls.config.recipes import load_recipe
-from flaxcls.core import losses, optim, schedules
+from flaxcls.core import adversarial, losses, optim, schedules
 from flaxcls.data import SOURCES
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError
@@ -33,11 +33,12 @@ NAMES = {
     "optimizers": optim.RULES,
     "schedules": schedules.SCHEDULES,
     "losses": losses.LOSSES,
+    "adversarial": adversarial.METHODS,
     "data": {**SOURCES, "(any of TFDS)": None},
     "recipes": {path.stem for path in (ROOT / "configs").glob("*.py")},
 }
 SECTIONS = {"models": "model", "crops": "crop", "optimizers": "optimizer", "losses": "loss"}
-SECTIONS |= {"schedules": "schedule", "data": "data"}
+SECTIONS |= {"schedules": "schedule", "data": "data", "adversarial": "adversarial"}
 
 
 def entries(kind):

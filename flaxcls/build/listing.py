@@ -171,6 +171,7 @@ KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "optimizers": functools.partial(_section, "optimizer"),
     "schedules": functools.partial(_section, "schedule"),
     "losses": functools.partial(_section, "loss"),
+    "adversarial": functools.partial(_section, "adversarial"),
     "data": _data,
     "recipes": _recipes,
 }
