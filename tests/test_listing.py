@@ -154,7 +154,10 @@ def test_terminal_shows_all_of_it_whatever_its_width(columns):
     ("flag", "message"),
     [
         ("--list=model", "--list=model is not known, did you mean 'models'?"),
-        ("--list=", "--list= is not known; known: augmentations, crops, data, losses, models, "),
+        (
+            "--list=",
+            "--list= is not known; known: adversarial, augmentations, crops, data, losses, ",
+        ),
     ],
 )
 def test_unknown_kind_is_one_sentence(flag, message, run_main):

@@ -75,7 +75,7 @@ def export_run(
         raise ConfigError(f"--names={names} is for --format=safetensors, not for {format}")
     if format == "safetensors":
         write = functools.partial(write, names=names)
-    with _appearing(out) as folder:
+    with new_folder(out) as folder:
         predictor = Predictor(run, checkpoint=checkpoint, ema=ema)
         examples = parity.choose(predictor, pictures, count, data_dir)
         model = exportable(predictor, license)
@@ -146,7 +146,7 @@ def _describe(transform: Transform | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder that becomes `out` when the block ends well, and goes if it does not."""
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={printable(out)} is there already; name a new folder")
