@@ -20,6 +20,7 @@ from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
+from flaxcls.insight.robustness import attack_run
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
 from flaxcls.training.hooks import Hooks, Row
@@ -156,6 +157,53 @@ def export(
         license=license,
         pictures=list(map(str, pictures)),
         data_dir=data_dir,
+    )
+
+
+def attack(
+    run: str | Path,
+    *,
+    norm: str = "linf",
+    eps: str | float = "8/255",
+    method: str = "apgd",
+    steps: int | None = None,
+    restarts: int = 1,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run on adversarial images; see `attack_run` for all of it.
+
+    Args:
+      run, checkpoint, ema: as in `load`.
+      norm, eps: "linf" or "l2", and the radius in units of [0, 1], such as "8/255".
+      method: "fgsm", "pgd" or "apgd"; each contains those before it.
+      steps, restarts: of the attacks; None: 20 of PGD and 100 of APGD.
+      examples: of the split, drawn by the seed; more than there are: all.
+      split, data_dir: as in `evaluate`.
+      out: a new folder for the adversarial images and a table.
+
+    Returns {"accuracies": {"clean": .., "fgsm": .., ...}, "robust", "interval", "rounded", ...}.
+    """
+    compilation_cache.enable()
+    return attack_run(
+        Path(run),
+        norm=norm,
+        eps=eps,
+        method=method,
+        steps=steps,
+        restarts=restarts,
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
+        out=None if out is None else Path(out),
     )
 
 

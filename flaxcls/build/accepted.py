@@ -11,7 +11,7 @@ from flaxcls.config.fields import options_of
 from flaxcls.config.options import accepted, look_up
 from flaxcls.config.tree import get
 from flaxcls.config.user_code import is_path
-from flaxcls.core import losses, optim, schedules
+from flaxcls.core import adversarial, losses, optim, schedules
 from flaxcls.data import SOURCES, opener
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError, did_you_mean
@@ -69,6 +69,9 @@ SECTIONS = {
         schedules.SCHEDULES,
         _from(schedules.SCHEDULES, "schedule", schedules.build, _SCHEDULE),
         frozenset(),
+    ),
+    "adversarial": Section(
+        adversarial.METHODS, _from(adversarial.METHODS, "adversarial", None, ""), frozenset()
     ),
     "eval.crop": Section(TRANSFORMS, _CROP, frozenset()),
 }

@@ -18,6 +18,7 @@ from flaxcls.build.sources import source
 from flaxcls.build.validate import about
 from flaxcls.config.durations import Duration, parse_duration
 from flaxcls.config.fields import plain
+from flaxcls.core.adversarial import AdversarialMethod
 from flaxcls.core.losses import LossSpec
 from flaxcls.data.pipeline import Pipeline, Sizes
 from flaxcls.data.source import Source
@@ -59,6 +60,7 @@ class Experiment:
       normalization: mean and standard deviation per channel; None: those of the training images.
       augmentations: those on the devices, as `augment.build` takes them.
       network, loss, optimizer: what a step computes.
+      adversarial: what the images of a step are attacked by; None: they are not.
       frozen: the paths of the parameters that are not trained.
       freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
       batch_norm_group: neighbours in a batch that BatchNorm takes its statistics of; None: all.
@@ -87,6 +89,7 @@ class Experiment:
     augmentations: tuple[Any, ...]
     network: nn.Module
     loss: LossSpec
+    adversarial: AdversarialMethod | None
     optimizer: optax.GradientTransformation
     frozen: frozenset[str]
     freeze_batch_stats: bool
@@ -177,6 +180,7 @@ def make_experiment(
         augmentations=augmentations,
         network=network,
         loss=pieces.loss(config, num_classes),
+        adversarial=pieces.adversarial_training(config),
         optimizer=optimizer,
         frozen=frozen,
         freeze_batch_stats=config.finetune.freeze_batch_stats,

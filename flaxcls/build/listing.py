@@ -177,6 +177,7 @@ KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "optimizers": functools.partial(_section, "optimizer"),
     "schedules": functools.partial(_section, "schedule"),
     "losses": functools.partial(_section, "loss"),
+    "adversarial": functools.partial(_section, "adversarial"),
     "data": _data,
     "tta": _views,
     "recipes": _recipes,

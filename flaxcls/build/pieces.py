@@ -19,7 +19,8 @@ from flaxcls.build.validate import about
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
 from flaxcls.config.user_code import is_path
-from flaxcls.core import optim, schedules
+from flaxcls.core import adversarial, optim, schedules
+from flaxcls.core.adversarial import AdversarialMethod
 from flaxcls.core.losses import LossSpec
 from flaxcls.errors import ConfigError
 from flaxcls.models.layer_order import layers_of
@@ -90,6 +91,11 @@ def loss(config: ConfigDict, num_classes: int) -> LossSpec:
     spec = LossSpec(config.loss.name, weights, options_of(config.loss, "class_weights"))
     spec.with_weights(None if weights == "balanced" else weights)  # ConfigError for its options
     return spec
+
+
+def adversarial_training(config: ConfigDict) -> AdversarialMethod | None:
+    """What config.adversarial names."""
+    return adversarial.build(config.adversarial.name, options_of(config.adversarial))
 
 
 def learning_rate(

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-OPEN = ("data", "crop", "model", "loss", "optimizer", "schedule", "eval.crop")
+OPEN = ("data", "crop", "model", "loss", "optimizer", "schedule", "adversarial", "eval.crop")
 
 
 def _any() -> Any:
@@ -95,6 +95,11 @@ def default() -> ConfigDict:
     config.optimizer.learning_rate = 0.1  # peak
     config.optimizer.learning_rate_batch = None  # examples the rate is meant for; scales it
     config.optimizer.weight_decay = 0.0
+
+    # Adversarial training: pgd_at, trades; None: none. Their eps and step_size are in units of
+    # [0, 1] before the normalisation: "8/255". See docs/knowing.md.
+    config.adversarial = _open()
+    config.adversarial.name = placeholder(str)
 
     config.finetune = ConfigDict()  # of weights that are there already: see docs/finetuning.md
     # Regular expression for the paths of parameters that are not trained: "^(?!head/)".

@@ -79,7 +79,7 @@ def export_run(
         raise ConfigError(f"--names={names} is for --format=safetensors, not for {format}")
     if format == "safetensors":
         write = functools.partial(write, names=names)
-    with _appearing(out) as folder:
+    with new_folder(out) as folder:
         predictor = Predictor(run, checkpoint=checkpoint, ema=ema, tta="none")
         if tta := predictor.restored.metadata["config"]["eval"].get("tta"):
             say(f"note: {_ONE_VIEW.format(tta)}", error=True)
@@ -152,7 +152,7 @@ def _describe(transform: Transform | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder that becomes `out` when the block ends well, and goes if it does not."""
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={printable(out)} is there already; name a new folder")

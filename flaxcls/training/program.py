@@ -11,6 +11,7 @@ import numpy as np
 from flaxcls import augment, models
 from flaxcls.build import Experiment
 from flaxcls.core import metrics
+from flaxcls.core.adversarial import AdversarialTraining
 from flaxcls.core.optim import updates_made
 from flaxcls.core.state import TrainState
 from flaxcls.core.step import (
@@ -307,9 +308,9 @@ def make_update(
     are the arrays of the input on the devices, {} where it is streamed. With `only` the input are
     features.
     """
-    augmentation = augment.build(
-        experiment.augmentations, mean=metadata["mean"], std=metadata["std"]
-    )
+    mean, std = metadata["mean"], metadata["std"]
+    augmentation = augment.build(experiment.augmentations, mean=mean, std=std)
+    method = experiment.adversarial
     train_step = make_train_step(
         only.network if only else experiment.network,
         experiment.loss.with_weights(metadata["class_weights"]),
@@ -324,6 +325,7 @@ def make_update(
         max_grad_norm=experiment.divergence.max_grad_norm,
         platform=platform,
         batch_shards=sharding.batch_parts(experiment.mesh),
+        adversarial=AdversarialTraining(method, mean, std) if method else None,
     )
 
     def update(state, data, batch):
