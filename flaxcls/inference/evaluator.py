@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -33,6 +34,7 @@ class Evaluator:
       mean, std: the run's normalisation, one number per channel; None: the data are what the
         network is given.
       objective: the loss that is trained for, if it is another one; then a metric too.
+      balanced_accuracy: whether the mean accuracy over the classes is a metric.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Evaluator:
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         objective: Callable | None = None,
+        balanced_accuracy: bool = False,
     ):
         self._mesh, self._input = mesh, data
         self._batch_size = sharding.round_up(mesh, batch_size)
@@ -54,7 +57,7 @@ class Evaluator:
         def given(images):
             return images if mean is None else augment.normalize(images, mean, std)
 
-        step = make_eval_step(network, loss, given, objective)
+        step = make_eval_step(network, loss, given, objective, balanced_accuracy)
 
         def eval_step(variables, sums, data, batch):
             return step(variables, sums, gather(data, batch))
@@ -65,14 +68,19 @@ class Evaluator:
 
         def zeros():
             sums = zero_metrics(network.num_classes)
-            return {**sums, "objective": sums["loss"]} if objective else sums
+            if objective:
+                sums["objective"] = sums["loss"]
+            if balanced_accuracy:
+                per_class = jnp.zeros(network.num_classes, jnp.int32)
+                sums["balanced_accuracy"] = (per_class, per_class)
+            return sums
 
         self._zeros = jax.jit(zeros, out_shardings=replicated)
 
     def __call__(
         self, variables: Any, alive: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """{"accuracy", "loss", "count", perhaps "objective", "accuracy_top5" from 11 classes on}.
+        """{"accuracy", "loss", "count", "accuracy_top5" from 11 classes on}, and what is asked for.
 
         `alive` is called after every batch.
         """
@@ -136,7 +144,11 @@ def evaluator_of(run: RestoredRun, pipeline: Pipeline) -> Evaluator:
         batch_size=experiment.eval_batch_size,
         mean=metadata["mean"],
         std=metadata["std"],
-        objective=experiment.loss.objective(metadata["class_weights"]),
+        objective=experiment.loss.objective(
+            metadata["class_weights"],
+            metadata.get("class_counts"),  # which older runs don't have
+        ),
+        balanced_accuracy=experiment.best_metric == "balanced_accuracy",
     )
 
 
