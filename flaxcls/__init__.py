@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flaxcls.api import Prediction as Prediction
     from flaxcls.api import Predictor as Predictor
     from flaxcls.api import StopTraining as StopTraining
+    from flaxcls.api import average as average
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
     from flaxcls.api import export as export
@@ -33,6 +34,7 @@ __all__ = (
     "Prediction",
     "Predictor",
     "StopTraining",
+    "average",
     "default_config",
     "evaluate",
     "export",

@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "flaxcls.evaluate",
     "predict": "flaxcls.predict",
     "export": "flaxcls.export",
+    "average": "flaxcls.average",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

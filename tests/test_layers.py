@@ -15,6 +15,7 @@ FLOORS = (
         "evaluate",
         "predict",
         "export",
+        "average",
         "bench",
         "plan",
         "data.__main__",
