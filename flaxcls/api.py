@@ -167,8 +167,8 @@ def average(
     Args:
       runs: one folder or several, of runs of one network with the same classes.
       out: a new folder.
-      checkpoint: "last", "best", "all" that are kept or a step of each run; None: all of a single
-        run, the last of each of several.
+      checkpoint: of each run "last", "best", a step, several such as "800,1000", or "all" that are
+        kept; None: all of a single run, the last of each of several.
       greedy: take only what doesn't make it worse on `split`, which must be held out.
       data_dir: where the data is, if it has moved.
 

@@ -24,7 +24,7 @@ flags.DEFINE_string("out", None, "The folder of the new run.", flag_values=FLAGS
 flags.DEFINE_string(
     "checkpoint",
     None,
-    "Which of each run: last, best, all or a step; all of a single run, else the last.",
+    "Which of each run: last, best, a step, several (800,1000) or all; of a single run all.",
     flag_values=FLAGS,
 )
 flags.DEFINE_bool("greedy", False, "Take only what does not make it worse.", flag_values=FLAGS)

@@ -71,6 +71,8 @@ def test_mean_of_several_runs_is_of_their_last_checkpoints(runs, tmp_path, saved
     name = "params/head/kernel"
     expected = (saved_arrays(runs[0], 24)[name] + saved_arrays(runs[1], 16)[name]) / 2
     np.testing.assert_allclose(saved_arrays(tmp_path / "mean", 24)[name], expected, rtol=1e-5)
+    some = api.average(runs[0], tmp_path / "some", checkpoint="8,last")["members"]
+    assert [step for _, step in some] == [8, 24]
     best = api.average(runs, tmp_path / "best", checkpoint="best")["members"]
     assert best[0][1] == json.loads((runs[0] / "summary.json").read_text())["best"]["step"]
 

@@ -77,8 +77,8 @@ def average_runs(
     Args:
       runs: folders of runs of one network, with the same classes.
       out: a folder that is not there yet, or empty.
-      checkpoint: which of each run, "last", "best", "all" that are kept, or a step; None: all of a
-        single run, the last of each of several.
+      checkpoint: which of each run, "last", "best", a step, several such as "800,1000", or "all"
+        that are kept; None: all of a single run, the last of each of several.
       greedy: whether a checkpoint is taken only if the mean with it is not worse on `split`, the
         best ones first (a greedy soup).
       split: held out for that: neither trained on nor the test split.
@@ -109,7 +109,8 @@ def _members(runs: Sequence[Path], checkpoint: str | None) -> list[Member]:
     for run in runs:
         run_folder.load_config(run)  # NoRun, which says so
         reader = CheckpointReader(run / "checkpoints")
-        steps = reader.steps() if which == "all" else [reader.find(which)]
+        asked = which.split(",")
+        steps = reader.steps() if which == "all" else [reader.find(one.strip()) for one in asked]
         members += [Member(run, step) for step in steps]
     members = list(dict.fromkeys(members))
     if len(members) < 2:
