@@ -16,6 +16,7 @@ from flaxcls.errors import ConfigError
 from flaxcls.errors import FlaxclsError as FlaxclsError
 from flaxcls.errors import Interrupted as Interrupted
 from flaxcls.errors import ParityError as ParityError
+from flaxcls.inference.averaging import average_runs
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
@@ -205,6 +206,48 @@ def attack(
         data_dir=data_dir,
         out=None if out is None else Path(out),
     )
+
+
+def average(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    checkpoint: str | None = None,
+    greedy: bool = False,
+    split: str | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Writes the mean of the weights of a run's checkpoints, or of several runs, as the run `out`.
+
+    Args:
+      runs: one folder or several, of runs of one network with the same classes.
+      out: a new folder.
+      checkpoint: of each run "last", "best", a step, several such as "800,1000", or "all" that are
+        kept; None: all of a single run, the last of each of several.
+      greedy: take only what doesn't make it worse on `split`, which must be held out.
+      data_dir: where the data is, if it has moved.
+
+    Returns what was taken and the exact metrics on what the runs were evaluated on:
+    {"step", "split", "members": [(folder, step), ...], "eval": {"accuracy", ...}}. BatchNorm's
+    statistics are estimated anew. docs/knowing.md has more.
+    """
+    compilation_cache.enable()
+    several = [runs] if isinstance(runs, (str, Path)) else runs
+    averaged = average_runs(
+        [Path(run) for run in several],
+        Path(out),
+        checkpoint=checkpoint,
+        greedy=greedy,
+        split=split,
+        data_dir=data_dir,
+    )
+    members = [(str(member.run), member.step) for member in averaged.members]
+    return {
+        "step": averaged.step,
+        "split": averaged.split,
+        "members": members,
+        **averaged.results,
+    }
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

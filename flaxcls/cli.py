@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": "flaxcls.predict",
     "export": "flaxcls.export",
     "attack": "flaxcls.attack",
+    "average": "flaxcls.average",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

@@ -16,6 +16,7 @@ FLOORS = (
         "predict",
         "export",
         "attack",
+        "average",
         "bench",
         "plan",
         "data.__main__",

@@ -132,6 +132,8 @@ def make_experiment(
     ConfigError for all that doesn't fit together.
     """
     log_to.check_installed(config.log_to)
+    whole = config.copy_and_resolve_references()
+    whole.data.long_tail = None
     train_source, eval_source = (
         open_split(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
@@ -201,7 +203,8 @@ def make_experiment(
         divergence=Divergence(**config.divergence),
         notes=(
             *notes.shortened(config.schedule, run),
-            *notes.evaluated_twice(train_source, eval_source, partial(open_split, config)),
+            *notes.evaluated_twice(train_source, eval_source, partial(open_split, whole)),
+            *notes.balanced_twice(config),
             *notes.enlarged(sizes, train_source),
             *notes.ignored(train_source, eval_source),
             *notes.batch_norm_groups(config, mesh, models.shapes(network, shapes[0])),

@@ -79,17 +79,28 @@ def batch_norm_group(config: ConfigDict) -> int | None:
 
 
 def loss(config: ConfigDict, num_classes: int) -> LossSpec:
-    """The loss, whose class weights may still have to be balanced by the data."""
-    weights = config.loss.class_weights
-    if weights is not None and weights != "balanced":
+    """The loss, whose class weights and counts may still have to come from the data."""
+    weights, beta = config.loss.class_weights, config.loss.effective_number_beta
+    by_data = weights in ("balanced", "effective_number")
+    if weights is not None and not by_data:
         if not options.fits(weights, tuple[float, ...]) or len(weights) != num_classes:
             raise ConfigError(
-                f"config.loss.class_weights must be 'balanced' or {num_classes} numbers, "
-                f"got {weights!r}"
+                "config.loss.class_weights must be 'balanced', 'effective_number' or "
+                f"{num_classes} numbers, got {weights!r}"
             )
         weights = tuple(weights)
-    spec = LossSpec(config.loss.name, weights, options_of(config.loss, "class_weights"))
-    spec.with_weights(None if weights == "balanced" else weights)  # ConfigError for its options
+    if beta is not None and weights != "effective_number":
+        raise ConfigError(
+            "config.loss.effective_number_beta needs config.loss.class_weights = 'effective_number'"
+        )
+    counts = config.loss.get("class_counts")
+    if counts is not None and not (
+        options.fits(counts, tuple[float, ...]) and len(counts) == num_classes
+    ):
+        raise ConfigError(f"config.loss.class_counts must be {num_classes} numbers, got {counts!r}")
+    given = options_of(config.loss, "class_weights", "effective_number_beta")
+    spec = LossSpec(config.loss.name, weights, given, **({} if beta is None else {"beta": beta}))
+    spec.with_weights(None if by_data else weights)  # ConfigError for its options
     return spec
 
 

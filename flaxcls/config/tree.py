@@ -54,12 +54,18 @@ def default() -> ConfigDict:
     config.data.dir = placeholder(str)
     config.data.train_split = "train"  # TFDS slicing: "train[:90%]", "train+test", ...
     config.data.eval_split = "test"
+    # Leaves ever fewer examples to train on of each class, of the last so many times fewer than of
+    # the first; None: all.
+    config.data.long_tail = placeholder(float)
     config.data.mean = None  # to normalise with, one per channel, in units of [0, 1];
     config.data.std = None  # None: those of the training split
 
     # Pixels per side; None: the data's own. A schedule: (("0 epochs", 128), ("6 epochs", 160)).
     config.image_size = _any()
     config.repeats = 1  # times an example comes in a batch (repeated augmentation)
+    # Of the training examples: shuffle, each once an epoch; or balanced, all classes alike;
+    # square_root, classes by the square roots of their sizes.
+    config.sampling = "shuffle"
 
     config.crop = _open()  # what becomes of a picture of any size, in training
     config.crop.name = placeholder(
@@ -88,7 +94,8 @@ def default() -> ConfigDict:
     config.loss = _open()
     config.loss.name = "softmax_cross_entropy"
     config.loss.label_smoothing = 0.0  # share of a target spread evenly over the classes
-    config.loss.class_weights = None  # "balanced", or one per class
+    config.loss.class_weights = None  # "balanced", "effective_number", or one per class
+    config.loss.effective_number_beta = placeholder(float)  # 0 to 1; None: 0.9999
 
     config.optimizer = _open()  # besides the rule's own options, those of flaxcls/core/optim.py
     config.optimizer.name = "sgd"
@@ -129,7 +136,7 @@ def default() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"  # or a time, checked at log steps: "10 minutes"
     config.checkpoint.keep = 2  # newest ones; the best one is kept besides
-    config.checkpoint.best_metric = "accuracy"  # accuracy, accuracy_top5, loss
+    config.checkpoint.best_metric = "accuracy"  # balanced_accuracy, accuracy_top5, loss
     config.checkpoint.on_error = "continue"  # until the next one is due; or stop
 
     config.divergence = ConfigDict()  # an update that is not finite or too large is skipped

@@ -334,13 +334,14 @@ def make_eval_step(
     forward: Callable[[Any, jax.Array], jax.Array],
     loss: Loss,
     objective: Loss | None = None,
+    balanced_accuracy: bool = False,
 ) -> Callable[[Any, Any, Batch], Any]:
     """Returns `eval_step(variables, sums, batch) -> sums`, which start as `zero_metrics`.
 
     `forward(variables, images)` gives the logits [B, K]. `loss` is what "loss" means; with an
     `objective`, what is trained for, its own mean is "objective", and the sums have to have a pair
-    for it. `batch` has "image" uint8 [B, H, W, C], "label" int32 [B] and "mask" [B], 0 where an
-    example only fills the batch up and must not count.
+    for it, as for "balanced_accuracy". `batch` has "image" uint8 [B, H, W, C], "label" int32 [B]
+    and "mask" [B], 0 where an example only fills the batch up and must not count.
     """
 
     def eval_step(variables: Any, sums: Any, batch: Batch) -> Any:
@@ -352,6 +353,9 @@ def make_eval_step(
             losses, weights = objective(logits, targets)
             other = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
             new["objective"] = other["loss"]
+        if balanced_accuracy:
+            pair = metrics.balanced_accuracy(logits, batch["label"], batch["mask"])
+            new["balanced_accuracy"] = pair
         return metrics.add(sums, new)
 
     return eval_step

@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -35,6 +36,7 @@ class Evaluator:
         network is given.
       objective: the loss that is trained for, if it is another one; then a metric too.
       tta: the views of the images that logits are the mean over, of `augment.views`; None: none.
+      balanced_accuracy: whether the mean accuracy over the classes is a metric.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Evaluator:
         std: Sequence[float] | None,
         objective: Callable | None = None,
         tta: str | None = None,
+        balanced_accuracy: bool = False,
     ):
         self._mesh, self._input = mesh, data
         self._batch_size = sharding.round_up(mesh, batch_size)
@@ -61,7 +64,7 @@ class Evaluator:
 
             return mean_over_views(tta, of_view)(images)
 
-        step = make_eval_step(forward, loss, objective)
+        step = make_eval_step(forward, loss, objective, balanced_accuracy)
 
         def eval_step(variables, sums, data, batch):
             return step(variables, sums, gather(data, batch))
@@ -72,14 +75,19 @@ class Evaluator:
 
         def zeros():
             sums = zero_metrics(network.num_classes)
-            return {**sums, "objective": sums["loss"]} if objective else sums
+            if objective:
+                sums["objective"] = sums["loss"]
+            if balanced_accuracy:
+                per_class = jnp.zeros(network.num_classes, jnp.int32)
+                sums["balanced_accuracy"] = (per_class, per_class)
+            return sums
 
         self._zeros = jax.jit(zeros, out_shardings=replicated)
 
     def __call__(
         self, variables: Any, alive: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """{"accuracy", "loss", "count", perhaps "objective", "accuracy_top5" from 11 classes on}.
+        """{"accuracy", "loss", "count", "accuracy_top5" from 11 classes on}, and what is asked for.
 
         `alive` is called after every batch.
         """
@@ -147,7 +155,11 @@ def evaluator_of(run: RestoredRun, pipeline: Pipeline) -> Evaluator:
         batch_size=experiment.eval_batch_size,
         mean=metadata["mean"],
         std=metadata["std"],
-        objective=experiment.loss.objective(metadata["class_weights"]),
+        objective=experiment.loss.objective(
+            metadata["class_weights"],
+            metadata.get("class_counts"),  # which older runs don't have
+        ),
+        balanced_accuracy=experiment.best_metric == "balanced_accuracy",
         tta=experiment.tta,
     )
 

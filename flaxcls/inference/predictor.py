@@ -33,6 +33,7 @@ from flaxcls.runtime.read_ahead import in_order
 PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax_cross_entropy": jax.nn.softmax,
     "focal": jax.nn.softmax,
+    "logit_adjusted": jax.nn.softmax,
     "sigmoid_cross_entropy": jax.nn.sigmoid,  # each class on its own: they need not add up to 1
     "squared_error": jax.vmap(optax.projections.projection_simplex),
 }

@@ -216,12 +216,14 @@ def _json(value: Any) -> Any:
 
 
 def describe(row: Mapping[str, float]) -> str:
-    """`accuracy 98.61 % (355 of 360), loss 0.0512`."""
+    """`accuracy 98.61 % (355 of 360), loss 0.0512`, and balanced accuracy where it is there."""
     parts = []
     for name, label in (("accuracy", "accuracy"), ("accuracy_top5", "top-5 accuracy")):
         if name in row:
             right = round(row[name] * row["count"])
             parts.append(f"{label} {100 * row[name]:.2f} % ({right:,} of {row['count']:,})")
+    if "balanced_accuracy" in row:
+        parts.append(f"balanced accuracy {100 * row['balanced_accuracy']:.2f} %")
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     return ", ".join(parts)

@@ -66,6 +66,7 @@ class Program:
             "mean": data.mean,
             "std": data.std,
             "class_weights": data.class_weights,
+            "class_counts": data.class_counts,
             "fingerprint": source.fingerprint,
         }
 
@@ -289,7 +290,8 @@ def _evaluator(experiment: Experiment, data: RunData, only: HeadOnly | None) -> 
         batch_size=experiment.eval_batch_size,
         mean=None if only else data.mean,
         std=None if only else data.std,
-        objective=experiment.loss.objective(data.class_weights),
+        objective=experiment.loss.objective(data.class_weights, data.class_counts),
+        balanced_accuracy=experiment.saving.best_metric == "balanced_accuracy",
         tta=experiment.tta,
     )
 
@@ -313,7 +315,7 @@ def make_update(
     method = experiment.adversarial
     train_step = make_train_step(
         only.network if only else experiment.network,
-        experiment.loss.with_weights(metadata["class_weights"]),
+        experiment.loss.with_weights(metadata["class_weights"], metadata["class_counts"]),
         experiment.optimizer,
         (lambda key, batch: batch) if only else augmentation,
         num_classes=len(metadata["class_names"]),
