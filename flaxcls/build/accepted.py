@@ -55,7 +55,9 @@ _SCHEDULE = "name learning_rate total_steps to_steps"
 _CROP = _from(TRANSFORMS, "crop", None, "")
 SECTIONS = {
     "data": Section(
-        SOURCES, _source_options, frozenset(("dir", "train_split", "eval_split", "mean", "std"))
+        SOURCES,
+        _source_options,
+        frozenset(("dir", "train_split", "eval_split", "fold_seed", "fold_groups", "mean", "std")),
     ),
     "crop": Section(TRANSFORMS, _CROP, frozenset()),
     "model": Section(models.MODELS, models.options, frozenset(("dtype", "batch_norm_group"))),
