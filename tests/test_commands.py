@@ -61,6 +61,7 @@ def test_list_that_cannot_be_written_is_an_error():
         ("train --confg=x", "Unknown command line flag 'confg'. Did you mean: config ?"),
         ("evaluate", "--run=DIR is missing; it is the folder that training made"),
         ("data check", "--source=NAME-or-PATH is missing (or --config=FILE)"),
+        ("crossval", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
         ("plan", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
         ("bench stp", "there is no benchmark 'stp', did you mean 'step'?"),
     ],
