@@ -29,6 +29,7 @@ COMMANDS = {
     "predict": "flaxcls.predict",
     "export": "flaxcls.export",
     "crossval": "flaxcls.crossval",
+    "sweep": "flaxcls.sweep",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

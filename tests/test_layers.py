@@ -18,6 +18,7 @@ FLOORS = (
         "bench",
         "plan",
         "crossval",
+        "sweep",
         "data.__main__",
         "data.commands",
         "api",
