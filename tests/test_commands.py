@@ -62,6 +62,8 @@ def test_list_that_cannot_be_written_is_an_error():
         ("evaluate", "--run=DIR is missing; it is the folder that training made"),
         ("data check", "--source=NAME-or-PATH is missing (or --config=FILE)"),
         ("crossval", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
+        ("sweep --config=digits_cnn --jobs=0", "flag --jobs=0: Expected integer input to be a pos"),
+        ("sweep --grid a=1", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
         ("plan", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
         ("bench stp", "there is no benchmark 'stp', did you mean 'step'?"),
     ],

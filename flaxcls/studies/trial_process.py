@@ -11,7 +11,8 @@ import threading
 
 
 def _end_with_sweep() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1):  # sys.stdin itself could not be closed at the end
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 

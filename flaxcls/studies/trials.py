@@ -134,14 +134,14 @@ class Process:
 
     def wait(self) -> None:
         self._process.wait()
+        self._process.stdin.close()
 
     def outcome(self) -> Outcome | None:
         """How it ended; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
-        if self._process.stdin:
-            self._process.stdin.close()
+        self._process.stdin.close()
         rows = evaluations(self._folder)
         step, results = rows[-1] if rows else (0, {})
         if self.is_pruned and code in (0, PREEMPTED, -signal.SIGTERM):
