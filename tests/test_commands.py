@@ -54,7 +54,7 @@ def test_list_that_cannot_be_written_is_an_error():
     ("arguments", "sentence"),
     [
         ("trian --config=digits_cnn", "'trian' is not a command, did you mean 'train'?"),
-        ("--config=digits_cnn", "'--config=digits_cnn' is not a command; known: bench, data, "),
+        ("--config=digits_cnn", "'--config=digits_cnn' is not a command; known: bench, "),
         ("data", "a command is missing; known: check, prepare, preview"),
         ("data chek", "'chek' is not a command, did you mean 'check'?"),
         ("train", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
@@ -62,7 +62,7 @@ def test_list_that_cannot_be_written_is_an_error():
         ("evaluate", "--run=DIR is missing; it is the folder that training made"),
         ("data check", "--source=NAME-or-PATH is missing (or --config=FILE)"),
         ("crossval", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
-        ("sweep --config=digits_cnn --jobs=0", "flag --jobs=0: Expected integer input to be a pos"),
+        ("sweep --config=digits_cnn --jobs=0", "flag --jobs=0: 0 is not a positive integer"),
         ("sweep --grid a=1", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
         ("plan", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),
         ("bench stp", "there is no benchmark 'stp', did you mean 'step'?"),
