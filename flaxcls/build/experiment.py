@@ -132,8 +132,6 @@ def make_experiment(
     ConfigError for all that doesn't fit together.
     """
     log_to.check_installed(config.log_to)
-    whole = config.copy_and_resolve_references()
-    whole.data.long_tail = None
     train_source, eval_source = (
         open_split(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
