@@ -10,7 +10,7 @@ from flaxcls.config import options
 from flaxcls.config.fields import options_of
 from flaxcls.data import check_tfds_name, describe_tfds, open_source, open_tfds, opener
 from flaxcls.data.described import Described
-from flaxcls.data.long_tail import long_tailed
+from flaxcls.data.long_tail import long_tailed, profile
 from flaxcls.data.source import Source
 
 
@@ -45,9 +45,18 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
 
 
 def _long_tail(config: ConfigDict, split: str, found: Source) -> Source:
+    """What config.data.long_tail leaves of a split; all but the one to train on are whole.
+
+    Where the data are not on this machine, their classes are taken to be of one size.
+    """
     imbalance = config.data.long_tail
-    is_whole = imbalance is None or split != config.data.train_split
-    return found if is_whole else long_tailed(found, imbalance)
+    if imbalance is None or split != config.data.train_split:
+        return found
+    if found.is_readable:
+        return long_tailed(found, imbalance)
+    classes = len(found.class_names)
+    left = sum(profile(len(found) // classes, imbalance, classes))
+    return Described(found.name, split, found.image_shape, classes, left)
 
 
 def source_or_description(

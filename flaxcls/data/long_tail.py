@@ -14,11 +14,12 @@ class Subset(Source):
     Args:
       source: what they are of.
       indices: which ones, int [N].
+      labels: theirs, int [N].
       **made_by: what chose them, JSON, for the fingerprint.
     """
 
-    def __init__(self, source: Source, indices: np.ndarray, **made_by: object):
-        self._source, self._indices = source, indices
+    def __init__(self, source: Source, indices: np.ndarray, labels: np.ndarray, **made_by: object):
+        self._source, self._indices, self._labels = source, indices, labels
         self.ignored, self.modified = source.ignored, source.modified
         super().__init__(
             name=source.name,
@@ -39,7 +40,7 @@ class Subset(Source):
         self._source.verify(int(self._indices[index]))
 
     def labels(self) -> np.ndarray:
-        return self._source.labels()[self._indices]
+        return self._labels.copy()
 
     def where(self, index: int) -> str:
         return self._source.where(int(self._indices[index]))
@@ -61,7 +62,8 @@ def long_tailed(source: Source, imbalance: float) -> Subset:
         )
     counts = profile(smallest, imbalance, num_classes)
     first = [np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)]
-    return Subset(source, np.sort(np.concatenate(first)), long_tail=float(imbalance))
+    indices = np.sort(np.concatenate(first))
+    return Subset(source, indices, labels[indices], long_tail=float(imbalance))
 
 
 def profile(most: int, imbalance: float, num_classes: int) -> Sequence[int]:
