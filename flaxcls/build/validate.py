@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
+from flaxcls.augment.views import VIEWS
 from flaxcls.build import accepted, inputs, log_to
 from flaxcls.config import default, options
 from flaxcls.config.durations import parse_duration
@@ -30,6 +31,7 @@ def check(config: ConfigDict) -> None:
     accepted.check(config)
     batch, parts = config.batch_size, config.gradient_accumulation
     require("seed", 0 <= config.seed < 2**64, "at least 0 and below 2**64")
+    require("data.fold_seed", 0 <= config.data.fold_seed < 2**32, "at least 0 and below 2**32")
     require("batch_size", batch >= 1, "at least 1")
     require(
         "gradient_accumulation",
@@ -45,6 +47,8 @@ def check(config: ConfigDict) -> None:
         f"{batch // parts}",
     )
     log_to.names(config.log_to)
+    if config.eval.tta is not None:
+        options.look_up("config.eval.tta", config.eval.tta, VIEWS)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
     beta = config.loss.effective_number_beta

@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-OPEN = ("data", "crop", "model", "loss", "optimizer", "schedule", "eval.crop")
+OPEN = ("data", "crop", "model", "loss", "optimizer", "schedule", "adversarial", "eval.crop")
 
 
 def _any() -> Any:
@@ -52,8 +52,11 @@ def default() -> ConfigDict:
     config.data.path = placeholder(str)  # of folder, list and idx
     # Of TFDS data; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     config.data.dir = placeholder(str)
-    config.data.train_split = "train"  # TFDS slicing: "train[:90%]", "train+test", ...
+    # TFDS slicing, "train[:90%]", "train+test", ...; or folds: "train, all but fold 3 of 5".
+    config.data.train_split = "train"
     config.data.eval_split = "test"
+    config.data.fold_seed = 0  # of how examples are divided into folds
+    config.data.fold_groups = placeholder(str)  # CSV: the examples' groups, which no fold divides
     # Leaves ever fewer examples to train on of each class, of the last so many times fewer than of
     # the first; None: all.
     config.data.long_tail = placeholder(float)
@@ -103,6 +106,11 @@ def default() -> ConfigDict:
     config.optimizer.learning_rate_batch = None  # examples the rate is meant for; scales it
     config.optimizer.weight_decay = 0.0
 
+    # Adversarial training: pgd_at, trades; None: none. Their eps and step_size are in units of
+    # [0, 1] before the normalisation: "8/255". See docs/knowing.md.
+    config.adversarial = _open()
+    config.adversarial.name = placeholder(str)
+
     config.finetune = ConfigDict()  # of weights that are there already: see docs/finetuning.md
     # Regular expression for the paths of parameters that are not trained: "^(?!head/)".
     config.finetune.freeze = placeholder(str)
@@ -123,6 +131,8 @@ def default() -> ConfigDict:
     config.eval.every = "1 epochs"
     config.eval.batch_size = placeholder(int)  # examples; None: as in training
     config.eval.image_size = placeholder(int)  # pixels per side; None: the last of training
+    # Views of each image that its logits are the mean over: flip, flip_shift, five_crop, ten_crop.
+    config.eval.tta = placeholder(str)
     config.eval.crop = _open()  # as config.crop; what is None or absent is as in training
     config.eval.crop.name = None  # center_crop, resize, pad
 
