@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flaxcls.api import Predictor as Predictor
     from flaxcls.api import StopTraining as StopTraining
     from flaxcls.api import attack as attack
+    from flaxcls.api import corrupt as corrupt
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
     from flaxcls.api import export as export
@@ -35,6 +36,7 @@ __all__ = (
     "Predictor",
     "StopTraining",
     "attack",
+    "corrupt",
     "default_config",
     "evaluate",
     "export",

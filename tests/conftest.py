@@ -70,8 +70,8 @@ def quick_compilation(request):
     """
     place = request.path.relative_to(ROOT / "tests")
     functions = ("augment", "models", "test_losses.py", "test_metrics.py", "test_optim.py")
-    functions += ("test_adversarial.py",)
-    jax.config.update("jax_disable_most_optimizations", place.parts[0] in functions)
+    functions += ("test_adversarial.py", "test_corruptions.py")
+    jax.config.update("jax_disable_most_optimizations", bool({*place.parts} & {*functions}))
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
