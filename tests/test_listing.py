@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from flaxcls import augment, models
+from flaxcls.augment import views
 from flaxcls.build import accepted, listing
 from flaxcls.config import default
 from flaxcls.config.recipes import load_recipe
@@ -33,6 +34,7 @@ NAMES = {
     "optimizers": optim.RULES,
     "schedules": schedules.SCHEDULES,
     "losses": losses.LOSSES,
+    "tta": views.VIEWS,
     "adversarial": adversarial.METHODS,
     "data": {**SOURCES, "(any of TFDS)": None},
     "recipes": {path.stem for path in (ROOT / "configs").glob("*.py")},

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -331,21 +331,21 @@ def _sum_over_parts(part: Callable, batch: Batch, parts: int, run: int, platform
 
 
 def make_eval_step(
-    model: nn.Module,
+    forward: Callable[[Any, jax.Array], jax.Array],
     loss: Loss,
-    normalize: Callable[[jax.Array], jax.Array],
     objective: Loss | None = None,
+    balanced_accuracy: bool = False,
 ) -> Callable[[Any, Any, Batch], Any]:
     """Returns `eval_step(variables, sums, batch) -> sums`, which start as `zero_metrics`.
 
-    `loss` is what "loss" means; with an `objective`, what is trained for, its own mean is
-    "objective", and the sums have to have a pair for it. `batch` has "image" uint8 [B, H, W, C],
-    "label" int32 [B] and "mask" [B], 0 where an example only fills the batch up and must not count.
+    `forward(variables, images)` gives the logits [B, K]. `loss` is what "loss" means; with an
+    `objective`, what is trained for, its own mean is "objective", and the sums have to have a pair
+    for it, as for "balanced_accuracy". `batch` has "image" uint8 [B, H, W, C], "label" int32 [B]
+    and "mask" [B], 0 where an example only fills the batch up and must not count.
     """
 
     def eval_step(variables: Any, sums: Any, batch: Batch) -> Any:
-        logits = model.apply(variables, normalize(batch["image"]), train=False)
-        logits = cast(jax.Array, logits)  # they come with something else where that is mutable
+        logits = forward(variables, batch["image"])
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         losses, weights = loss(logits, targets)
         new = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
@@ -353,6 +353,9 @@ def make_eval_step(
             losses, weights = objective(logits, targets)
             other = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
             new["objective"] = other["loss"]
+        if balanced_accuracy:
+            pair = metrics.balanced_accuracy(logits, batch["label"], batch["mask"])
+            new["balanced_accuracy"] = pair
         return metrics.add(sums, new)
 
     return eval_step
