@@ -75,13 +75,11 @@ def folder(path, network):
 
 def with_fake_data(config):
     """The config on small made-up images, few at a time."""
-    from flaxcls.config import default
-
     channels = 1 if config.data.name in ("digits", "idx") else 3
     side = {"digits": 8, "idx": 28}.get(config.data.name, 32)
     given = {name: config.data[name] for name in ("mean", "std")}
     for field in config.data:
-        config.data[field] = default().data.get(field)
+        config.data[field] = None
     config.data.update(given)
     config.data.name, config.data.train_split, config.data.eval_split = "fake", "train", "test"
     config.data.num_classes, config.data.num_examples = 10, 64
