@@ -69,7 +69,8 @@ def quick_compilation(request):
     Compiling them takes far longer than running them. The training step keeps what its users have.
     """
     place = request.path.relative_to(ROOT / "tests")
-    functions = ("augment", "models", "test_losses.py", "test_metrics.py", "test_optim.py")
+    functions = ("augment", "models", "test_explanations.py", "test_losses.py")
+    functions += ("test_metrics.py", "test_optim.py")
     jax.config.update("jax_disable_most_optimizations", place.parts[0] in functions)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
