@@ -27,6 +27,8 @@ COMMANDS = {
     "train": "flaxcls.main",
     "evaluate": "flaxcls.evaluate",
     "predict": "flaxcls.predict",
+    "explain": "flaxcls.explain",
+    "search": "flaxcls.search",
     "export": "flaxcls.export",
     "attack": "flaxcls.attack",
     "average": "flaxcls.average",
