@@ -36,30 +36,34 @@ def shortened(schedule: Mapping[str, Any], run: Length) -> Iterator[str]:
             )
 
 
-def evaluated_twice(
-    train: Source, evaluation: Source, open_split: Callable[[str], Source]
-) -> Iterator[str]:
-    """That some images are both trained and evaluated on; `open_split` opens others of the data."""
-    specs = (train.split, evaluation.split)
+def in_both(first: Source, second: Source, open_split: Callable[[str], Source]) -> int:
+    """How many examples two splits of the same data share; `open_split` opens others of it."""
+    if first.fingerprint == second.fingerprint:
+        return len(second)
+    specs = (first.split, second.split)
     names = [{part.partition("[")[0].strip() for part in spec.split("+")} for spec in specs]
     sizes = {name: [len(open_split(name))] for name in sorted(names[0] & names[1])}
     slices = []
     for spec in specs:  # of the splits that are in both
         parts = [part for part in spec.split("+") if part.partition("[")[0].strip() in sizes]
         slices.append([piece for part in parts for piece in resolve_split(part.strip(), sizes)])
-    both = sum(
+    return sum(
         max(0, min(one.stop, other.stop) - max(one.start, other.start))
         for one in slices[0]
         for other in slices[1]
         if one.split == other.split
     )
-    if train.fingerprint == evaluation.fingerprint:
-        both = len(evaluation)
-    if both:
+
+
+def evaluated_twice(
+    train: Source, evaluation: Source, open_split: Callable[[str], Source]
+) -> Iterator[str]:
+    """That some images are both trained and evaluated on; `open_split` opens others of the data."""
+    if both := in_both(train, evaluation, open_split):
         yield (
             f"{both:,} of the {len(evaluation):,} images to evaluate on are trained on as well "
-            f"(config.data.train_split = {specs[0]!r}, eval_split = {specs[1]!r}): the results "
-            "will be too good"
+            f"(config.data.train_split = {train.split!r}, eval_split = {evaluation.split!r}): the "
+            "results will be too good"
         )
 
 

@@ -96,16 +96,17 @@ class FileSource(Source):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
-        path = os.path.join(self._root, self._paths[index])
-        return Example(
-            read_picture(path, self.where(index), self._max_bytes), int(self._labels[index])
-        )
+        image = read_picture(self.path(index), self.where(index), self._max_bytes)
+        return Example(image, int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
         return self._labels.copy()
 
     def where(self, index: int) -> str:
-        return printable(os.path.join(self._root, self._paths[index]))
+        return printable(self.path(index))
+
+    def path(self, index: int) -> str:
+        return os.path.join(self._root, self._paths[index])
 
 
 def _nothing_held_out(name: str, split: str, class_names: Sequence[str], files: Files) -> str:

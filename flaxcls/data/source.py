@@ -108,6 +108,10 @@ class Source:
         """How an error message names an example."""
         return f"example {index} of {self.name} '{self.split}'"
 
+    def path(self, index: int) -> str | None:
+        """An example's file, as the file system has its name; None where it is not one."""
+        return None
+
 
 def check_own_source(name: str, source: Any) -> None:
     """Raises ConfigError unless a user's own source is one, which its first example shows."""

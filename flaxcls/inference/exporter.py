@@ -1,13 +1,9 @@
 """A saved run as a folder that others read: written, certified, and only then there."""
 
-import contextlib
 import functools
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +17,10 @@ from flaxcls.config import options
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.data.transform import TRANSFORMS, Resize, Transform
-from flaxcls.errors import ConfigError, OutputError
+from flaxcls.errors import ConfigError
 from flaxcls.inference import parity
 from flaxcls.inference.predictor import PROBABILITIES, Predictor
-from flaxcls.runtime.output import printable
+from flaxcls.runtime.new_folder import new_folder, written
 from flaxcls.weights import export_onnx, export_safetensors, export_savedmodel, export_stablehlo
 from flaxcls.weights.exportable import Exportable, Outputs
 from flaxcls.weights.pretrained import PRETRAINED
@@ -75,14 +71,14 @@ def export_run(
         raise ConfigError(f"--names={names} is for --format=safetensors, not for {format}")
     if format == "safetensors":
         write = functools.partial(write, names=names)
-    with _appearing(out) as folder:
+    with new_folder(out) as folder:
         predictor = Predictor(run, checkpoint=checkpoint, ema=ema)
         examples = parity.choose(predictor, pictures, count, data_dir)
         model = exportable(predictor, license)
-        with _written(out):
+        with written(out):
             write(model, folder)
         certificate = parity.certify(predictor, model, folder, examples, tolerance)
-        with _written(out):
+        with written(out):
             (folder / "parity.json").write_text(json.dumps(certificate, indent=2) + "\n")
     return certificate
 
@@ -143,34 +139,3 @@ def _describe(transform: Transform | None) -> dict[str, Any]:
     kinds = {kind: name for name, kind in TRANSFORMS.items()}
     name = kinds.get(type(transform), f"{type(transform).__module__}:{type(transform).__name__}")
     return {"name": name, **asdict(transform), "reduce_jpeg": True}
-
-
-@contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `out` when the block ends well, and goes if it does not."""
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out={printable(out)} is there already; name a new folder")
-    with _written(out, ConfigError):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's are private
-        yield folder
-        with _written(out):
-            os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-@contextlib.contextmanager
-def _written(out: Path, kind: type[Exception] = OutputError) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"--out={printable(out)} can't be written: {error.strerror or error}") from error

@@ -15,12 +15,12 @@ from PIL import Image
 
 from flaxcls import augment, models
 from flaxcls.core.losses import evaluated_as
-from flaxcls.core.metrics import WEIGHTS, best_of
-from flaxcls.data.decode import Picture
+from flaxcls.core.metrics import WEIGHTS
+from flaxcls.data.decode import Picture, stretch
 from flaxcls.data.loader import Decoded
 from flaxcls.data.storage import read_picture
-from flaxcls.errors import ConfigError, DataError
-from flaxcls.inference.restored import RestoredRun, restore
+from flaxcls.errors import DataError
+from flaxcls.inference.restored import choose_weights, restore
 from flaxcls.runtime import sharding
 from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import printable
@@ -97,7 +97,7 @@ class Predictor:
         self._transform, self._input = experiment.transform, experiment.input
         self._mesh = restored.mesh
         self._batch_size = sharding.round_up(self._mesh, batch_size)
-        self.weights = _choose_weights(restored, run, ema)
+        self.weights = choose_weights(restored, run, ema)
         self.variables = restored.ema if self.weights == "ema" else restored.variables
         self._forward = jax.jit(
             make_forward(
@@ -118,7 +118,7 @@ class Predictor:
         picture = Picture(content, channels, where=where, max_pixels=self._input.max_pixels)
         if self._transform:
             return self._transform(picture, height, ())
-        return _stretch(picture.pixels(), height, width)
+        return stretch(picture.pixels(), height, width)
 
     def predict(self, pictures: Any) -> Any:
         """Classifies a picture, or several; returns a Prediction, or a list of them.
@@ -147,7 +147,7 @@ class Predictor:
         pixels = _pixels(picture, channels)
         if self._transform:
             return self._transform(Decoded(pixels), height, ())
-        return _stretch(pixels, height, width)
+        return stretch(pixels, height, width)
 
     def __call__(self, images: np.ndarray) -> Predictions:
         """Classifies any number of images, uint8 [N, *image_shape], as `read` makes them."""
@@ -224,16 +224,6 @@ def make_forward(
     return forward
 
 
-def _choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) -> str:
-    """Which of the weights, "eval" or "ema", as in the results of evaluations."""
-    if ema and not restored.ema:
-        raise ConfigError(f"{run} kept no average of its parameters: config.ema_decay was not set")
-    if ema is not None:
-        return "ema" if ema else "eval"
-    results = restored.metadata["progress"]["results"]
-    return best_of(results, restored.experiment.best_metric) if results else "eval"
-
-
 def _is_picture(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) and (
         getattr(value, "ndim", 3) <= 3
@@ -264,13 +254,3 @@ def _what(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} of shape {value.shape}"
     return type(value).__name__
-
-
-def _stretch(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, C] of another size, for data whose pictures have one and need no transform."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    grey = pixels.shape[2] == 1
-    file = Image.fromarray(pixels[..., 0] if grey else pixels)
-    resized = np.asarray(file.resize((width, height), Image.Resampling.BILINEAR))
-    return resized[..., None] if grey else resized

@@ -1,0 +1,97 @@
+"""An evaluation in depth as files: tables in CSV, metrics in JSON, the arrays in an .npz.
+
+CSV is read by everything and needs no package; what would be large in it, the probability of each
+class for each example, is in the .npz in full precision.
+
+predictions.csv  a row an example: example,file,class,prediction,probability,class_probability,rank
+classes.csv      a row a class, the worst first: class,examples,right,predicted,recall,...
+confusion.csv    a row a class, a column what its examples were taken for
+metrics.json     all metrics and intervals, and of which runs and examples they are
+predictions.npz  logits and probabilities float32 [N, K], labels int32 [N], class_names
+"""
+
+import csv
+import io
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxcls.files import atomic_write, write_json
+from flaxcls.insight.detailed import Detailed
+from flaxcls.insight.intervals import wilson
+from flaxcls.insight.scores import class_scores, confusion, worst_first
+
+
+def write_detailed(found: Detailed, folder: Path) -> None:
+    """Writes all files into a folder that is there; names of classes and files are exact."""
+    _write_csv(folder / "predictions.csv", _predictions(found))
+    _write_csv(folder / "classes.csv", _classes(found))
+    _write_csv(folder / "confusion.csv", _confusion(found))
+    write_json(folder / "metrics.json", summary(found))
+    with atomic_write(folder / "predictions.npz") as file:
+        np.savez(file, **found.predictions._asdict(), class_names=np.array(found.class_names))
+
+
+def summary(found: Detailed) -> dict[str, Any]:
+    """The metrics with their intervals, and what they are of; JSON."""
+    several = len(found.members) > 1
+    return {
+        "runs": [
+            {"run": member.run, "step": member.step, "weights": member.weights}
+            | ({"metrics": row} if several else {})
+            for member, row in itertools.zip_longest(found.members, found.member_metrics)
+        ],
+        **({"average": found.average} if several else {}),
+        "data": found.source.name,
+        "split": found.source.split,
+        "fingerprint": found.source.fingerprint,
+        "metrics": found.metrics,
+        "intervals": found.intervals,
+        **({"scaling": found.scaling._asdict()} if found.scaling else {}),
+        **(
+            {"differences": {name: diff._asdict() for name, diff in found.differences.items()}}
+            if several
+            else {}
+        ),
+    }
+
+
+def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
+    # File systems give names that are not UTF-8: their bytes are kept.
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="", write_through=True)
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        text.detach()
+
+
+def _predictions(found: Detailed) -> Iterable[Sequence[Any]]:
+    judged, names, source = found.judged, found.class_names, found.source
+    yield (*("example", "file", "class", "prediction", "probability", "class_probability", "rank"),)
+    columns = (judged.labels, judged.best, judged.confidence, judged.own, judged.rank)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    for index, (label, best, confidence, own, rank) in enumerate(rows):
+        path = source.path(index) or ""
+        yield index, path, names[label], names[best], f"{confidence:.6g}", f"{own:.6g}", rank + 1
+
+
+def _classes(found: Detailed) -> Iterable[Sequence[Any]]:
+    scores = class_scores(found.judged)
+    yield (
+        *("class", "examples", "right", "predicted", "recall", "recall_low", "recall_high"),
+        *("precision", "f1"),
+    )
+    low, high = wilson(scores.right, scores.count)
+    order = worst_first(scores)
+    for label in (*order, *np.flatnonzero(scores.count == 0)):
+        shares = scores.recall, low, high, scores.precision, scores.f1
+        counts = (int(column[label]) for column in (scores.count, scores.right, scores.predicted))
+        yield found.class_names[label], *counts, *(f"{column[label]:.6g}" for column in shares)
+
+
+def _confusion(found: Detailed) -> Iterable[Sequence[Any]]:
+    yield "class", *found.class_names
+    for name, row in zip(found.class_names, confusion(found.judged).tolist(), strict=True):
+        yield name, *row
