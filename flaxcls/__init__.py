@@ -13,12 +13,14 @@ Importing flaxcls takes no time and changes nothing: what follows is loaded when
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxcls.api import Ensemble as Ensemble
     from flaxcls.api import FlaxclsError as FlaxclsError
     from flaxcls.api import Interrupted as Interrupted
     from flaxcls.api import ParityError as ParityError
     from flaxcls.api import Prediction as Prediction
     from flaxcls.api import Predictor as Predictor
     from flaxcls.api import StopTraining as StopTraining
+    from flaxcls.api import calibrate as calibrate
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
     from flaxcls.api import export as export
@@ -27,12 +29,14 @@ if TYPE_CHECKING:
     from flaxcls.api import train as train
 
 __all__ = (
+    "Ensemble",
     "FlaxclsError",
     "Interrupted",
     "ParityError",
     "Prediction",
     "Predictor",
     "StopTraining",
+    "calibrate",
     "default_config",
     "evaluate",
     "export",

@@ -26,6 +26,7 @@ from flaxcls.runtime import output
 COMMANDS = {
     "train": "flaxcls.main",
     "evaluate": "flaxcls.evaluate",
+    "calibrate": "flaxcls.calibrate",
     "predict": "flaxcls.predict",
     "export": "flaxcls.export",
     "data": "flaxcls.data.__main__",

@@ -75,7 +75,7 @@ def open_other(config: ConfigDict, name_or_path: str, split: str | None, channel
             max_bytes=config.input.max_bytes,
             class_names=class_names,
         )
-    options = {"path": path} if path else {}
+    options: dict[str, Any] = {"path": path} if path else {}
     found = open_source(name, split or config.data.eval_split, data_dir=config.data.dir, **options)
     if found.image_shape[2] != channels:
         raise ConfigError(

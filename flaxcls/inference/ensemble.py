@@ -1,16 +1,80 @@
 """Several networks that answer as one: their probabilities, or their logits, averaged."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxcls.core.losses import outputs_of
 from flaxcls.errors import ConfigError
+from flaxcls.inference.classifier import Classifier, Predictions
 from flaxcls.inference.predictions import probabilities_of
+from flaxcls.inference.predictor import Predictor
 from flaxcls.runtime.output import printable
 
 AVERAGES = ("probabilities", "logits")
+
+
+class Ensemble(Classifier):
+    """Saved runs that classify pictures together; each reads a picture in its own way.
+
+    Features are those of the members side by side. What `calibrate` has fitted to a member is not
+    used: an average of calibrated probabilities is not calibrated.
+
+    Args:
+      runs: the folders.
+      average: "probabilities" or "logits".
+      checkpoint, ema, batch_size: of each, as in Predictor.
+
+    Raises ConfigError for runs that don't fit together, see `check_alike`.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[str | Path],
+        *,
+        average: str = "probabilities",
+        checkpoint: str = "last",
+        ema: bool | None = None,
+        batch_size: int = 64,
+    ):
+        if average not in AVERAGES:
+            raise ConfigError(f"average must be {' or '.join(AVERAGES)}, got {average!r}")
+        self._average = average
+        self.members = [
+            Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size, calibrated=False)
+            for run in runs
+        ]
+        self.class_names = self.members[0].class_names
+        self.batch_size = max(member.batch_size for member in self.members)
+        outputs = [outputs_of(each.restored.experiment.loss.name) for each in self.members]
+        check_alike(list(map(str, runs)), [each.class_names for each in self.members], outputs)
+        self._outputs = outputs[0]
+
+    def read(self, path: str | Path) -> Any:
+        return [member.read(path) for member in self.members]
+
+    def prepare(self, picture: Any) -> Any:
+        return [member.prepare(picture) for member in self.members]
+
+    def classify(self, images: Sequence[Any]) -> Predictions:
+        each = [
+            member.classify(own)
+            for member, own in zip(self.members, zip(*images, strict=True), strict=True)
+        ]
+        logits, probabilities = averaged(
+            [said.logits for said in each], self._outputs, self._average
+        )
+        features = [said.features.reshape(len(images), -1) for said in each]
+        return Predictions(logits, probabilities, np.concatenate(features, axis=1))
+
+    def describe(self) -> str:
+        """In words: the members, and what is averaged."""
+        members = "; and ".join(member.describe() for member in self.members)
+        return f"the {self._average} averaged of {members}"
 
 
 def averaged(

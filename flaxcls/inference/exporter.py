@@ -90,12 +90,14 @@ def exportable(predictor: Predictor, license: str | None) -> Exportable:
     if any(field.name == "dtype" for field in fields(network)):
         network = network.clone(dtype=jnp.float32)
     to_probabilities = PROBABILITIES[evaluated_as(experiment.loss.name)]
+    temperature = predictor.calibration.temperature if predictor.calibration else None
 
     def classifier(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Outputs]:
         def classify(variables: Any, images: jax.Array) -> Outputs:
             logits = network.apply(variables, augment.normalize(images, mean, std), train=False)
             logits = logits.astype(jnp.float32)
-            return {"logits": logits, "probabilities": to_probabilities(logits)}
+            tempered = logits / temperature if temperature else logits
+            return {"logits": logits, "probabilities": to_probabilities(tempered)}
 
         return classify
 
@@ -118,6 +120,7 @@ def _metadata(predictor: Predictor, license: str | None) -> dict[str, Any]:
             "formula": "(image / 255 - mean) / std, inside of what computes logits",
         },
         "outputs": evaluated_as(restored.experiment.loss.name),
+        **({"calibration": predictor.calibration.as_json()} if predictor.calibration else {}),
         "network": {k: v for k, v in model.items() if v is not None and k not in own},
         "step": predictor.step,
         "weights": WEIGHTS[predictor.weights],

@@ -1,11 +1,10 @@
 """A trained network as a function from pictures to probabilities; needs the run's folder only."""
 
 import io
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,12 +18,11 @@ from flaxcls.core.metrics import WEIGHTS
 from flaxcls.data.decode import Picture, stretch
 from flaxcls.data.loader import Decoded
 from flaxcls.data.storage import read_picture
-from flaxcls.errors import DataError
+from flaxcls.inference.calibration import checkpoint_of, load
+from flaxcls.inference.classifier import Classifier, Predictions
 from flaxcls.inference.restored import choose_weights, restore
 from flaxcls.runtime import sharding
-from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import printable
-from flaxcls.runtime.read_ahead import in_order
 
 # What a network's outputs say of the classes, by the loss it was trained with. Those trained to the
 # squared error are probabilities already, but for errors that take them out of [0, 1] or their sum
@@ -37,26 +35,7 @@ PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class Predictions(NamedTuple):
-    """What a network says of N pictures, float32.
-
-    Rank classes by their logits: probabilities that are rounded to 0 or 1 are equal.
-    """
-
-    logits: np.ndarray  # [N, K]
-    probabilities: np.ndarray  # [N, K]
-    features: np.ndarray  # [N, D], "pooled" of `models.features`
-
-
-class Prediction(NamedTuple):
-    """What a network says of a picture: its best class, and the probability of every class."""
-
-    name: str
-    probability: float
-    probabilities: dict[str, float]  # the best one first
-
-
-class Predictor:
+class Predictor(Classifier):
     """A saved run's network, with all that pictures go through before it.
 
         predictor = Predictor("runs/cats")
@@ -70,6 +49,7 @@ class Predictor:
       ema: whether to take the average of the parameters or the parameters themselves. None: which
         of the two was better when the checkpoint was evaluated, by the run's best_metric.
       batch_size: images at a time; rounded up to a multiple of the devices.
+      calibrated: whether to use what `calibrate` has fitted to this checkpoint, if it has.
 
     Attributes:
       class_names: of the K classes.
@@ -77,6 +57,7 @@ class Predictor:
       step: how many updates it was trained for.
       restored: the checkpoint.
       weights, variables: "eval" or "ema", as evaluations name them, and what that means.
+      calibration: what is used of the former, or None; `probabilities` are calibrated then.
 
     Raises ConfigError when there is no such run, checkpoint or average.
     """
@@ -88,6 +69,7 @@ class Predictor:
         checkpoint: str = "last",
         ema: bool | None = None,
         batch_size: int = 64,
+        calibrated: bool = True,
     ):
         self.restored = restored = restore(Path(run), checkpoint, batch_size)
         experiment, metadata = restored.experiment, restored.metadata
@@ -96,15 +78,19 @@ class Predictor:
         self.step = restored.step
         self._transform, self._input = experiment.transform, experiment.input
         self._mesh = restored.mesh
-        self._batch_size = sharding.round_up(self._mesh, batch_size)
+        self.batch_size = sharding.round_up(self._mesh, batch_size)
         self.weights = choose_weights(restored, run, ema)
         self.variables = restored.ema if self.weights == "ema" else restored.variables
-        self._forward = jax.jit(
-            make_forward(
-                experiment.network, experiment.loss.name, metadata["mean"], metadata["std"]
-            ),
-            out_shardings=sharding.everywhere(self._mesh),
+        self.calibration = None
+        if calibrated:
+            checkpoint_used = checkpoint_of(Path(run), self.step, self.weights)
+            self.calibration = load(Path(run), checkpoint_used, len(self.class_names))
+        forward = make_forward(
+            experiment.network, experiment.loss.name, metadata["mean"], metadata["std"]
         )
+        if self.calibration:
+            forward = _scaled(forward, experiment.loss.name, self.calibration.temperature)
+        self._forward = jax.jit(forward, out_shardings=sharding.everywhere(self._mesh))
         self._results = metadata["progress"]["results"]
 
     def read(self, path: str | Path) -> np.ndarray:
@@ -120,26 +106,7 @@ class Predictor:
             return self._transform(picture, height, ())
         return stretch(picture.pixels(), height, width)
 
-    def predict(self, pictures: Any) -> Any:
-        """Classifies a picture, or several; returns a Prediction, or a list of them.
-
-        A picture is a file's path, a PIL image or an array, uint8 [H, W] or [H, W, C] with 1, 3 or
-        4 channels, of any size; it becomes what evaluation would show to the network. Raises
-        DataError for a file that can't be read and ValueError for what is no picture.
-        """
-        if _is_picture(pictures):
-            return self.predict([pictures])[0]
-        images = [self._image(picture) for picture in pictures]
-        if not images:
-            return []
-        predictions, results = self(np.stack(images)), []
-        order = np.argsort(-predictions.logits, axis=1, kind="stable").tolist()
-        for labels, shares in zip(order, predictions.probabilities.tolist(), strict=True):
-            ranked = {self.class_names[label]: shares[label] for label in labels}
-            results.append(Prediction(*next(iter(ranked.items())), ranked))
-        return results
-
-    def _image(self, picture: Any) -> np.ndarray:
+    def prepare(self, picture: Any) -> np.ndarray:
         """A picture as evaluation would show it to the network, uint8 [H, W, C]."""
         if isinstance(picture, (str, os.PathLike)):
             return self.read(picture)
@@ -149,6 +116,10 @@ class Predictor:
             return self._transform(Decoded(pixels), height, ())
         return stretch(pixels, height, width)
 
+    def classify(self, images: Sequence[np.ndarray]) -> Predictions:
+        """What is said of one or more images, each as `read` makes it."""
+        return self(np.stack(images))
+
     def __call__(self, images: np.ndarray) -> Predictions:
         """Classifies any number of images, uint8 [N, *image_shape], as `read` makes them."""
         images = np.asarray(images)
@@ -157,53 +128,25 @@ class Predictor:
                 f"images must be uint8 of shape (N, {', '.join(map(str, self.image_shape))}), "
                 f"got {images.dtype} of {images.shape}"
             )
-        starts = range(0, max(len(images), 1), self._batch_size)
-        parts = [self._predict(images[start : start + self._batch_size]) for start in starts]
+        starts = range(0, max(len(images), 1), self.batch_size)
+        parts = [self._predict(images[start : start + self.batch_size]) for start in starts]
         return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _predict(self, images: np.ndarray) -> Predictions:
         """Of at most a batch, which is filled up so that one program serves all."""
-        batch = np.zeros((self._batch_size, *self.image_shape), np.uint8)
+        batch = np.zeros((self.batch_size, *self.image_shape), np.uint8)
         batch[: len(images)] = images
         placed = sharding.split_batch(self._mesh, {"image": batch})
         predictions = jax.device_get(self._forward(self.variables, placed["image"]))
         return jax.tree.map(lambda array: array[: len(images)], predictions)
-
-    def files(
-        self, files: Iterable[str], report: Callable[[DataError], None]
-    ) -> Iterator[tuple[Sequence[str], Predictions]]:
-        """Classifies files in their order, any number of them: yields names and predictions.
-
-        They are read in threads while the devices compute, some batches ahead of what is yielded.
-        Those that can't be read are skipped, and `report` is called with what was wrong.
-        """
-
-        def read(file: str) -> tuple[str, np.ndarray | DataError]:
-            try:
-                return file, self.read(file)
-            except DataError as error:
-                return file, error
-
-        def pictures() -> Iterator[tuple[str, np.ndarray]]:
-            for file, image in in_order(read, files, available_cores()):
-                if isinstance(image, DataError):
-                    report(image)
-                else:
-                    yield file, image
-
-        def classify(batch: list[tuple[str, np.ndarray]]) -> tuple[Sequence[str], Predictions]:
-            names, images = zip(*batch, strict=True)
-            return names, self(np.stack(images))
-
-        readable = pictures()
-        batches = iter(lambda: list(itertools.islice(readable, self._batch_size)), [])
-        yield from in_order(classify, batches, threads=1)
 
     def describe(self) -> str:
         """In words: which weights these are, how good they were, and what is done to pictures."""
         text = f"step {self.step}, {WEIGHTS[self.weights]}"
         if result := self._results.get(self.weights):
             text += f", accuracy {result['accuracy']:.2%} when they were last evaluated"
+        if self.calibration:
+            text += f"; calibrated: {self.calibration.describe()}"
         if not self._transform:
             height, width, _ = self.image_shape
             text += f"; pictures that are not {width} x {height} pixels are stretched to it"
@@ -224,10 +167,15 @@ def make_forward(
     return forward
 
 
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) and (
-        getattr(value, "ndim", 3) <= 3
-    )
+def _scaled(forward: Callable, loss_name: str, temperature: float) -> Callable:
+    """`forward` with the probabilities of logits that are divided by a temperature."""
+
+    def scaled(variables: Any, images: jax.Array) -> Predictions:
+        predictions = forward(variables, images)
+        probabilities = PROBABILITIES[evaluated_as(loss_name)](predictions.logits / temperature)
+        return predictions._replace(probabilities=probabilities)
+
+    return scaled
 
 
 def _pixels(picture: Any, channels: int) -> np.ndarray:

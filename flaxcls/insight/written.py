@@ -24,11 +24,14 @@ from flaxcls.insight.detailed import Detailed
 from flaxcls.insight.intervals import wilson
 from flaxcls.insight.scores import class_scores, confusion, worst_first
 
+_COLUMNS = ("class", "examples", "right", "predicted", "recall", "recall_low", "recall_high")
+_COLUMNS += ("precision", "f1")
+
 
 def write_detailed(found: Detailed, folder: Path) -> None:
     """Writes all files into a folder that is there; names of classes and files are exact."""
     _write_csv(folder / "predictions.csv", _predictions(found))
-    _write_csv(folder / "classes.csv", _classes(found))
+    _write_csv(folder / "classes.csv", [_COLUMNS, *_class_rows(found)])
     _write_csv(folder / "confusion.csv", _confusion(found))
     write_json(folder / "metrics.json", summary(found))
     with atomic_write(folder / "predictions.npz") as file:
@@ -36,7 +39,7 @@ def write_detailed(found: Detailed, folder: Path) -> None:
 
 
 def summary(found: Detailed) -> dict[str, Any]:
-    """The metrics with their intervals, and what they are of; JSON."""
+    """All metrics with their intervals, those of each class, and what they are of; JSON."""
     several = len(found.members) > 1
     return {
         "runs": [
@@ -50,6 +53,7 @@ def summary(found: Detailed) -> dict[str, Any]:
         "fingerprint": found.source.fingerprint,
         "metrics": found.metrics,
         "intervals": found.intervals,
+        "classes": [dict(zip(_COLUMNS, row, strict=True)) for row in _class_rows(found)],
         **({"scaling": found.scaling._asdict()} if found.scaling else {}),
         **(
             {"differences": {name: diff._asdict() for name, diff in found.differences.items()}}
@@ -77,18 +81,14 @@ def _predictions(found: Detailed) -> Iterable[Sequence[Any]]:
         yield index, path, names[label], names[best], f"{confidence:.6g}", f"{own:.6g}", rank + 1
 
 
-def _classes(found: Detailed) -> Iterable[Sequence[Any]]:
+def _class_rows(found: Detailed) -> Iterable[Sequence[Any]]:
+    """What is known of each class, as _COLUMNS; the worst first, those without examples last."""
     scores = class_scores(found.judged)
-    yield (
-        *("class", "examples", "right", "predicted", "recall", "recall_low", "recall_high"),
-        *("precision", "f1"),
-    )
     low, high = wilson(scores.right, scores.count)
-    order = worst_first(scores)
-    for label in (*order, *np.flatnonzero(scores.count == 0)):
-        shares = scores.recall, low, high, scores.precision, scores.f1
+    for label in (*worst_first(scores), *np.flatnonzero(scores.count == 0)):
         counts = (int(column[label]) for column in (scores.count, scores.right, scores.predicted))
-        yield found.class_names[label], *counts, *(f"{column[label]:.6g}" for column in shares)
+        shares = scores.recall, low, high, scores.precision, scores.f1
+        yield found.class_names[label], *counts, *(float(f"{x[label]:.6g}") for x in shares)
 
 
 def _confusion(found: Detailed) -> Iterable[Sequence[Any]]:
