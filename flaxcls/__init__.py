@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from flaxcls.api import Prediction as Prediction
     from flaxcls.api import Predictor as Predictor
     from flaxcls.api import StopTraining as StopTraining
+    from flaxcls.api import attack as attack
+    from flaxcls.api import average as average
     from flaxcls.api import calibrate as calibrate
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
@@ -36,6 +38,8 @@ __all__ = (
     "Prediction",
     "Predictor",
     "StopTraining",
+    "attack",
+    "average",
     "calibrate",
     "default_config",
     "evaluate",

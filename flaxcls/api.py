@@ -16,6 +16,7 @@ from flaxcls.errors import ConfigError
 from flaxcls.errors import FlaxclsError as FlaxclsError
 from flaxcls.errors import Interrupted as Interrupted
 from flaxcls.errors import ParityError as ParityError
+from flaxcls.inference.averaging import average_runs
 from flaxcls.inference.classifier import Prediction as Prediction
 from flaxcls.inference.ensemble import Ensemble as Ensemble
 from flaxcls.inference.evaluator import evaluate_run
@@ -23,6 +24,7 @@ from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Predictor as Predictor
 from flaxcls.insight.calibrate import calibrate_run
 from flaxcls.insight.detailed import evaluate_in_depth
+from flaxcls.insight.robustness import attack_run
 from flaxcls.insight.written import summary
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
@@ -94,6 +96,7 @@ def load(
     ema: bool | None = None,
     batch_size: int = 64,
     calibrated: bool = True,
+    tta: str | None = None,
     average: str = "probabilities",
 ) -> Predictor | Ensemble:
     """A saved run's network, ready to classify paths, arrays and PIL images; see Predictor.
@@ -101,7 +104,7 @@ def load(
     Of several runs it is their Ensemble, whose `average` is of "probabilities" or "logits".
     """
     compilation_cache.enable()
-    options = {"checkpoint": checkpoint, "ema": ema, "batch_size": batch_size}
+    options = {"checkpoint": checkpoint, "ema": ema, "batch_size": batch_size, "tta": tta}
     if isinstance(run, (str, Path)):
         return Predictor(run, calibrated=calibrated, **options)
     return Ensemble(run, average=average, **options)
@@ -115,6 +118,7 @@ def evaluate(
     data_dir: str | None = None,
     source: str | Path | None = None,
     classes: str | Path | None = None,
+    tta: str | None = None,
     detailed: bool = False,
     ema: bool | None = None,
     average: str = "probabilities",
@@ -128,6 +132,7 @@ def evaluate(
       checkpoint: "last", "best" or a step.
       data_dir: where the data is, if it has moved.
       source, classes: other data, and a CSV of what it calls the classes; see the command.
+      tta: the test-time augmentation, such as "flip"; "none"; None: the run's own.
       detailed: adds "detailed", what metrics.json of the command holds.
       ema, average, fit_split: of that, see `flaxcls.insight.detailed.evaluate_in_depth`.
     """
@@ -138,6 +143,7 @@ def evaluate(
         "data_dir": data_dir,
         "source": source and str(source),
         "classes": classes and str(classes),
+        "tta": tta,
     }
     runs, result = [run] if isinstance(run, (str, Path)) else list(run), {}
     if len(runs) == 1:
@@ -158,6 +164,7 @@ def calibrate(
     split: str | None = None,
     checkpoint: str = "last",
     ema: bool | None = None,
+    tta: str | None = None,
     data_dir: str | None = None,
 ) -> dict[str, Any]:
     """Fits what a run's answers are worth and stores it in its folder, for `load` and `export`.
@@ -174,6 +181,7 @@ def calibrate(
         split=split,
         checkpoint=checkpoint,
         ema=ema,
+        tta=tta,
         data_dir=data_dir,
     )
     return {**found.calibration.as_json(), "measured": found.measured}
@@ -216,6 +224,95 @@ def export(
         pictures=list(map(str, pictures)),
         data_dir=data_dir,
     )
+
+
+def attack(
+    run: str | Path,
+    *,
+    norm: str = "linf",
+    eps: str | float = "8/255",
+    method: str = "apgd",
+    steps: int | None = None,
+    restarts: int = 1,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run on adversarial images; see `attack_run` for all of it.
+
+    Args:
+      run, checkpoint, ema: as in `load`.
+      norm, eps: "linf" or "l2", and the radius in units of [0, 1], such as "8/255".
+      method: "fgsm", "pgd" or "apgd"; each contains those before it.
+      steps, restarts: of the attacks; None: 20 of PGD and 100 of APGD.
+      examples: of the split, drawn by the seed; more than there are: all.
+      split, data_dir: as in `evaluate`.
+      out: a new folder for the adversarial images and a table.
+
+    Returns {"accuracies": {"clean": .., "fgsm": .., ...}, "robust", "interval", "rounded", ...}.
+    """
+    compilation_cache.enable()
+    return attack_run(
+        Path(run),
+        norm=norm,
+        eps=eps,
+        method=method,
+        steps=steps,
+        restarts=restarts,
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
+        out=None if out is None else Path(out),
+    )
+
+
+def average(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    checkpoint: str | None = None,
+    greedy: bool = False,
+    split: str | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Writes the mean of the weights of a run's checkpoints, or of several runs, as the run `out`.
+
+    Args:
+      runs: one folder or several, of runs of one network with the same classes.
+      out: a new folder.
+      checkpoint: of each run "last", "best", a step, several such as "800,1000", or "all" that are
+        kept; None: all of a single run, the last of each of several.
+      greedy: take only what doesn't make it worse on `split`, which must be held out.
+      data_dir: where the data is, if it has moved.
+
+    Returns what was taken and the exact metrics on what the runs were evaluated on:
+    {"step", "split", "members": [(folder, step), ...], "eval": {"accuracy", ...}}. BatchNorm's
+    statistics are estimated anew. docs/knowing.md has more.
+    """
+    compilation_cache.enable()
+    several = [runs] if isinstance(runs, (str, Path)) else runs
+    averaged = average_runs(
+        [Path(run) for run in several],
+        Path(out),
+        checkpoint=checkpoint,
+        greedy=greedy,
+        split=split,
+        data_dir=data_dir,
+    )
+    members = [(str(member.run), member.step) for member in averaged.members]
+    return {
+        "step": averaged.step,
+        "split": averaged.split,
+        "members": members,
+        **averaged.results,
+    }
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

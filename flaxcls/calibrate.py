@@ -37,6 +37,7 @@ flags.DEFINE_float(
 flags.DEFINE_string("split", None, "The split; the run's own if not given.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
 flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
+flags.DEFINE_string("tta", None, "As of flaxcls.evaluate: flip, none.", flag_values=FLAGS)
 flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
 flags.DEFINE_string("source", None, "Other data: a name or a path.", flag_values=FLAGS)
 flags.DEFINE_string("classes", None, "A CSV: what --source calls classes.", flag_values=FLAGS)
@@ -59,6 +60,7 @@ def main(argv: Sequence[str]) -> None:
         split=FLAGS.split,
         checkpoint=FLAGS.checkpoint,
         ema=FLAGS.ema,
+        tta=FLAGS.tta,
         data_dir=FLAGS.data_dir,
         source=FLAGS.source,
         classes=FLAGS.classes,

@@ -29,6 +29,8 @@ COMMANDS = {
     "calibrate": "flaxcls.calibrate",
     "predict": "flaxcls.predict",
     "export": "flaxcls.export",
+    "attack": "flaxcls.attack",
+    "average": "flaxcls.average",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

@@ -1,6 +1,7 @@
 """Prints the exact metrics of a saved run.
 
     python -m flaxcls.evaluate --run=DIR [--split=test] [--checkpoint=last|best|STEP] [--knn=20]
+        [--tta=NAME]
     python -m flaxcls.evaluate --run=DIR --detailed [--out=FOLDER]
     python -m flaxcls.evaluate --run=DIR --source=NAME-or-PATH [--classes=FILE.csv]
     python -m flaxcls.evaluate --run=A --run=B [--average=probabilities|logits]
@@ -22,6 +23,7 @@ import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -60,6 +62,12 @@ flags.DEFINE_integer(
     "Classify by so many nearest neighbors in the training split instead of by the head.",
     flag_values=FLAGS,
 )
+flags.DEFINE_string(
+    "tta",
+    None,
+    "Test-time augmentation, such as flip, or none; the run's own if not given.",
+    flag_values=FLAGS,
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,6 +77,8 @@ def main(argv: Sequence[str]) -> None:
     in_depth = FLAGS.detailed or FLAGS.out or len(FLAGS.run) > 1
     if FLAGS.knn is not None and (in_depth or FLAGS.source):
         raise ConfigError("--knn is of one run and its own data, and has no details")
+    if FLAGS.knn is not None and FLAGS.tta is not None:
+        raise ConfigError("--tta averages logits, of which --knn has none: give one of the two")
     if FLAGS.out:
         cli.check_folder("out", FLAGS.out)
 
@@ -87,9 +97,8 @@ def main(argv: Sequence[str]) -> None:
         write_result(f"{printable(out)} is written")
 
 
-def _asked() -> dict[str, str | None]:
-    """What is evaluated."""
-    return {name: FLAGS[name].value for name in ("split", "checkpoint", "data_dir")}
+def _flags(*names: str) -> dict[str, Any]:
+    return {name: FLAGS[name].value for name in names}
 
 
 def _print_metrics(run: str) -> None:
@@ -100,8 +109,10 @@ def _print_metrics(run: str) -> None:
     if FLAGS.knn is not None:
         evaluate = partial(knn_run, neighbors=FLAGS.knn)
     else:
-        evaluate = partial(evaluate_run, source=FLAGS.source, classes=FLAGS.classes)
-    step, split, results = evaluate(cli.local_folder("run", run), **_asked())
+        evaluate = partial(evaluate_run, **_flags("source", "classes", "tta"))
+    step, split, results = evaluate(
+        cli.local_folder("run", run), **_flags("split", "checkpoint", "data_dir")
+    )
     source = f"{printable(FLAGS.source)}, " if FLAGS.source else ""
     for name, row in results.items():
         weights = "" if name == "eval" else f", {name}"
@@ -117,12 +128,8 @@ def _print_in_depth(folder: Path | None) -> None:
 
     found = evaluate_in_depth(
         [cli.local_folder("run", run) for run in FLAGS.run],
-        **_asked(),
-        source=FLAGS.source,
-        classes=FLAGS.classes,
-        ema=FLAGS.ema,
-        average=FLAGS.average,
-        fit_split=FLAGS.fit_split,
+        **_flags("split", "checkpoint", "data_dir", "source", "classes", "tta"),
+        **_flags("ema", "average", "fit_split"),
     )
     if folder:
         with written(Path(FLAGS.out)):

@@ -143,6 +143,7 @@ flags.DEFINE_enum("format", "table", FORMATS, "Format of the result.", flag_valu
 flags.DEFINE_string("features", None, "A file for the features, .npz.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
 flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
+flags.DEFINE_string("tta", None, "As of flaxcls.evaluate: flip, none.", flag_values=FLAGS)
 flags.DEFINE_bool("calibrated", True, "Whether to use a calibration.", flag_values=FLAGS)
 flags.DEFINE_enum(
     "average",
@@ -184,7 +185,8 @@ def _classifier(batch_size: int) -> Any:
     from flaxcls.inference.ensemble import Ensemble
     from flaxcls.inference.predictor import Predictor
 
-    options = {"checkpoint": FLAGS.checkpoint, "ema": FLAGS.ema, "batch_size": batch_size}
+    options = {name: FLAGS[name].value for name in ("checkpoint", "ema", "tta")}
+    options["batch_size"] = batch_size
     if len(FLAGS.run) > 1:
         return Ensemble(FLAGS.run, average=FLAGS.average, **options)
     return Predictor(FLAGS.run[0], calibrated=FLAGS.calibrated, **options)

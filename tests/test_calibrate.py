@@ -26,7 +26,7 @@ from flaxcls.insight.calibrate import (
 from flaxcls.insight.scores import Judged
 
 SOFTMAX = "softmax_cross_entropy"
-HERE = Checkpoint(1, "eval", None)
+HERE = Checkpoint(1, "eval", None, None)
 RARELY = 1e-5  # how often a test fails that should not, for other seeds
 
 
@@ -225,11 +225,12 @@ def test_calibration_of_another_checkpoint_is_not_used_and_that_is_said(
     run.mkdir()
     content = json.loads((calibrated[0] / NAME).read_text())
     (run / NAME).write_text(json.dumps(content))
-    same = Checkpoint(content["step"], content["weights"], content["digest"])
+    same = Checkpoint(*(content[name] for name in Checkpoint._fields))
     assert isinstance(load(run, same, 10), Calibration) and capsys.readouterr().err == ""
     for other, words in (
         (same._replace(step=7), f"belongs to step {same.step}, parameters, and is not used for"),
         (same._replace(weights="ema"), "for step 90, averaged parameters: probabilities are as"),
+        (same._replace(tta="flip"), "for step 90, parameters, views of flip: probabilities are as"),
         (same._replace(digest="x"), "for step 90, parameters, which was saved anew: prob"),
     ):
         assert load(run, other, 10) is None

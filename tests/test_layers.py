@@ -16,6 +16,8 @@ FLOORS = (
         "calibrate",
         "predict",
         "export",
+        "attack",
+        "average",
         "bench",
         "plan",
         "data.__main__",

@@ -26,6 +26,7 @@ class SavedExperiment(NamedTuple):
       has_ema: whether an average of the parameters was kept.
       best_metric: what says which of several results is better.
       eval_batch_size: examples at a time in evaluation.
+      tta: the views that logits are the mean over; None: the images as they are.
       transform: what becomes of a picture; None where all have the network's size.
       input: how pictures are read.
       evaluation: opens a split, the run's own for None, whose data may be elsewhere now.
@@ -40,6 +41,7 @@ class SavedExperiment(NamedTuple):
     has_ema: bool
     best_metric: str
     eval_batch_size: int
+    tta: str | None
     transform: Transform | None
     input: InputOptions
     evaluation: Callable[[str | None, str | None], Pipeline]
@@ -101,12 +103,14 @@ def saved_experiment(
     def trained_on(split: Source) -> int:
         return in_both(open_split(config.data.train_split), split)
 
+    network = pieces.model(config, mesh, len(class_names), (image_shape,))
     return SavedExperiment(
-        network=pieces.model(config, mesh, len(class_names), (image_shape,)),
+        network=network,
         loss=pieces.loss(config, len(class_names)),
         has_ema=config.ema_decay is not None,
         best_metric=config.checkpoint.best_metric,
         eval_batch_size=config.eval.batch_size or config.batch_size,
+        tta=pieces.test_time_augmentation(config, network, image_shape),
         transform=transform,
         input=inputs.input_options(config),
         evaluation=evaluation,

@@ -18,6 +18,7 @@ from flaxcls.data import (
     opener,
 )
 from flaxcls.data.described import Described
+from flaxcls.data.long_tail import long_tailed
 from flaxcls.data.naming import name_and_path
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
@@ -39,10 +40,10 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
     """The data that a split such as `train[:90%]` names.
 
     With `class_names`, the classes of a network by label, a folder or a list needs no more than
-    some of them.
+    some of them. Of the split to train on it is what config.data.long_tail leaves.
     """
     given = check_source(config)
-    return open_source(
+    found = open_source(
         config.data.name,
         split,
         data_dir=config.data.dir,
@@ -50,6 +51,13 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
         class_names=class_names,
         **given,
     )
+    return _long_tail(config, split, found)
+
+
+def _long_tail(config: ConfigDict, split: str, found: Source) -> Source:
+    imbalance = config.data.long_tail
+    is_whole = imbalance is None or split != config.data.train_split
+    return found if is_whole else long_tailed(found, imbalance)
 
 
 def open_other(config: ConfigDict, name_or_path: str, split: str | None, channels: int) -> Source:
@@ -97,5 +105,6 @@ def source_or_description(
         shape = (None, None, given.get("channels", 3))
         return Described(config.data.name, split, shape, num_classes, num_examples)
     if opener(config.data.name) is open_tfds:
-        return describe_tfds(config.data.name, split, data_dir=config.data.dir)
+        found = describe_tfds(config.data.name, split, data_dir=config.data.dir)
+        return _long_tail(config, split, found)
     return source(config, split)

@@ -22,27 +22,33 @@ NAME = "calibration.json"
 
 
 class Checkpoint(NamedTuple):
-    """Which weights something was fitted to.
+    """Which weights something was fitted to, and how they were used.
 
-    `digest` is that of the step's manifest, which names the digests of its files: a run that was
-    rolled back may save other weights at the same step. None where there is no manifest.
+    Attributes:
+      step: of the run.
+      weights: "eval" or "ema".
+      tta: the views that logits are the mean over, or None.
+      digest: of the step's manifest, which names the digests of its files, as a run that was rolled
+        back may save other weights at the same step; None where there is no manifest.
     """
 
     step: int
-    weights: str  # "eval" or "ema"
+    weights: str
+    tta: str | None
     digest: str | None
 
     def describe(self) -> str:
-        return f"step {self.step}, {WEIGHTS.get(self.weights, self.weights)}"
+        views = f", views of {self.tta}" if self.tta else ""
+        return f"step {self.step}, {WEIGHTS.get(self.weights, self.weights)}{views}"
 
 
-def checkpoint_of(run: Path, step: int, weights: str) -> Checkpoint:
+def checkpoint_of(run: Path, step: int, weights: str, tta: str | None) -> Checkpoint:
     """The weights of a step of the run in a folder."""
     try:
         content = (run / "checkpoints" / str(step) / "manifest.json").read_bytes()
     except OSError:
-        return Checkpoint(step, weights, None)
-    return Checkpoint(step, weights, hashlib.sha256(content).hexdigest()[:16])
+        return Checkpoint(step, weights, tta, None)
+    return Checkpoint(step, weights, tta, hashlib.sha256(content).hexdigest()[:16])
 
 
 class Calibration(NamedTuple):
@@ -138,7 +144,7 @@ def load(run: Path, checkpoint: Checkpoint, num_classes: int) -> Calibration | N
             "python -m flaxcls.calibrate"
         )
     if Checkpoint(*found) != checkpoint or len(thresholds) != num_classes:
-        fitted = Checkpoint(found[0], str(found[1]), None).describe()
+        fitted = Checkpoint(found[0], str(found[1]), found[2], None).describe()
         say(
             f"note: {printable(path)} belongs to {fitted}, and is not used for "
             f"{checkpoint.describe()}{_again(found, checkpoint)}: probabilities are as the network "
@@ -159,4 +165,4 @@ def load(run: Path, checkpoint: Checkpoint, num_classes: int) -> Calibration | N
 
 
 def _again(found: list[Any], checkpoint: Checkpoint) -> str:
-    return ", which was saved anew" if tuple(found[:2]) == checkpoint[:2] else ""
+    return ", which was saved anew" if tuple(found[:3]) == checkpoint[:3] else ""

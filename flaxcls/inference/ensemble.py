@@ -27,7 +27,7 @@ class Ensemble(Classifier):
     Args:
       runs: the folders.
       average: "probabilities" or "logits".
-      checkpoint, ema, batch_size: of each, as in Predictor.
+      checkpoint, ema, batch_size, tta: of each, as in Predictor.
 
     Raises ConfigError for runs that don't fit together, see `check_alike`.
     """
@@ -40,12 +40,20 @@ class Ensemble(Classifier):
         checkpoint: str = "last",
         ema: bool | None = None,
         batch_size: int = 64,
+        tta: str | None = None,
     ):
         if average not in AVERAGES:
             raise ConfigError(f"average must be {' or '.join(AVERAGES)}, got {average!r}")
         self._average = average
         self.members = [
-            Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size, calibrated=False)
+            Predictor(
+                run,
+                checkpoint=checkpoint,
+                ema=ema,
+                batch_size=batch_size,
+                tta=tta,
+                calibrated=False,
+            )
             for run in runs
         ]
         self.class_names = self.members[0].class_names

@@ -21,6 +21,7 @@ from flaxcls.errors import ConfigError
 from flaxcls.inference import parity
 from flaxcls.inference.predictor import PROBABILITIES, Predictor
 from flaxcls.runtime.new_folder import new_folder, written
+from flaxcls.runtime.output import say
 from flaxcls.weights import export_onnx, export_safetensors, export_savedmodel, export_stablehlo
 from flaxcls.weights.exportable import Exportable, Outputs
 from flaxcls.weights.pretrained import PRETRAINED
@@ -31,6 +32,10 @@ FORMATS = {
     "onnx": export_onnx.write,
     "savedmodel": export_savedmodel.write,
 }
+_ONE_VIEW = (
+    "the export is the network alone, certified without the run's test-time augmentation {}: who "
+    "uses it has to average the logits over the views"
+)
 
 
 def export_run(
@@ -72,7 +77,9 @@ def export_run(
     if format == "safetensors":
         write = functools.partial(write, names=names)
     with new_folder(out) as folder:
-        predictor = Predictor(run, checkpoint=checkpoint, ema=ema)
+        predictor = Predictor(run, checkpoint=checkpoint, ema=ema, tta="none")
+        if tta := predictor.restored.metadata["config"]["eval"].get("tta"):
+            say(f"note: {_ONE_VIEW.format(tta)}", error=True)
         examples = parity.choose(predictor, pictures, count, data_dir)
         model = exportable(predictor, license)
         with written(out):

@@ -61,6 +61,7 @@ def calibrate_run(
     data_dir: str | None = None,
     source: str | None = None,
     classes: str | None = None,
+    tta: str | None = None,
     ema: bool | None = None,
     seed: int = 0,
 ) -> Calibrated:
@@ -76,7 +77,7 @@ def calibrate_run(
       risk: the largest share of wrong answers among those that are given. None: RISK, or where
         that can't be promised nothing is, and every picture is given an answer.
       split, data_dir, source, classes: the examples, see `restored.open_evaluation`.
-      checkpoint, ema: which weights, as in `Predictor`.
+      checkpoint, ema, tta: which weights and views, as in `Predictor`.
       seed: of the division.
 
     Raises ConfigError for examples that were trained on, or too few, and for a risk that can't be
@@ -85,7 +86,7 @@ def calibrate_run(
     for name, value in (("coverage", coverage), ("risk", RISK if risk is None else risk)):
         if not 0 < value < 1:
             raise ConfigError(f"--{name} must be between 0 and 1, got {value:g}")
-    restored = restore(run, checkpoint)
+    restored = restore(run, checkpoint, tta=tta)
     weights = choose_weights(restored, run, ema)
     pipeline = open_evaluation(restored, split, data_dir, source, classes)
     examples = pipeline.source
@@ -99,7 +100,7 @@ def calibrate_run(
     calibration, measured, sizes = fit(
         predict_split(restored, pipeline, variables),
         outputs_of(restored.experiment.loss.name),
-        checkpoint_of(run, restored.step, weights),
+        checkpoint_of(run, restored.step, weights, restored.experiment.tta),
         coverage=coverage,
         per_class=per_class,
         risk=risk,
@@ -211,13 +212,13 @@ def measure(
     return {
         "examples": len(sets),
         "coverage": float(right.mean()),
-        "coverage_interval": tuple(map(float, wilson(right.sum(), len(right)))),
+        "coverage_interval": wilson(right.sum(), len(right)),
         "least_class_coverage": float((covered[counts > 0] / counts[counts > 0]).min()),
         "set_size": float(sets.sum(axis=1).mean()),
         "single": float(np.mean(sets.sum(axis=1) == 1)),
         "answered": float(answered.mean()),
         "wrong": wrong / max(given, 1),
-        "wrong_interval": tuple(map(float, wilson(wrong, given))),
+        "wrong_interval": wilson(wrong, given),
     }
 
 

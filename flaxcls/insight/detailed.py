@@ -98,6 +98,7 @@ def evaluate_in_depth(
     data_dir: str | None = None,
     source: str | None = None,
     classes: str | None = None,
+    tta: str | None = None,
     ema: bool | None = None,
     average: str = "probabilities",
     fit_split: str | None = None,
@@ -108,6 +109,7 @@ def evaluate_in_depth(
       runs: the folders.
       checkpoint: "last", "best" or a step, of each.
       split, data_dir, source, classes: the examples, see `restored.open_evaluation`.
+      tta: as for `restore`.
       ema: whether to take averaged parameters; None: the better ones, see `choose_weights`.
       average: what of several runs is averaged, "probabilities" or "logits".
       fit_split: what the temperature is fitted on, a split of the run's data that it was not
@@ -123,7 +125,10 @@ def evaluate_in_depth(
         return run.experiment.evaluation(fit_split, data_dir)
 
     opens = [open_asked, *([open_fitted] if fit_split else [])]
-    members = [_predict(str(run), checkpoint, ema, opens) for run in runs]
+    members = [
+        _predict(str(run), restore(Path(run), checkpoint, tta=tta), ema, opens)
+        for run in runs  # one after the other: the devices need not hold all of them
+    ]
     _check_same(members)
     outputs, examples = members[0].outputs, members[0].sources[0]
     together = [
@@ -146,8 +151,7 @@ def evaluate_in_depth(
     )
 
 
-def _predict(run: str, checkpoint: str, ema: bool | None, opens: Sequence[Open]) -> Member:
-    restored = restore(Path(run), checkpoint)
+def _predict(run: str, restored: RestoredRun, ema: bool | None, opens: Sequence[Open]) -> Member:
     weights = choose_weights(restored, run, ema)
     variables = restored.ema if weights == "ema" else restored.variables
     pipelines = [open_split(restored) for open_split in opens]

@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 
 
 def wilson(right: Any, count: Any) -> tuple[Any, Any]:
-    """The interval of a share, right of count, of numbers or arrays (Wilson 1927).
+    """The interval of a share, `right` of `count`, of numbers or arrays (Wilson 1927).
 
     Unlike a bootstrap's it has a width also where nothing or everything is right. Of a count of 0
     it is (0, 1).
@@ -24,7 +24,8 @@ def wilson(right: Any, count: Any) -> tuple[Any, Any]:
     share, square = np.asarray(right) / n, _Z * _Z / n
     center = (share + square / 2) / (1 + square)
     half = np.sqrt(square * (share * (1 - share) + square / 4)) / (1 + square)
-    return np.clip(center - half, 0, 1), np.clip(center + half, 0, 1)
+    low, high = np.clip(center - half, 0, 1), np.clip(center + half, 0, 1)
+    return (low, high) if np.ndim(low) else (float(low), float(high))
 
 
 def intervals(judged: Judged, *, seed: int = 0, resamples: int = RESAMPLES) -> dict[str, Interval]:
@@ -38,7 +39,7 @@ def intervals(judged: Judged, *, seed: int = 0, resamples: int = RESAMPLES) -> d
     shares = {"accuracy": np.count_nonzero(judged.rank == 0)}
     if judged.num_classes > 10:
         shares["accuracy_top5"] = np.count_nonzero(judged.rank < 5)
-    found = {name: tuple(map(float, wilson(k, count))) for name, k in shares.items()}
+    found = {name: wilson(k, count) for name, k in shares.items()}
     (resampled,) = _resampled([judged], seed, resamples)
     for name, values in resampled.items():
         found.setdefault(name, _percentiles(values))

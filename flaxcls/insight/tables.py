@@ -44,12 +44,14 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {
 def print_detailed(found: Detailed) -> None:
     """Writes the tables to standard output; OutputError if that can't be done."""
     console = _console()
-    console.print(_metrics(found))
+    tables = [_metrics(found), _classes(found)]
     if found.scaling:
-        console.print(_scaling(found.scaling))
-    console.print(_classes(found))
+        tables.insert(1, _scaling(found.scaling))
     if (found.judged.rank > 0).any():
-        console.print(_mistakes(found))
+        tables.append(_mistakes(found))
+    for title, table in tables:
+        console.print(title, style="bold", soft_wrap=True)
+        console.print(table)
 
 
 def print_comparison(found: Detailed) -> None:
@@ -60,7 +62,7 @@ def print_comparison(found: Detailed) -> None:
         console.print(f"{letter}: {member.describe()}", soft_wrap=True)
     what = f"{' + '.join(letters)}, {found.average} averaged, {found.source.split}"
     console.print(f"{printable(what)}: {describe(found.metrics)}", soft_wrap=True)
-    table = _table("", ["together", *letters, "A - B", "95 % interval"])
+    table = _table(["together", *letters, "A - B", "95 % interval"])
     for name, (label, form) in METRICS.items():
         if name not in found.metrics:
             continue
@@ -85,44 +87,43 @@ def _range(form: Callable[[float], str], low: float, high: float) -> str:
     return f"{form(low).removesuffix(' %')} to {form(high)}"
 
 
-def _table(title: str, numbers: Sequence[str]) -> Table:
+def _table(numbers: Sequence[str]) -> Table:
     """A table with a column of names and then those of numbers."""
-    table = Table(box=box.SIMPLE, pad_edge=False, title=title or None, title_justify="left")
-    table.title_style = "bold"
+    table = Table(box=box.SIMPLE, pad_edge=False)
     table.add_column("", overflow="fold")
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
-def _metrics(found: Detailed) -> Table:
+def _metrics(found: Detailed) -> tuple[str, Table]:
     count, shown = len(found.judged.labels), len(np.unique(found.judged.labels))
     classes = len(found.class_names)
     of = f"{classes:,} classes" if shown == classes else f"{shown:,} of the {classes:,} classes"
     where = f"{printable(found.source.name)} '{printable(found.source.split)}'"
-    table = _table(f"{where}: {count:,} examples of {of}", ["", "95 % interval"])
+    title, table = f"{where}: {count:,} examples of {of}", _table(["", "95 % interval"])
     for name, (label, form) in METRICS.items():
         if name in found.metrics:
             interval = found.intervals.get(name)
             table.add_row(
                 label, form(found.metrics[name]), _range(form, *interval) if interval else ""
             )
-    return table
+    return title, table
 
 
-def _scaling(scaling: Scaling) -> Table:
+def _scaling(scaling: Scaling) -> tuple[str, Table]:
     title = (
         f"Temperature {scaling.temperature:.3f}, fitted on {scaling.fitted_on}, measured on "
         f"{scaling.judged_on}"
     )
-    table = _table(title, ["as it is", "logits / temperature"])
+    table = _table(["as it is", "logits / temperature"])
     for name, before in scaling.before.items():
         label, form = METRICS[name]
         table.add_row(label, form(before), form(scaling.after[name]))
-    return table
+    return title, table
 
 
-def _classes(found: Detailed) -> Table:
+def _classes(found: Detailed) -> tuple[str, Table]:
     scores, pairs = class_scores(found.judged), confusion(found.judged)
     np.fill_diagonal(pairs, 0)
     order = worst_first(scores)
@@ -130,7 +131,7 @@ def _classes(found: Detailed) -> Table:
     if len(order) > _CLASSES:
         title += f" ({_CLASSES} of {len(order):,}; --out=DIR writes all)"
     columns = ["examples", "recall (accuracy)", "95 % interval", "precision", "F1"]
-    table = _table(title, columns)
+    table = _table(columns)
     table.add_column("most often taken for")
     low, high = wilson(scores.right, scores.count)
     for label in order[:_CLASSES]:
@@ -145,12 +146,12 @@ def _classes(found: Detailed) -> Table:
             _share(scores.f1[label]),
             mistaken,
         )
-    return table
+    return title, table
 
 
-def _mistakes(found: Detailed) -> Table:
+def _mistakes(found: Detailed) -> tuple[str, Table]:
     order, judged = confident_mistakes(found.judged), found.judged
-    table = _table(f"The most confident of the {len(order):,} mistakes", ["probability"])
+    title, table = f"The most confident of the {len(order):,} mistakes", _table(["probability"])
     table.add_column("taken for", overflow="fold")
     table.add_column("is", overflow="fold")
     for index in order[:_MISTAKES].tolist():
@@ -160,7 +161,7 @@ def _mistakes(found: Detailed) -> Table:
             _name(found, judged.best[index]),
             _name(found, judged.labels[index]),
         )
-    return table
+    return title, table
 
 
 def _name(found: Detailed, label: int) -> str:
