@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from flaxcls.api import attack as attack
     from flaxcls.api import average as average
     from flaxcls.api import calibrate as calibrate
+    from flaxcls.api import corrupt as corrupt
+    from flaxcls.api import cross_validate as cross_validate
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
     from flaxcls.api import export as export
     from flaxcls.api import load as load
     from flaxcls.api import load_config as load_config
+    from flaxcls.api import sweep_recipe as sweep_recipe
     from flaxcls.api import train as train
 
 __all__ = (
@@ -41,11 +44,14 @@ __all__ = (
     "attack",
     "average",
     "calibrate",
+    "corrupt",
+    "cross_validate",
     "default_config",
     "evaluate",
     "export",
     "load",
     "load_config",
+    "sweep_recipe",
     "train",
 )
 

@@ -4,6 +4,7 @@ Nothing here ends the process: what a command would say before it exits is an ex
 flaxcls.FlaxclsError, and Ctrl-C saves the run and raises flaxcls.Interrupted.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Predictor as Predictor
 from flaxcls.insight.calibrate import calibrate_run
+from flaxcls.insight.corrupted import corrupt_run
 from flaxcls.insight.detailed import evaluate_in_depth
 from flaxcls.insight.robustness import attack_run
 from flaxcls.insight.written import summary
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
+from flaxcls.studies import crossval, optuna_search, sweep
 from flaxcls.training.hooks import Hooks, Row
 from flaxcls.training.hooks import StopTraining as StopTraining
 from flaxcls.training.recipe import completed
@@ -87,6 +90,80 @@ def train(
     hooks = Hooks(on_log, on_evaluation)
     summary = train_config(config, folder, hooks=hooks, watched=False)
     return {**summary, "workdir": str(folder)}
+
+
+def cross_validate(
+    config: ConfigDict | str | Path,
+    workdir: str | Path | None = None,
+    *,
+    folds: int = 5,
+    groups: str | Path | None = None,
+    overrides: Overrides = (),
+) -> dict[str, Any]:
+    """Trains a config or a recipe once for each fold; the same call resumes.
+
+    Args:
+      config, overrides: as in `train`.
+      workdir: the folder of the study; runs/crossval-NAME-<date-time> if not given.
+      folds: of config.data.train_split; each run is evaluated on one, and trained on the others.
+      groups: a CSV file with columns file,group or index,group; no group is divided.
+
+    Returns {"mean": {"accuracy", "loss"}, "std", "runs", "out_of_fold", "workdir", ...};
+    WORKDIR/predictions.npz has what is said of every example by the run that has not seen it.
+    """
+    compilation_cache.enable()
+    name = "run" if isinstance(config, ConfigDict) else str(config)
+    folder = crossval.new_folder(name) if workdir is None else Path(workdir).expanduser()
+    run_code.fall_back(folder / "fold_0")
+    if not isinstance(config, ConfigDict):
+        config = crossval.complete(load_recipe(name, _as_text(overrides)), folder)
+    elif overrides:
+        raise ConfigError("`overrides` are for a recipe; a config can be changed itself")
+    config = copy.deepcopy(config)
+    if groups is not None:
+        config.data.fold_groups = str(groups)
+    results = crossval.cross_validate(config, folder, folds, watched=False)
+    return {**results, "workdir": str(folder)}
+
+
+def sweep_recipe(
+    recipe: str | Path,
+    workdir: str | Path | None = None,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    search: Sequence[str] = (),
+    trials: int = 20,
+    overrides: Overrides = (),
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Trains a recipe with many values of its fields, each in a process; the same call resumes.
+
+    Args:
+      recipe: a file, or the name of one that comes with flaxcls.
+      workdir: the folder of the sweep; runs/sweep-NAME-<date-time> if not given.
+      grid: {"optimizer.learning_rate": [0.1, 0.3]}, of which all combinations are tried.
+      search: instead, where Optuna looks: ["optimizer.learning_rate=1e-3..1e-1:log"].
+      trials: how many Optuna chooses.
+      overrides: of all trials, as in `load_config`.
+      jobs: trials at a time.
+
+    Returns {"metric", "trials": [{"name", "values", "status", "results", ...}], "workdir"}, the
+    best trial first.
+    """
+    name, text = str(recipe), list(_as_text(overrides))
+    folder = sweep.new_folder(name) if workdir is None else Path(workdir).expanduser()
+    common: dict[str, Any] = {"overrides": text, "jobs": jobs}
+    if bool(grid) == bool(search):
+        raise ConfigError("a sweep needs either `grid` or `search`")
+    if search:
+        results = optuna_search.sweep_optuna(name, search, folder, trials, **common)
+    else:
+        choices = [
+            f"{field}={','.join(v if isinstance(v, str) else repr(v) for v in values)}"
+            for field, values in (grid or {}).items()
+        ]
+        results = sweep.sweep_grid(name, choices, folder, **common)
+    return {**results, "workdir": str(folder)}
 
 
 def load(
@@ -270,6 +347,32 @@ def attack(
         ema=ema,
         data_dir=data_dir,
         out=None if out is None else Path(out),
+    )
+
+
+def corrupt(
+    run: str | Path,
+    *,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run under fifteen corruptions, each at five severities.
+
+    Arguments as in `attack`. Returns {"clean", "corruptions": {name: [...]}, "mean", ...}.
+    """
+    compilation_cache.enable()
+    return corrupt_run(
+        Path(run),
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
     )
 
 

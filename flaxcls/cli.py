@@ -31,6 +31,8 @@ COMMANDS = {
     "export": "flaxcls.export",
     "attack": "flaxcls.attack",
     "average": "flaxcls.average",
+    "crossval": "flaxcls.crossval",
+    "sweep": "flaxcls.sweep",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

@@ -98,7 +98,7 @@ def test_files_hold_every_prediction_and_metric(command, digits_run, predictions
         np.testing.assert_array_equal(stored["labels"], predictions.labels)
         assert stored["class_names"].tolist() == list("0123456789")
     rows = list(csv.DictReader((tmp_path / "all/predictions.csv").open(newline="")))
-    assert [int(row["class"]) for row in rows] == predictions.labels.tolist()
+    assert [int(row["label"]) for row in rows] == predictions.labels.tolist()
     assert [int(row["prediction"]) for row in rows] == predictions.logits.argmax(axis=1).tolist()
     right = sum(row["rank"] == "1" for row in rows)
     found = json.loads((tmp_path / "all/metrics.json").read_text())

@@ -57,7 +57,10 @@ SECTIONS = {
     "data": Section(
         SOURCES,
         _source_options,
-        frozenset(("dir", "train_split", "eval_split", "long_tail", "mean", "std")),
+        frozenset(
+            ("dir", "train_split", "eval_split", "fold_seed", "fold_groups", "long_tail")
+            + ("mean", "std")
+        ),
     ),
     "crop": Section(TRANSFORMS, _CROP, frozenset()),
     "model": Section(models.MODELS, models.options, frozenset(("dtype", "batch_norm_group"))),

@@ -132,8 +132,6 @@ def make_experiment(
     ConfigError for all that doesn't fit together.
     """
     log_to.check_installed(config.log_to)
-    whole = config.copy_and_resolve_references()
-    whole.data.long_tail = None
     train_source, eval_source = (
         open_split(config, split) for split in (config.data.train_split, config.data.eval_split)
     )
@@ -170,6 +168,8 @@ def make_experiment(
     models.check_partition(network, mesh.shape.get("model", 1))
     frozen = pieces.frozen(config, network, shapes[0])
     optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, run, mesh)
+    whole = config.copy_and_resolve_references()
+    whole.data.long_tail = None
     return Experiment(
         config=plain(config),
         mesh=mesh,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -10,7 +11,7 @@ from flaxcls.build.length import Length
 from flaxcls.build.pieces import batch_norm_group
 from flaxcls.core import schedules
 from flaxcls.data.pipeline import Sizes, summarize
-from flaxcls.data.source import Source, all_ignored, resolve_split
+from flaxcls.data.source import Source, Subset, all_ignored, resolve_split
 from flaxcls.runtime.output import printable
 from flaxcls.runtime.sharding import batch_parts
 
@@ -40,19 +41,11 @@ def in_both(first: Source, second: Source, open_split: Callable[[str], Source]) 
     """How many examples two splits of the same data share; `open_split` opens others of it."""
     if first.fingerprint == second.fingerprint:
         return len(second)
-    specs = (first.split, second.split)
-    names = [{part.partition("[")[0].strip() for part in spec.split("+")} for spec in specs]
-    sizes = {name: [len(open_split(name))] for name in sorted(names[0] & names[1])}
-    slices = []
-    for spec in specs:  # of the splits that are in both
-        parts = [part for part in spec.split("+") if part.partition("[")[0].strip() in sizes]
-        slices.append([piece for part in parts for piece in resolve_split(part.strip(), sizes)])
-    return sum(
-        max(0, min(one.stop, other.stop) - max(one.start, other.start))
-        for one in slices[0]
-        for other in slices[1]
-        if one.split == other.split
-    )
+    names = [_names(source) for source in (first, second)]
+    if not names[0] & names[1]:
+        return 0
+    sizes = {name: len(open_split(name)) for name in sorted(names[0] | names[1])}
+    return len(np.intersect1d(_positions(first, sizes), _positions(second, sizes)))
 
 
 def evaluated_twice(
@@ -79,6 +72,25 @@ def balanced_twice(config: ConfigDict) -> Iterator[str]:
             f"config.sampling = {config.sampling!r} draws rare classes more often, and {by_loss}: "
             "one of the two balances them"
         )
+
+
+def _names(source: Source) -> set[str]:
+    """The splits that a source has examples of."""
+    while isinstance(source, Subset):
+        source = source.whole
+    return {part.partition("[")[0].strip() for part in source.split.split("+")}
+
+
+def _positions(source: Source, sizes: Mapping[str, int]) -> np.ndarray:
+    """Where the examples of a source are in all splits, one after the other; int [N]."""
+    if isinstance(source, Subset):
+        return _positions(source.whole, sizes)[source.indices]
+    begins = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+    lengths = {name: [size] for name, size in sizes.items()}
+    parts = (
+        piece for part in source.split.split("+") for piece in resolve_split(part.strip(), lengths)
+    )
+    return np.concatenate([begins[part.split] + np.arange(part.start, part.stop) for part in parts])
 
 
 def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:

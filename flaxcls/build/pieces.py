@@ -100,7 +100,7 @@ def loss(config: ConfigDict, num_classes: int) -> LossSpec:
         raise ConfigError(f"config.loss.class_counts must be {num_classes} numbers, got {counts!r}")
     given = options_of(config.loss, "class_weights", "effective_number_beta")
     spec = LossSpec(config.loss.name, weights, given, **({} if beta is None else {"beta": beta}))
-    spec.with_weights(None if by_data else weights)  # ConfigError for its options
+    spec.with_weights(weights if isinstance(weights, tuple) else None)  # ConfigError for options
     return spec
 
 

@@ -11,10 +11,12 @@ from flaxcls.build import inputs, notes, pieces
 from flaxcls.build.sources import open_other, source
 from flaxcls.build.validate import check
 from flaxcls.core.losses import LossSpec
+from flaxcls.data.folds import parse_fold
 from flaxcls.data.matched import Matched
 from flaxcls.data.pipeline import InputOptions, Pipeline, Sizes
-from flaxcls.data.source import Source
+from flaxcls.data.source import Source, Subset
 from flaxcls.data.transform import Transform
+from flaxcls.errors import DataError
 from flaxcls.runtime import sharding
 
 
@@ -66,9 +68,10 @@ def saved_experiment(
     def evaluation(split: str | None, data_dir: str | None) -> Pipeline:
         if data_dir:
             config.data["path" if config.data.path else "dir"] = data_dir
-        return inputs.evaluation(
-            config, source(config, split or config.data.eval_split, class_names)
-        )
+        opened = source(config, split or config.data.eval_split, class_names)
+        if split is None:
+            _check_held_out(config, opened, metadata["fingerprint"])
+        return inputs.evaluation(config, opened)
 
     pictures = Source(  # as far as what becomes of them depends on the data
         name=config.data.name,
@@ -118,3 +121,19 @@ def saved_experiment(
         in_both=in_both,
         trained_on=trained_on,
     )
+
+
+def _check_held_out(config: ConfigDict, opened: Source, trained: str) -> None:
+    """DataError if the fold that a run has held out is not what it was not trained on.
+
+    `trained` is the fingerprint of the training data.
+    """
+    fold = parse_fold(config.data.train_split)
+    if fold is None or config.data.eval_split != str(fold._replace(is_rest=not fold.is_rest)):
+        return
+    if isinstance(opened, Subset) and opened.others().fingerprint != trained:
+        raise DataError(
+            f"'{opened.split}' is not what the run has held out: the data, the file of "
+            "config.data.fold_groups or the version of scikit-learn, which divides them, is "
+            "another one"
+        )

@@ -18,7 +18,8 @@ from flaxcls.data import (
     opener,
 )
 from flaxcls.data.described import Described
-from flaxcls.data.long_tail import long_tailed
+from flaxcls.data.folds import Fold, open_fold, parse_fold, whole_split
+from flaxcls.data.long_tail import long_tailed, profile
 from flaxcls.data.naming import name_and_path
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
@@ -37,11 +38,13 @@ def check_source(config: ConfigDict) -> dict[str, Any]:
 
 
 def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = None) -> Source:
-    """The data that a split such as `train[:90%]` names.
+    """The data that a split such as `train[:90%]`, or `train, fold 3 of 5`, names.
 
     With `class_names`, the classes of a network by label, a folder or a list needs no more than
-    some of them. Of the split to train on it is what config.data.long_tail leaves.
+    some of them. Of the split to train on, folds and all, it is what config.data.long_tail leaves.
     """
+    if fold := parse_fold(split):
+        return _part(config, source(config, fold.split, class_names), fold)
     given = check_source(config)
     found = open_source(
         config.data.name,
@@ -54,10 +57,19 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
     return _long_tail(config, split, found)
 
 
-def _long_tail(config: ConfigDict, split: str, found: Source) -> Source:
+def _long_tail(config: ConfigDict, split: str, whole: Source) -> Source:
+    """What config.data.long_tail leaves of the split that is trained on, or that has its folds.
+
+    Where the data are not on this machine, their classes are taken to be of one size.
+    """
     imbalance = config.data.long_tail
-    is_whole = imbalance is None or split != config.data.train_split
-    return found if is_whole else long_tailed(found, imbalance)
+    if imbalance is None or split != whole_split(config.data.train_split):
+        return whole
+    if whole.is_readable:
+        return long_tailed(whole, imbalance)
+    classes = len(whole.class_names)
+    left = sum(profile(len(whole) // classes, imbalance, classes))
+    return Described(whole.name, split, whole.image_shape, classes, left)
 
 
 def open_other(config: ConfigDict, name_or_path: str, split: str | None, channels: int) -> Source:
@@ -100,6 +112,9 @@ def source_or_description(
 
     With `num_examples` the data are taken to be pictures of any size, so many in every split.
     """
+    if fold := parse_fold(split):
+        facts = {"num_examples": num_examples, "num_classes": num_classes}
+        return _part(config, source_or_description(config, fold.split, **facts), fold)
     given = check_source(config)
     if num_examples:
         shape = (None, None, given.get("channels", 3))
@@ -108,3 +123,7 @@ def source_or_description(
         found = describe_tfds(config.data.name, split, data_dir=config.data.dir)
         return _long_tail(config, split, found)
     return source(config, split)
+
+
+def _part(config: ConfigDict, whole: Source, fold: Fold) -> Source:
+    return open_fold(whole, fold, seed=config.data.fold_seed or 0, groups=config.data.fold_groups)

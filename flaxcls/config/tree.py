@@ -52,8 +52,11 @@ def default() -> ConfigDict:
     config.data.path = placeholder(str)  # of folder, list and idx
     # Of TFDS data; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     config.data.dir = placeholder(str)
-    config.data.train_split = "train"  # TFDS slicing: "train[:90%]", "train+test", ...
+    # TFDS slicing, "train[:90%]", "train+test", ...; or folds: "train, all but fold 3 of 5".
+    config.data.train_split = "train"
     config.data.eval_split = "test"
+    config.data.fold_seed = placeholder(int)  # of how examples are divided into folds; None: 0
+    config.data.fold_groups = placeholder(str)  # CSV: the examples' groups, which no fold divides
     # Leaves ever fewer examples to train on of each class, of the last so many times fewer than of
     # the first; None: all.
     config.data.long_tail = placeholder(float)

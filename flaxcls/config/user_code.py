@@ -64,8 +64,8 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
         for field, thing in named.items()
         if isinstance(thing, (Mapping, ConfigDict)) and "name" in thing
     }
-    if isinstance(evaluation := config.get("eval"), (Mapping, ConfigDict)):
-        found["config.eval.tta"] = evaluation.get("tta")
+    if "eval" in config:
+        found["config.eval.tta"] = config["eval"].get("tta")
     return {field: name for field, name in found.items() if is_path(name)}
 
 

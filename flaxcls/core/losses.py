@@ -200,15 +200,14 @@ class LossSpec(NamedTuple):
         `labels` gives those of the training split; it is called only if they are needed. Raises
         DataError as `count_classes`.
         """
-        weights, counts = self.class_weights, None
-        if isinstance(weights, str) or self.takes_class_counts:
-            counts = count_classes(labels(), num_classes, "config.loss")
-        if isinstance(weights, str):
-            by_counts = {
-                "balanced": balanced_weights,
-                "effective_number": lambda counts: effective_number_weights(counts, self.beta),
-            }
-            weights = by_counts[weights](counts).tolist()
+        weights = self.class_weights
+        if not isinstance(weights, str) and not self.takes_class_counts:
+            return None if weights is None else list(weights), None
+        counts = count_classes(labels(), num_classes, "config.loss")
+        if weights == "balanced":
+            weights = balanced_weights(counts).tolist()
+        elif weights == "effective_number":
+            weights = effective_number_weights(counts, self.beta).tolist()
         return (
             None if weights is None else list(weights),
             counts.tolist() if self.takes_class_counts else None,
@@ -224,8 +223,10 @@ class LossSpec(NamedTuple):
         self, class_weights: Sequence[float] | None, class_counts: Sequence[int] | None = None
     ) -> LossFunction:
         """What is trained for, by what `of_labels` gives."""
-        counts = {"class_counts": tuple(class_counts)} if class_counts else {}
-        return build(self.name, class_weights=class_weights, **self.options, **counts)
+        options = dict(self.options)
+        if class_counts:
+            options["class_counts"] = tuple(class_counts)
+        return build(self.name, class_weights=class_weights, **options)
 
     @property
     def likelihood(self) -> LossFunction:

@@ -125,10 +125,9 @@ def compute(metrics: Metrics) -> dict[str, float]:
     def value(name: str, total: Any, count: Any) -> float:
         if name in TOTALS:
             return int(total)
-        counted = np.asarray(count) > 0
-        if not np.any(counted):
-            return math.nan
-        return float(np.mean(np.float64(total)[counted] / np.float64(count)[counted]))
+        totals, counts = (np.asarray(x, np.float64) for x in (total, count))
+        counted = counts > 0
+        return float(np.mean(totals[counted] / counts[counted])) if counted.any() else math.nan
 
     return {name: value(name, *pair) for name, pair in pairs.items()}
 

@@ -200,7 +200,7 @@ def make_train_step(
             )
         return logits, updates.get("batch_stats", {})
 
-    def predict(state, key, images, train):
+    def predict(state, key, images, train) -> Any:
         if train:
             return forward(state.params, state.batch_stats, key, images)[0]
         return model.apply(state.variables, images, train=False)
@@ -209,7 +209,7 @@ def make_train_step(
         network = partial(forward, params, batch_stats, key)
         logits, updates = network(batch["image"])
         losses, weights = loss(logits, batch["label"])
-        if "adversarial" in batch:
+        if adversarial and "adversarial" in batch:
             other, other_updates = network(batch["adversarial"])
             losses += adversarial.penalty(logits, other)
             updates = jax.tree.map(lambda x, y: (x + y) / 2, updates, other_updates)

@@ -4,45 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flaxcls.data.source import Example, Source, count_classes, fingerprint
+from flaxcls.data.source import Source, Subset, count_classes
 from flaxcls.errors import ConfigError
-
-
-class Subset(Source):
-    """Some examples of a source, in a given order.
-
-    Args:
-      source: what they are of.
-      indices: which ones, int [N].
-      **made_by: what chose them, JSON, for the fingerprint.
-    """
-
-    def __init__(self, source: Source, indices: np.ndarray, **made_by: object):
-        self._source, self._indices = source, indices
-        self.ignored, self.modified = source.ignored, source.modified
-        super().__init__(
-            name=source.name,
-            split=source.split,
-            class_names=source.class_names,
-            image_shape=source.image_shape,
-            fingerprint=fingerprint(source=source.fingerprint, **made_by),
-            splits=source.splits,
-        )
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> Example:
-        return self._source[int(self._indices[index])]
-
-    def verify(self, index: int) -> None:
-        self._source.verify(int(self._indices[index]))
-
-    def labels(self) -> np.ndarray:
-        return self._source.labels()[self._indices]
-
-    def where(self, index: int) -> str:
-        return self._source.where(int(self._indices[index]))
 
 
 def long_tailed(source: Source, imbalance: float) -> Subset:
@@ -61,7 +24,7 @@ def long_tailed(source: Source, imbalance: float) -> Subset:
         )
     counts = profile(smallest, imbalance, num_classes)
     first = [np.flatnonzero(labels == label)[:count] for label, count in enumerate(counts)]
-    return Subset(source, np.sort(np.concatenate(first)), long_tail=float(imbalance))
+    return Subset(source, np.sort(np.concatenate(first)), source.split)
 
 
 def profile(most: int, imbalance: float, num_classes: int) -> Sequence[int]:

@@ -79,8 +79,8 @@ class Matched(Source):
     def where(self, index: int) -> str:
         return self._source.where(int(self._indices[index]))
 
-    def path(self, index: int) -> str | None:
-        return self._source.path(int(self._indices[index]))
+    def file(self, index: int) -> str | None:
+        return self._source.file(int(self._indices[index]))
 
 
 def match_classes(

@@ -165,7 +165,7 @@ def evaluator_of(run: RestoredRun, pipeline: Pipeline) -> Evaluator:
 
 def _say_absent_classes(source: Source) -> None:
     """Which classes a split of pictures in files has examples of, if that is not all."""
-    if source.path(0) is None:  # labels might not be known without reading every picture
+    if source.file(0) is None:  # labels might not be known without reading every picture
         return
     counts = np.bincount(source.labels(), minlength=len(source.class_names))
     there = [source.class_names[label] for label in np.flatnonzero(counts)]

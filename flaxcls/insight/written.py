@@ -3,7 +3,7 @@
 CSV is read by everything and needs no package; what would be large in it, the probability of each
 class for each example, is in the .npz in full precision.
 
-predictions.csv  a row an example: example,file,class,prediction,probability,class_probability,rank
+predictions.csv  a row an example: index,file,label,prediction,probability,label_probability,rank
 classes.csv      a row a class, the worst first: class,examples,right,predicted,recall,...
 confusion.csv    a row a class, a column what its examples were taken for
 metrics.json     all metrics and intervals, and of which runs and examples they are
@@ -73,12 +73,14 @@ def _write_csv(path: Path, rows: Iterable[Sequence[Any]]) -> None:
 
 def _predictions(found: Detailed) -> Iterable[Sequence[Any]]:
     judged, names, source = found.judged, found.class_names, found.source
-    yield (*("example", "file", "class", "prediction", "probability", "class_probability", "rank"),)
-    columns = (judged.labels, judged.best, judged.confidence, judged.own, judged.rank)
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    has_files = source.file(0) is not None
+    columns = ("label", "prediction", "probability", "label_probability", "rank")
+    yield "index", *(("file",) if has_files else ()), *columns
+    arrays = (judged.labels, judged.best, judged.confidence, judged.own, judged.rank)
+    rows = zip(*(array.tolist() for array in arrays), strict=True)
     for index, (label, best, confidence, own, rank) in enumerate(rows):
-        path = source.path(index) or ""
-        yield index, path, names[label], names[best], f"{confidence:.6g}", f"{own:.6g}", rank + 1
+        file = (source.file(index),) if has_files else ()
+        yield index, *file, names[label], names[best], f"{confidence:.6g}", f"{own:.6g}", rank + 1
 
 
 def _class_rows(found: Detailed) -> Iterable[Sequence[Any]]:

@@ -33,7 +33,8 @@ from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
 # What may differ between the processes of a run: where the data is and who decodes it.
-OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "input.read_ahead")
+OWN_FIELDS = ("data.dir", "data.path", "data.fold_groups")
+OWN_FIELDS += ("input.threads", "input.processes", "input.read_ahead")
 # What a resumed run may change: it changes no number that was computed before.
 FREE_FIELDS = (
     *OWN_FIELDS,
