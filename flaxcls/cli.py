@@ -28,6 +28,8 @@ COMMANDS = {
     "evaluate": "flaxcls.evaluate",
     "calibrate": "flaxcls.calibrate",
     "predict": "flaxcls.predict",
+    "explain": "flaxcls.explain",
+    "search": "flaxcls.search",
     "export": "flaxcls.export",
     "attack": "flaxcls.attack",
     "average": "flaxcls.average",

@@ -15,6 +15,8 @@ FLOORS = (
         "evaluate",
         "calibrate",
         "predict",
+        "explain",
+        "search",
         "export",
         "attack",
         "average",

@@ -79,12 +79,14 @@ class Classifier:
         4 channels, of any size; it becomes what evaluation would show to the network. Raises
         DataError for a file that can't be read and ValueError for what is no picture.
         """
-        if _is_picture(pictures):
+        if is_one_picture(pictures):
             return self.predict([pictures])[0]
         images = [self.prepare(picture) for picture in pictures]
-        if not images:
-            return []
-        predictions, results = self.classify(images), []
+        return self.ranked(self.classify(images)) if images else []
+
+    def ranked(self, predictions: Predictions) -> list[Prediction]:
+        """What is said of each picture, with the names of the classes."""
+        results = []
         order = np.argsort(-predictions.logits, axis=1, kind="stable").tolist()
         answers = self.answers(predictions)
         rows = zip(order, predictions.probabilities.tolist(), answers, strict=True)
@@ -116,6 +118,20 @@ class Classifier:
         Those that can't be read are skipped, and `report` is called with what was wrong.
         """
 
+        def classify(batch: list[tuple[str, Any]]) -> tuple[Sequence[str], Predictions]:
+            names, images = zip(*batch, strict=True)
+            return names, self.classify(images)
+
+        yield from in_order(classify, self.batches(files, report), threads=1)
+
+    def batches(
+        self, files: Iterable[str], report: Callable[[DataError], None]
+    ) -> Iterator[list[tuple[str, Any]]]:
+        """The files' names and pictures as `read` makes them, at most `batch_size` at a time.
+
+        They are read in threads, ahead; those that can't be read are skipped, as in `files`.
+        """
+
         def read(file: str) -> tuple[str, Any]:
             try:
                 return file, self.read(file)
@@ -129,16 +145,12 @@ class Classifier:
                 else:
                     yield file, image
 
-        def classify(batch: list[tuple[str, Any]]) -> tuple[Sequence[str], Predictions]:
-            names, images = zip(*batch, strict=True)
-            return names, self.classify(images)
-
         readable = pictures()
-        batches = iter(lambda: list(itertools.islice(readable, self.batch_size)), [])
-        yield from in_order(classify, batches, threads=1)
+        yield from iter(lambda: list(itertools.islice(readable, self.batch_size)), [])
 
 
-def _is_picture(value: Any) -> bool:
+def is_one_picture(value: Any) -> bool:
+    """Whether it is a picture as `Classifier.predict` takes it, and not several of them."""
     return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) and (
         getattr(value, "ndim", 3) <= 3
     )

@@ -58,6 +58,7 @@ class Predictor(Classifier):
       class_names: of the K classes.
       image_shape: (height, width, channels) of the images that the network is given.
       step: how many updates it was trained for.
+      batch_size: images at a time.
       restored: the checkpoint.
       weights, variables: "eval" or "ema", as evaluations name them, and what that means.
       calibration: what is used of the former, or None; `probabilities` are calibrated then.
