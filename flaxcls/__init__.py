@@ -13,6 +13,7 @@ Importing flaxcls takes no time and changes nothing: what follows is loaded when
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxcls.api import Ensemble as Ensemble
     from flaxcls.api import Explanation as Explanation
     from flaxcls.api import FlaxclsError as FlaxclsError
     from flaxcls.api import Interrupted as Interrupted
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from flaxcls.api import StopTraining as StopTraining
     from flaxcls.api import attack as attack
     from flaxcls.api import average as average
+    from flaxcls.api import calibrate as calibrate
     from flaxcls.api import corrupt as corrupt
     from flaxcls.api import cross_validate as cross_validate
     from flaxcls.api import default_config as default_config
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from flaxcls.api import train as train
 
 __all__ = (
+    "Ensemble",
     "Explanation",
     "FlaxclsError",
     "Interrupted",
@@ -46,6 +49,7 @@ __all__ = (
     "StopTraining",
     "attack",
     "average",
+    "calibrate",
     "corrupt",
     "cross_validate",
     "default_config",

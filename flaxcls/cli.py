@@ -26,6 +26,7 @@ from flaxcls.runtime import output
 COMMANDS = {
     "train": "flaxcls.main",
     "evaluate": "flaxcls.evaluate",
+    "calibrate": "flaxcls.calibrate",
     "predict": "flaxcls.predict",
     "explain": "flaxcls.explain",
     "search": "flaxcls.search",

@@ -13,6 +13,7 @@ FLOORS = (
         "__main__",
         "main",
         "evaluate",
+        "calibrate",
         "predict",
         "explain",
         "search",

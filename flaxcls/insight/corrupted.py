@@ -12,7 +12,8 @@ from flaxcls.core.metrics import WEIGHTS
 from flaxcls.core.step import seed_key
 from flaxcls.errors import ConfigError
 from flaxcls.insight.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from flaxcls.insight.victim import load_victim, sample, wilson
+from flaxcls.insight.intervals import wilson
+from flaxcls.insight.victim import load_victim, sample
 
 
 def corrupt_run(

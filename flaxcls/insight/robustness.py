@@ -16,10 +16,11 @@ from flaxcls.core.metrics import WEIGHTS
 from flaxcls.core.perturbation import NORMS, Ball, distance, parse_eps
 from flaxcls.core.step import seed_key
 from flaxcls.errors import ConfigError, did_you_mean
-from flaxcls.inference.exporter import new_folder
 from flaxcls.insight.attacks import METHODS, Attack, Targets, chain, make_runner
-from flaxcls.insight.victim import Victim, load_victim, sample, wilson
+from flaxcls.insight.intervals import wilson
+from flaxcls.insight.victim import Victim, load_victim, sample
 from flaxcls.runtime import sharding
+from flaxcls.runtime.new_folder import new_folder
 
 _COLUMNS = ("index", "class", "clean", "attack", "adversarial", "rounded", "linf", "l2", "file")
 
