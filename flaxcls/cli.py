@@ -30,6 +30,7 @@ COMMANDS = {
     "export": "flaxcls.export",
     "crossval": "flaxcls.crossval",
     "sweep": "flaxcls.sweep",
+    "audit": "flaxcls.audit",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

@@ -1,0 +1,1 @@
+"""What a trained network knows, and what it tells of its data."""
