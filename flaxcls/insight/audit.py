@@ -173,7 +173,7 @@ def _write_list(out: Path, parts: list[tuple[Source, np.ndarray | None]]) -> Non
             labels = source.labels() if labels is None else labels
             for index, label in enumerate(labels):
                 path = source.file(index)
-                path = os.path.abspath(path) if path else _picture(out, source, split, index)
+                path = os.path.abspath(path) if path else write_picture(out, source, split, index)
                 yield path, source.class_names[label], split
 
     if len(parts) == 1:
@@ -182,7 +182,7 @@ def _write_list(out: Path, parts: list[tuple[Source, np.ndarray | None]]) -> Non
         write_csv(out / "corrected.csv", ("path", "label", "split"), rows())
 
 
-def _picture(out: Path, source: Source, split: str, index: int) -> str:
+def write_picture(out: Path, source: Source, split: str, index: int) -> str:
     """Writes an example that is no file as one, without loss; its path in the folder."""
     image = source[index].image
     if isinstance(image, np.ndarray):
