@@ -9,20 +9,31 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from flaxcls import cli
 from flaxcls import config as configs
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
 from flaxcls.errors import FlaxclsError as FlaxclsError
 from flaxcls.errors import Interrupted as Interrupted
 from flaxcls.errors import ParityError as ParityError
+from flaxcls.inference.averaging import average_runs
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
+from flaxcls.inference.predictor import is_one_picture
+from flaxcls.insight.corrupted import corrupt_run
+from flaxcls.insight.explainer import Explainer
+from flaxcls.insight.explainer import Explanation as Explanation
+from flaxcls.insight.robustness import attack_run
+from flaxcls.insight.search import Neighbor as Neighbor
+from flaxcls.insight.search import index_pictures
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
+from flaxcls.runtime.output import printable, say
 from flaxcls.studies import crossval, optuna_search, sweep
 from flaxcls.training.hooks import Hooks, Row
 from flaxcls.training.hooks import StopTraining as StopTraining
@@ -160,11 +171,16 @@ def sweep_recipe(
 
 
 def load(
-    run: str | Path, *, checkpoint: str = "last", ema: bool | None = None, batch_size: int = 64
+    run: str | Path,
+    *,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    batch_size: int = 64,
+    tta: str | None = None,
 ) -> Predictor:
     """A saved run's network, ready to classify paths, arrays and PIL images; see Predictor."""
     compilation_cache.enable()
-    return Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size)
+    return Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size, tta=tta)
 
 
 def evaluate(
@@ -173,6 +189,7 @@ def evaluate(
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
+    tta: str | None = None,
 ) -> dict[str, Any]:
     """The exact metrics of a saved run: {"step", "split", "eval": {"accuracy", ...}, "ema": ...}.
 
@@ -181,12 +198,80 @@ def evaluate(
       split: such as "test"; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
       data_dir: where the data is, if it has moved.
+      tta: the test-time augmentation, such as "flip"; "none"; None: the run's own.
     """
     compilation_cache.enable()
     step, split, results = evaluate_run(
-        Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir
+        Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir, tta=tta
     )
     return {"step": step, "split": split, **results}
+
+
+def explain(
+    run: str | Path,
+    pictures: Any,
+    *,
+    method: str = "gradcam",
+    class_name: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    batch_size: int = 16,
+) -> Any:
+    """Where in a picture a saved run sees what it says of it: an Explanation, or a list of them.
+
+    Args:
+      run, checkpoint, ema, batch_size: as in `load`.
+      pictures: a picture or several, as `Predictor.predict` takes them.
+      method: "gradcam", "hirescam", "integrated_gradients", "smoothgrad", "saliency", "occlusion"
+        or "attention_rollout".
+      class_name: of the class to explain; None: for each picture that which is predicted.
+    """
+    predictor = load(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size)
+    explainer = Explainer(predictor, method, class_name)
+    if is_one_picture(pictures):
+        return explainer(predictor.prepare(pictures)[None])[0]
+    images = [predictor.prepare(picture) for picture in pictures]
+    return explainer(np.stack(images)) if images else []
+
+
+def search(
+    run: str | Path,
+    index: str | Path,
+    pictures: Any,
+    *,
+    neighbors: int = 8,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    batch_size: int = 64,
+) -> Any:
+    """The pictures of a folder that are most like a picture: a list of Neighbor, or a list of such.
+
+    Args:
+      run, checkpoint, ema, batch_size: as in `load`. What is computed of the folder is kept in the
+        run's folder.
+      index: the folder, searched with all that is below it; pictures there that can't be read are
+        told on standard error.
+      pictures: a picture or several, as `Predictor.predict` takes them. A file that is in the
+        folder is not its own neighbor.
+      neighbors: how many of each, best first.
+    """
+    if is_one_picture(pictures):
+        pictures, options = [pictures], {"checkpoint": checkpoint, "ema": ema}
+        options |= {"neighbors": neighbors, "batch_size": batch_size}
+        return search(run, index, pictures, **options)[0]
+    predictor = load(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size)
+    files = cli.find_pictures([str(index)])
+    known = index_pictures(predictor, Path(run), str(index), files, _tell)
+    pictures = list(pictures)
+    images = [predictor.prepare(picture) for picture in pictures]
+    if not images or not known.files:
+        return [[] for _ in images]
+    own = [known.file_at(each) if isinstance(each, (str, Path)) else None for each in pictures]
+    return known.nearest(predictor(np.stack(images)).features, neighbors, own)
+
+
+def _tell(error: FlaxclsError) -> None:
+    say(f"flaxcls: {printable(str(error))}", error=True)
 
 
 def export(
@@ -226,6 +311,121 @@ def export(
         pictures=list(map(str, pictures)),
         data_dir=data_dir,
     )
+
+
+def attack(
+    run: str | Path,
+    *,
+    norm: str = "linf",
+    eps: str | float = "8/255",
+    method: str = "apgd",
+    steps: int | None = None,
+    restarts: int = 1,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run on adversarial images; see `attack_run` for all of it.
+
+    Args:
+      run, checkpoint, ema: as in `load`.
+      norm, eps: "linf" or "l2", and the radius in units of [0, 1], such as "8/255".
+      method: "fgsm", "pgd" or "apgd"; each contains those before it.
+      steps, restarts: of the attacks; None: 20 of PGD and 100 of APGD.
+      examples: of the split, drawn by the seed; more than there are: all.
+      split, data_dir: as in `evaluate`.
+      out: a new folder for the adversarial images and a table.
+
+    Returns {"accuracies": {"clean": .., "fgsm": .., ...}, "robust", "interval", "rounded", ...}.
+    """
+    compilation_cache.enable()
+    return attack_run(
+        Path(run),
+        norm=norm,
+        eps=eps,
+        method=method,
+        steps=steps,
+        restarts=restarts,
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
+        out=None if out is None else Path(out),
+    )
+
+
+def corrupt(
+    run: str | Path,
+    *,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run under fifteen corruptions, each at five severities.
+
+    Arguments as in `attack`. Returns {"clean", "corruptions": {name: [...]}, "mean", ...}.
+    """
+    compilation_cache.enable()
+    return corrupt_run(
+        Path(run),
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
+    )
+
+
+def average(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    checkpoint: str | None = None,
+    greedy: bool = False,
+    split: str | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Writes the mean of the weights of a run's checkpoints, or of several runs, as the run `out`.
+
+    Args:
+      runs: one folder or several, of runs of one network with the same classes.
+      out: a new folder.
+      checkpoint: of each run "last", "best", a step, several such as "800,1000", or "all" that are
+        kept; None: all of a single run, the last of each of several.
+      greedy: take only what doesn't make it worse on `split`, which must be held out.
+      data_dir: where the data is, if it has moved.
+
+    Returns what was taken and the exact metrics on what the runs were evaluated on:
+    {"step", "split", "members": [(folder, step), ...], "eval": {"accuracy", ...}}. BatchNorm's
+    statistics are estimated anew. docs/knowing.md has more.
+    """
+    compilation_cache.enable()
+    several = [runs] if isinstance(runs, (str, Path)) else runs
+    averaged = average_runs(
+        [Path(run) for run in several],
+        Path(out),
+        checkpoint=checkpoint,
+        greedy=greedy,
+        split=split,
+        data_dir=data_dir,
+    )
+    members = [(str(member.run), member.step) for member in averaged.members]
+    return {
+        "step": averaged.step,
+        "split": averaged.split,
+        "members": members,
+        **averaged.results,
+    }
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

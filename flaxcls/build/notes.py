@@ -56,6 +56,20 @@ def evaluated_twice(
         )
 
 
+def balanced_twice(config: ConfigDict) -> Iterator[str]:
+    """That rare classes come more often and weigh more as well."""
+    loss, by_loss = config.loss, None
+    if loss.class_weights in ("balanced", "effective_number"):
+        by_loss = f"config.loss.class_weights = {loss.class_weights!r} makes them weigh more"
+    elif loss.name == "logit_adjusted":
+        by_loss = "config.loss.name = 'logit_adjusted' is for classes that come as often as they do"
+    if by_loss and config.sampling != "shuffle":
+        yield (
+            f"config.sampling = {config.sampling!r} draws rare classes more often, and {by_loss}: "
+            "one of the two balances them"
+        )
+
+
 def _names(source: Source) -> set[str]:
     """The splits that a source has examples of."""
     while isinstance(source, Subset):

@@ -27,6 +27,7 @@ class SavedExperiment(NamedTuple):
       has_ema: whether an average of the parameters was kept.
       best_metric: what says which of several results is better.
       eval_batch_size: examples at a time in evaluation.
+      tta: the views that logits are the mean over; None: the images as they are.
       transform: what becomes of a picture; None where all have the network's size.
       input: how pictures are read.
       evaluation: opens a split, the run's own for None, whose data may be elsewhere now.
@@ -37,6 +38,7 @@ class SavedExperiment(NamedTuple):
     has_ema: bool
     best_metric: str
     eval_batch_size: int
+    tta: str | None
     transform: Transform | None
     input: InputOptions
     evaluation: Callable[[str | None, str | None], Pipeline]
@@ -70,12 +72,14 @@ def saved_experiment(
         image_shape=tuple(metadata.get("source_shape", image_shape)),
         fingerprint="",
     )
+    network = pieces.model(config, mesh, len(class_names), (image_shape,))
     return SavedExperiment(
-        network=pieces.model(config, mesh, len(class_names), (image_shape,)),
+        network=network,
         loss=pieces.loss(config, len(class_names)),
         has_ema=config.ema_decay is not None,
         best_metric=config.checkpoint.best_metric,
         eval_batch_size=config.eval.batch_size or config.batch_size,
+        tta=pieces.test_time_augmentation(config, network, image_shape),
         transform=inputs.eval_transform(config, pictures),
         input=inputs.input_options(config),
         evaluation=evaluation,

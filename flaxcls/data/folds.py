@@ -50,6 +50,12 @@ def parse_fold(spec: str) -> Fold | None:
     return fold
 
 
+def whole_split(spec: str) -> str:
+    """The split whose folds a split names, or their folds; itself if it names none."""
+    fold = parse_fold(spec)
+    return whole_split(fold.split) if fold else spec
+
+
 def open_fold(whole: Source, fold: Fold, *, seed: int = 0, groups: str | None = None) -> Subset:
     """The examples of `fold` among those of `whole`, which is `fold.split` opened.
 

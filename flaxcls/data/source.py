@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxcls.config.user_code import file_of, in_user_code
-from flaxcls.errors import ConfigError
+from flaxcls.errors import ConfigError, DataError
 
 
 class Example(NamedTuple):
@@ -247,6 +247,23 @@ def _parse_split(spec: str, shard_lengths: Mapping[str, Sequence[int]]) -> list[
 def take_slices(indices: Mapping[str, np.ndarray], slices: Sequence[Slice]) -> np.ndarray:
     """The concatenation of the slices of every split's array."""
     return np.concatenate([indices[part.split][part.start : part.stop] for part in slices])
+
+
+def count_classes(labels: np.ndarray, num_classes: int, user: str) -> np.ndarray:
+    """How many examples each class has, int [num_classes], for a `user` that needs some of all.
+
+    `labels` are int [N]. Raises DataError if one is out of range or a class has no example.
+    """
+    labels = np.asarray(labels)
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise DataError(
+            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}"
+        )
+    counts = np.bincount(labels, minlength=num_classes)
+    if not counts.all():
+        missing = int(np.argmin(counts))
+        raise DataError(f"{user} needs examples of every class; {missing} has none")
+    return counts
 
 
 def some_names(names: Sequence[str]) -> str:

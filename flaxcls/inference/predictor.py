@@ -14,6 +14,7 @@ import optax
 from PIL import Image
 
 from flaxcls import augment, models
+from flaxcls.augment.views import mean_over_views
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS, best_of
 from flaxcls.data.decode import Picture
@@ -32,6 +33,7 @@ from flaxcls.runtime.read_ahead import in_order
 PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax_cross_entropy": jax.nn.softmax,
     "focal": jax.nn.softmax,
+    "logit_adjusted": jax.nn.softmax,
     "sigmoid_cross_entropy": jax.nn.sigmoid,  # each class on its own: they need not add up to 1
     "squared_error": jax.vmap(optax.projections.projection_simplex),
 }
@@ -70,11 +72,13 @@ class Predictor:
       ema: whether to take the average of the parameters or the parameters themselves. None: which
         of the two was better when the checkpoint was evaluated, by the run's best_metric.
       batch_size: images at a time; rounded up to a multiple of the devices.
+      tta: as for `restore`: the views of each picture that logits and features are the mean over.
 
     Attributes:
       class_names: of the K classes.
       image_shape: (height, width, channels) of the images that the network is given.
       step: how many updates it was trained for.
+      batch_size: images at a time.
       restored: the checkpoint.
       weights, variables: "eval" or "ema", as evaluations name them, and what that means.
 
@@ -88,20 +92,25 @@ class Predictor:
         checkpoint: str = "last",
         ema: bool | None = None,
         batch_size: int = 64,
+        tta: str | None = None,
     ):
-        self.restored = restored = restore(Path(run), checkpoint, batch_size)
+        self.restored = restored = restore(Path(run), checkpoint, batch_size, tta)
         experiment, metadata = restored.experiment, restored.metadata
         self.class_names: list[str] = metadata["class_names"]
         self.image_shape: tuple[int, int, int] = tuple(metadata["image_shape"])
         self.step = restored.step
         self._transform, self._input = experiment.transform, experiment.input
         self._mesh = restored.mesh
-        self._batch_size = sharding.round_up(self._mesh, batch_size)
+        self.batch_size = sharding.round_up(self._mesh, batch_size)
         self.weights = _choose_weights(restored, run, ema)
         self.variables = restored.ema if self.weights == "ema" else restored.variables
         self._forward = jax.jit(
             make_forward(
-                experiment.network, experiment.loss.name, metadata["mean"], metadata["std"]
+                experiment.network,
+                experiment.loss.name,
+                metadata["mean"],
+                metadata["std"],
+                experiment.tta,
             ),
             out_shardings=sharding.everywhere(self._mesh),
         )
@@ -127,20 +136,22 @@ class Predictor:
         4 channels, of any size; it becomes what evaluation would show to the network. Raises
         DataError for a file that can't be read and ValueError for what is no picture.
         """
-        if _is_picture(pictures):
+        if is_one_picture(pictures):
             return self.predict([pictures])[0]
-        images = [self._image(picture) for picture in pictures]
-        if not images:
-            return []
-        predictions, results = self(np.stack(images)), []
+        images = [self.prepare(picture) for picture in pictures]
+        return self.ranked(self(np.stack(images))) if images else []
+
+    def ranked(self, predictions: Predictions) -> list[Prediction]:
+        """What is said of each picture, with the names of the classes."""
+        results = []
         order = np.argsort(-predictions.logits, axis=1, kind="stable").tolist()
         for labels, shares in zip(order, predictions.probabilities.tolist(), strict=True):
             ranked = {self.class_names[label]: shares[label] for label in labels}
             results.append(Prediction(*next(iter(ranked.items())), ranked))
         return results
 
-    def _image(self, picture: Any) -> np.ndarray:
-        """A picture as evaluation would show it to the network, uint8 [H, W, C]."""
+    def prepare(self, picture: Any) -> np.ndarray:
+        """A picture, as `predict` takes it, as evaluation would show it: uint8 [H, W, C]."""
         if isinstance(picture, (str, os.PathLike)):
             return self.read(picture)
         height, width, channels = self.image_shape
@@ -157,13 +168,13 @@ class Predictor:
                 f"images must be uint8 of shape (N, {', '.join(map(str, self.image_shape))}), "
                 f"got {images.dtype} of {images.shape}"
             )
-        starts = range(0, max(len(images), 1), self._batch_size)
-        parts = [self._predict(images[start : start + self._batch_size]) for start in starts]
+        starts = range(0, max(len(images), 1), self.batch_size)
+        parts = [self._predict(images[start : start + self.batch_size]) for start in starts]
         return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _predict(self, images: np.ndarray) -> Predictions:
         """Of at most a batch, which is filled up so that one program serves all."""
-        batch = np.zeros((self._batch_size, *self.image_shape), np.uint8)
+        batch = np.zeros((self.batch_size, *self.image_shape), np.uint8)
         batch[: len(images)] = images
         placed = sharding.split_batch(self._mesh, {"image": batch})
         predictions = jax.device_get(self._forward(self.variables, placed["image"]))
@@ -176,6 +187,20 @@ class Predictor:
 
         They are read in threads while the devices compute, some batches ahead of what is yielded.
         Those that can't be read are skipped, and `report` is called with what was wrong.
+        """
+
+        def classify(batch: list[tuple[str, np.ndarray]]) -> tuple[Sequence[str], Predictions]:
+            names, images = zip(*batch, strict=True)
+            return names, self(np.stack(images))
+
+        yield from in_order(classify, self.batches(files, report), threads=1)
+
+    def batches(
+        self, files: Iterable[str], report: Callable[[DataError], None]
+    ) -> Iterator[list[tuple[str, np.ndarray]]]:
+        """The files' names and pictures as `read` makes them, at most `batch_size` at a time.
+
+        They are read in threads, ahead; those that can't be read are skipped, as in `files`.
         """
 
         def read(file: str) -> tuple[str, np.ndarray | DataError]:
@@ -191,19 +216,16 @@ class Predictor:
                 else:
                     yield file, image
 
-        def classify(batch: list[tuple[str, np.ndarray]]) -> tuple[Sequence[str], Predictions]:
-            names, images = zip(*batch, strict=True)
-            return names, self(np.stack(images))
-
         readable = pictures()
-        batches = iter(lambda: list(itertools.islice(readable, self._batch_size)), [])
-        yield from in_order(classify, batches, threads=1)
+        yield from iter(lambda: list(itertools.islice(readable, self.batch_size)), [])
 
     def describe(self) -> str:
         """In words: which weights these are, how good they were, and what is done to pictures."""
         text = f"step {self.step}, {WEIGHTS[self.weights]}"
         if result := self._results.get(self.weights):
             text += f", accuracy {result['accuracy']:.2%} when they were last evaluated"
+        if tta := self.restored.experiment.tta:
+            text += f"; logits are the mean over the views of {tta}"
         if not self._transform:
             height, width, _ = self.image_shape
             text += f"; pictures that are not {width} x {height} pixels are stretched to it"
@@ -211,15 +233,23 @@ class Predictor:
 
 
 def make_forward(
-    network: nn.Module, loss_name: str, mean: Any, std: Any
+    network: nn.Module, loss_name: str, mean: Any, std: Any, tta: str | None = None
 ) -> Callable[[Any, jax.Array], Predictions]:
-    """Returns `forward(variables, images uint8 [B, H, W, C]) -> Predictions`, to be jitted."""
+    """Returns `forward(variables, images uint8 [B, H, W, C]) -> Predictions`, to be jitted.
+
+    With a test-time augmentation `tta` logits and features are the means over its views, and the
+    probabilities those of the mean logits.
+    """
 
     def forward(variables: Any, images: jax.Array) -> Predictions:
-        images = augment.normalize(images, mean, std)
-        logits, features = models.logits_and_features(network, variables, images)
+        def of_view(view: jax.Array) -> tuple[jax.Array, jax.Array]:
+            given = augment.normalize(view, mean, std)
+            logits, features = models.logits_and_features(network, variables, given)
+            return logits, features["pooled"]
+
+        logits, features = mean_over_views(tta, of_view)(images)
         probabilities = PROBABILITIES[evaluated_as(loss_name)](logits)
-        return Predictions(logits, probabilities, features["pooled"])
+        return Predictions(logits, probabilities, features)
 
     return forward
 
@@ -234,7 +264,8 @@ def _choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) ->
     return best_of(results, restored.experiment.best_metric) if results else "eval"
 
 
-def _is_picture(value: Any) -> bool:
+def is_one_picture(value: Any) -> bool:
+    """Whether it is a picture as `Predictor.predict` takes it, and not several of them."""
     return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) and (
         getattr(value, "ndim", 3) <= 3
     )

@@ -1,1 +1,1 @@
-"""What a trained network knows, and what it tells of its data."""
+"""What there is to know about a trained network besides its accuracy."""
