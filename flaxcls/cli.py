@@ -35,6 +35,7 @@ COMMANDS = {
     "average": "flaxcls.average",
     "crossval": "flaxcls.crossval",
     "sweep": "flaxcls.sweep",
+    "audit": "flaxcls.audit",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

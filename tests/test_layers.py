@@ -24,6 +24,7 @@ FLOORS = (
         "plan",
         "crossval",
         "sweep",
+        "audit",
         "data.__main__",
         "data.commands",
         "api",
