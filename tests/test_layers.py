@@ -23,6 +23,7 @@ FLOORS = (
     ),
     ("cli",),
     ("perf",),
+    ("insight",),
     ("training",),
     ("inference",),
     ("weights",),
