@@ -28,6 +28,7 @@ COMMANDS = {
     "evaluate": "flaxcls.evaluate",
     "predict": "flaxcls.predict",
     "export": "flaxcls.export",
+    "report": "flaxcls.report.__main__",
     "data": "flaxcls.data.__main__",
     "data check": "flaxcls.data.commands.check",
     "data prepare": "flaxcls.data.commands.prepare",

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from flaxcls.core.metrics import WEIGHTS
 from flaxcls.insight.intervals import wilson
 from flaxcls.insight.scores import class_scores, confusion, reliability
 from flaxcls.report import svg
@@ -27,7 +26,7 @@ from flaxcls.report.run_data import RunData
 from flaxcls.runtime.output import printable
 
 _MOST_IN_GRID = 40  # classes of a confusion matrix whose every cell is written
-_PAIRS = 30  # of classes that are confused most
+_PAIRS = 20  # of classes that are confused most
 _CELLS = 250  # of a coarse image of the matrix, per side
 _RED = (214, 69, 65)  # is seen on light and on dark ground
 
@@ -40,7 +39,7 @@ def confusions(run: RunData) -> Section | None:
     matrix, names = confusion(answers.judged), answers.class_names
     blocks: list[Block] = [Text(_about(answers))]
     if len(names) <= _MOST_IN_GRID:
-        caption = "Rows are the labels, columns what the network took the images for"
+        caption = "Rows: labels. Columns: predictions."
         blocks.append(Matrix(caption, list(map(printable, names)), matrix.tolist()))
     else:
         blocks.append(_coarse(matrix))
@@ -49,9 +48,10 @@ def confusions(run: RunData) -> Section | None:
 
 
 def _about(answers: Answers) -> str:
+    averaged = ", with averaged parameters" if answers.weights == "ema" else ""
     return (
         f"What the network says of the {len(answers.judged.labels):,} images of {answers.data} "
-        f"'{answers.split}': step {answers.step:,}, {WEIGHTS[answers.weights]}."
+        f"'{answers.split}' after step {answers.step:,}{averaged}."
     )
 
 
@@ -174,8 +174,8 @@ def mistakes(run: RunData) -> Section | None:
             uri=each.picture,
             alt=f"{names[each.label]}, taken for {names[each.best]}",
             lines=[
-                ("label", f"{names[each.label]} {100 * each.own:.1f} %"),
-                ("taken for", f"{names[each.best]} {100 * each.confidence:.1f} %"),
+                (f"label, {100 * each.own:.1f} %", names[each.label]),
+                (f"taken for, {100 * each.confidence:.1f} %", names[each.best]),
             ],
             title=each.where,
         )

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from flaxcls import models
-from flaxcls.core.losses import evaluated_as
+from flaxcls.core.losses import outputs_of
 from flaxcls.core.metrics import best_of
 from flaxcls.data.loader import materialize
 from flaxcls.data.pipeline import Pipeline
@@ -68,7 +68,7 @@ def answers_of(workdir: Path, data_dir: str | None = None) -> Answers:
     variables = run.ema if weights == "ema" else run.variables
     pipeline = experiment.evaluation(None, data_dir)
     predictions = predict_split(run, pipeline, variables)
-    judged = judge(predictions, evaluated_as(experiment.loss.name))
+    judged = judge(predictions, outputs_of(experiment.loss.name))
     return Answers(
         step=run.step,
         weights=weights,

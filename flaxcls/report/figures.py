@@ -69,4 +69,4 @@ def curves(
     legend = [(line.style, line.label) for line in lines] if len(lines) > 1 else []
     notes = [caption] if caption else []
     notes += ["logarithmic scale"] if log else []
-    return Chart(title, drawing, list(dict.fromkeys(legend)), ", ".join(notes))
+    return Chart(title, drawing, list(dict.fromkeys(legend)), "; ".join(notes))

@@ -14,13 +14,14 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from flaxcls.errors import OutputError
+from flaxcls.errors import OutputError, one_line
 from flaxcls.files import atomic_write
 from flaxcls.report import answer_sections, comparison_sections, training_sections
 from flaxcls.report.blocks import Block, Section
 from flaxcls.report.figures import share
-from flaxcls.report.run_data import RunData, load
+from flaxcls.report.run_data import RunData, load_run
 from flaxcls.report.run_files import RunFiles, number_in, read_run
+from flaxcls.runtime import processes
 from flaxcls.runtime.output import printable, printable_lines
 
 OF_A_RUN: Sequence[Callable[[RunData], Section | None]] = (
@@ -41,6 +42,7 @@ OF_SEVERAL: Sequence[Callable[[Sequence[RunFiles]], Section | None]] = (
     comparison_sections.config_differences,
     comparison_sections.environment,
 )
+MOST_SECONDS = 30  # of predictions at the end of a run
 _HERE = Path(__file__).parent
 
 
@@ -57,14 +59,13 @@ def write_report(
       runs: their folders.
       out: the file; None: report.html in the run's folder, comparison.html here for several.
       data_dir: where the data of a run is, if it has moved.
-      max_seconds: how long a pass over the evaluation split of a run may take; a longer one, and
-        what needs it, is left out. None: any.
+      max_seconds: how long predictions for the evaluation split of a run may take, see `load_run`.
 
     Raises ConfigError where there is no run, and OutputError where the page can't be written.
     """
     folders = [Path(run).expanduser() for run in runs]
     if len(folders) == 1:
-        run = load(folders[0], data_dir=data_dir, max_seconds=max_seconds)
+        run = load_run(folders[0], data_dir=data_dir, max_seconds=max_seconds)
         sections = [make(run) for make in OF_A_RUN]
         title, lead = run.files.name, _lead(run.files)
         out = out or folders[0] / "report.html"
@@ -83,6 +84,19 @@ def write_report(
     return out
 
 
+def report_at_the_end(workdir: Path) -> str:
+    """Writes the page of a run that has just ended, in its process; never raises.
+
+    Returns where it is or, in a sentence, why there is none. Devices of other processes can't be
+    used any more, so that the page of several processes has no predictions.
+    """
+    try:
+        seconds = MOST_SECONDS if processes.count() == 1 else 0
+        return f"Report: {printable(write_report([workdir], max_seconds=seconds))}"
+    except Exception as error:  # whatever it is, the run has succeeded
+        return f"There is no report: {one_line(error) or type(error).__name__}"
+
+
 def _lead(run: RunFiles) -> str:
     """What was trained on what, in a sentence."""
     if not run.config:
@@ -91,7 +105,8 @@ def _lead(run: RunFiles) -> str:
     text = f"{network} on {data}, {run.config['duration']}"
     accuracy, of = (number_in(run.results, "eval", name) for name in ("accuracy", "count"))
     if accuracy is not None and of:
-        text += f": right on {share(accuracy)} of {of:,} images it was not trained on"
+        split = run.config["data"]["eval_split"]
+        text += f": {share(accuracy)} of the {of:,} images of '{split}' are right"
     return f"{text}."
 
 

@@ -17,10 +17,10 @@ class RunData(NamedTuple):
 
     files: RunFiles
     answers: Answers | None
-    left_out: str
+    left_out: str = ""
 
 
-def load(
+def load_run(
     workdir: Path, *, data_dir: str | None = None, max_seconds: float | None = None
 ) -> RunData:
     """Reads a run and makes its predictions.
@@ -29,22 +29,21 @@ def load(
       workdir: the run's folder.
       data_dir: where the data is, if it has moved.
       max_seconds: how long a pass over the evaluation split may take, by those of training; a
-        longer one is left out. None: any.
+        longer one is left out, and with 0 any. None: any is made.
 
     Raises ConfigError where there is no run. What is wrong with checkpoints or data leaves out the
     answers.
     """
     files = read_run(workdir)
     seconds = seconds_of_a_pass(files)
-    if max_seconds is not None and (seconds or 0) > max_seconds:
+    if max_seconds is not None and (not max_seconds or (seconds or 0) > max_seconds):
         command = f"python -m flaxcls.report {shlex.quote(f'--run={workdir}')}"
-        return RunData(
-            files,
-            None,
-            f"Predictions were left out: a pass over the evaluation split takes about "
-            f"{seconds:.0f} s. This adds them: {command}",
+        takes = f", a pass takes about {seconds:.0f} s" if seconds else ""
+        why = (
+            f"Predictions of the evaluation split are left out{takes}. They are made by: {command}"
         )
+        return RunData(files, None, why)
     try:
-        return RunData(files, answers_of(workdir, data_dir), "")
+        return RunData(files, answers_of(workdir, data_dir))
     except FlaxclsError as error:
-        return RunData(files, None, f"Predictions were left out: {one_line(error)}")
+        return RunData(files, None, f"Predictions are left out: {one_line(error)}")

@@ -1,6 +1,6 @@
 """Charts as inline SVG, whose colours and fonts are the style sheet's: light, dark and on paper.
 
-They are drawn for a column of some 400 pixels, where text has the size of the page's. Matplotlib
+They are drawn for a column of some 360 pixels, where text has the size of the page's. Matplotlib
 would draw for one colour scheme, with text as outlines, and take a second to be imported.
 """
 
@@ -12,8 +12,8 @@ from markupsafe import Markup
 
 from flaxcls.runtime.output import printable
 
-_WIDTH, _HEIGHT = 400, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 36  # margins
+_WIDTH, _HEIGHT = 360, 230
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 20, 10, 36  # margins
 _MOST_POINTS = 600  # of a line: more than its pixels are not seen
 
 Point = tuple[float, float]
@@ -115,6 +115,22 @@ class _Canvas:
         self.add('<path class="axis" d="M{} {}H{}"/>', _LEFT, bottom, right)
         self.add('<text x="{}" y="{}" class="label">{}</text>', right, _HEIGHT - 4, self._x.label)
 
+    def add_bars(self, style: str, heights: Sequence[float | None], titles: Sequence[str]) -> None:
+        """Bars of one width from 0 to 1; None is no bar."""
+        for number, (height, title) in enumerate(zip(heights, titles, strict=True)):
+            if height is not None:
+                left, right = (self.x(n / len(heights)) for n in (number, number + 1))
+                self.add(
+                    '<rect class="{}" x="{:.1f}" y="{}" width="{:.1f}" height="{:.1f}">'
+                    "<title>{}</title></rect>",
+                    style,
+                    left + 1,
+                    self.y(height),
+                    right - left - 2,
+                    max(self.y(0) - self.y(height), 1),
+                    title,
+                )
+
     def drawing(self, says: str) -> Markup:
         """The whole; `says` is for who can't see it."""
         start = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">').format(
@@ -167,27 +183,16 @@ def thinned(points: Sequence[Point], most: int = _MOST_POINTS) -> list[Point]:
 def reliability_diagram(
     confidence: Sequence[float], accuracy: Sequence[float], counts: Sequence[int], says: str
 ) -> Markup:
-    """Accuracy in each bin of the confidence: bars, against the diagonal where both are equal.
+    """Accuracy in each bin of the confidence, and how far it is from the bin's mean confidence.
 
-    The bins are of one width, in order from 0 to 1; those without examples have no bar.
+    The bins are of one width, in order from 0 to 1; those without examples have no bar. On the
+    diagonal both would be equal.
     """
-    percents = [f"{share:.0%}".replace("%", " %") for share in (0.0, 1.0)]
-    scale = {0.0: percents[0], 1.0: percents[1]}
-    label = lambda value: scale.get(value, f"{100 * value:.0f}")  # noqa: E731
-    canvas = _Canvas(Axis("confidence", 0, 1, label), Axis("accuracy", 0, 1, label))
-    width = 1 / len(counts)
-    for number, (sure, right, count) in enumerate(zip(confidence, accuracy, counts, strict=True)):
-        if count:
-            left, top, bottom = canvas.x(number * width), canvas.y(right), canvas.y(0)
-            canvas.add(
-                '<rect class="bar" x="{:.1f}" y="{}" width="{:.1f}" height="{:.1f}">'
-                "<title>{}</title></rect>",
-                left + 1,
-                top,
-                canvas.x((number + 1) * width) - left - 2,
-                max(bottom - top, 1),
-                f"{count:,} examples: {100 * sure:.1f} % sure, {100 * right:.1f} % right",
-            )
+    canvas = _Canvas(Axis("confidence", 0, 1, _percent), Axis("accuracy", 0, 1, _percent))
+    heights = [right if count else None for right, count in zip(accuracy, counts, strict=True)]
+    canvas.add_bars("bar soft", heights, [f"{count:,} examples" for count in counts])
+    for sure, right in zip(confidence, heights, strict=True):
+        if right is not None:
             gap = f"M{canvas.x(sure)} {canvas.y(right)}V{canvas.y(sure)}"
             canvas.add('<path class="gap" d="{}"/>', gap)
     diagonal = f"M{canvas.x(0)} {canvas.y(0)}L{canvas.x(1)} {canvas.y(1)}"
@@ -197,25 +202,14 @@ def reliability_diagram(
 
 def histogram(counts: Sequence[int], x: str, says: str) -> Markup:
     """Counts of bins of one width between 0 and 1, as bars."""
-
-    def label(value: float) -> str:
-        return f"{100 * value:.0f} %" if value in (0, 1) else f"{100 * value:.0f}"
-
-    canvas = _Canvas(Axis(x, 0, 1, label), axis("", [0, *counts]))
-    width = 1 / len(counts)
-    for number, count in enumerate(counts):
-        if count:
-            left, top = canvas.x(number * width), canvas.y(count)
-            canvas.add(
-                '<rect class="bar" x="{:.1f}" y="{}" width="{:.1f}" height="{:.1f}">'
-                "<title>{}</title></rect>",
-                left + 1,
-                top,
-                canvas.x((number + 1) * width) - left - 2,
-                max(canvas.y(0) - top, 1),
-                f"{count:,}",
-            )
+    canvas = _Canvas(Axis(x, 0, 1, _percent), axis("", [0, *counts]))
+    canvas.add_bars("bar", [count or None for count in counts], [f"{count:,}" for count in counts])
     return canvas.drawing(says)
+
+
+def _percent(share: float) -> str:
+    """What a tick of a scale from 0 to 100 % says: the ends have the unit."""
+    return f"{100 * share:.0f} %" if share in (0, 1) else f"{100 * share:.0f}"
 
 
 def stacked_bar(parts: Sequence[tuple[str, str, float]], says: str) -> Markup:

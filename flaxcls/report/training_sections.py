@@ -32,7 +32,6 @@ from flaxcls.runtime.output import printable
 GROUPS = {"train": "training", "eval": "evaluation", "ema": "averaged parameters"}
 STYLES = {"train": "c7 thin", "eval": "c0", "ema": "c1 dashed"}
 _RECORDED = {  # of config.json
-    "device": "Devices",
     "commit": "Commit of flaxcls",
     "fingerprint": "Fingerprint of the data",
     "mean": "Mean of the channels",
@@ -92,8 +91,7 @@ def _cost_tiles(files: RunFiles) -> Iterator[Tile]:
 
 
 def _facts(run: RunData) -> Iterator[tuple[str, str]]:
-    files, answers = run.files, run.answers
-    config, device = files.config, files.record.get("device")
+    files, answers, config = run.files, run.answers, run.files.config
     if config:
         data, evaluated = config["data"], number_in(files.results.get("eval"), "count")
         examples = training_examples(files)
@@ -111,12 +109,17 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
         yield "Optimizer", _options(config["optimizer"])
         yield "Schedule", _options(config["schedule"])
         yield "Length", f"{config['duration']}, batches of {config['batch_size']:,}"
-    if isinstance(device, dict):
-        yield "Devices", f"{device.get('count')} × {device.get('kind')}"
+    yield "Devices", devices(files.record)
     best = files.summary.get("best")
     if (accuracy := number_in(best, "accuracy")) is not None:
         weights = GROUPS.get(best.get("weights"), "")
         yield "Best", f"{share(accuracy)} after step {number_in(best, 'step') or 0:,}, {weights}"
+
+
+def devices(record: dict[str, Any]) -> str:
+    """`8 × NVIDIA H100`, by what config.json holds; "" where it doesn't say."""
+    device = record.get("device")
+    return f"{device.get('count')} × {device.get('kind')}" if isinstance(device, dict) else ""
 
 
 def _split(name: str, count: float | None) -> str:
@@ -134,7 +137,7 @@ def _words(name: str, **options: Any) -> str:
 
 def _options(section: dict[str, Any]) -> str:
     """`sgd, learning_rate 0.1, momentum 0.9`: a name and the options that say something."""
-    options = {key: value for key, value in section.items() if key != "name" and value}
+    options = {k: v for k, v in section.items() if k != "name" and v and v != "auto"}
     return _words(section["name"], **options) if section.get("name") else ""
 
 
@@ -145,7 +148,7 @@ def learning_curves(run: RunData) -> Section | None:
     def lines(metric: str, *groups: str) -> list[Line]:
         return [Line(GROUPS[g], STYLES[g], files.values(g, metric, x)) for g in groups]
 
-    note = "training: of augmented images and the training objective"
+    note = "In training: augmented images, and what is minimised"
     charts = [
         curves("Loss", lines("loss", *GROUPS), x, log=True, caption=note),
         curves("Accuracy", lines("accuracy", *GROUPS), x, percents=True),
@@ -235,11 +238,18 @@ def environment(run: RunData) -> Section | None:
     """What the result comes from: versions, devices, commit, and the fingerprint of the data."""
     files, record = run.files, run.files.record
     facts = [("Folder", printable(files.path))]
-    facts += [(name, str(record[key])) for key, name in _RECORDED.items() if record.get(key)]
+    facts.append(("Devices", devices(record)))
+    facts += [(name, _recorded(record.get(key))) for key, name in _RECORDED.items()]
     alive = number_in(files.goodput, "last_sign_of_life")
     if alive:
         facts.append(("Last sign of life", time.strftime("%Y-%m-%d %H:%M", time.localtime(alive))))
     versions = record.get("versions")
     if isinstance(versions, dict):
         facts += [(name, str(version)) for name, version in versions.items()]
-    return Section("Environment", [Facts(facts)])
+    return Section("Environment", [Facts([(name, text) for name, text in facts if text])])
+
+
+def _recorded(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"{n:.4f}" if isinstance(n, float) else str(n) for n in value)
+    return str(value or "")
