@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flaxcls.api import load as load
     from flaxcls.api import load_config as load_config
     from flaxcls.api import train as train
+    from flaxcls.api import write_report as write_report
 
 __all__ = (
     "FlaxclsError",
@@ -39,6 +40,7 @@ __all__ = (
     "load",
     "load_config",
     "train",
+    "write_report",
 )
 
 

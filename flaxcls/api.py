@@ -20,6 +20,7 @@ from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
+from flaxcls.report import page
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
 from flaxcls.training.hooks import Hooks, Row
@@ -150,6 +151,20 @@ def export(
         pictures=list(map(str, pictures)),
         data_dir=data_dir,
     )
+
+
+def write_report(
+    runs: Sequence[str | Path], out: str | Path | None = None, *, data_dir: str | None = None
+) -> Path:
+    """Writes a page about a run, or one that compares several; returns its file.
+
+    Args:
+      runs: their folders.
+      out: the file; report.html in the run's folder if not given, comparison.html here for several.
+      data_dir: where the data is, if it has moved.
+    """
+    compilation_cache.enable()
+    return page.write_report(runs, out, data_dir=data_dir)
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

@@ -182,8 +182,7 @@ def mistakes(run: RunData) -> Section | None:
         for each in answers.mistakes
     ]
     wrong = int(np.count_nonzero(answers.judged.rank))
-    which = (
-        "All mistakes" if wrong == len(pictures) else f"The {len(pictures)} of {wrong:,} mistakes"
-    )
-    text = f"{which} that the network is surest of, with its probabilities."
+    shown = f"The {len(pictures)} of {wrong:,} mistakes that the network is surest of"
+    which = "All mistakes, the surest first" if wrong == len(pictures) else shown
+    text = f"{which}, with its probabilities."
     return Section("Mistakes", [Text(text), Gallery(pictures)])

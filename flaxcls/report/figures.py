@@ -7,6 +7,7 @@ from flaxcls.report.blocks import Chart
 from flaxcls.report.run_files import RunFiles, number
 from flaxcls.report.svg import Line
 
+_SPANS = ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s"))  # seconds of each
 COLOURS = 8  # that the style sheet has, "c0" to "c7"
 
 
@@ -17,13 +18,12 @@ def share(value: float) -> str:
 
 def span(seconds: float) -> str:
     """`12 s`, `3 min 20 s`, `4 h 12 min`, `2 d 3 h`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    units = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
-    large = next(place for place, (size, _) in enumerate(units) if seconds >= size)
-    (size, unit), (small_size, small_unit) = units[large : large + 2]
-    whole, rest = divmod(round(seconds / small_size) * small_size, size)
-    return f"{whole} {unit}" + (f" {rest // small_size} {small_unit}" if rest else "")
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    large = next(each for each in _SPANS if round(seconds / each[2]) * each[2] >= each[0])
+    size, unit, small, small_unit = large
+    whole, rest = divmod(round(seconds / small), size // small)
+    return f"{whole} {unit}" + (f" {rest} {small_unit}" if rest else "")
 
 
 def _percent(value: float) -> str:

@@ -70,7 +70,8 @@ def _tick_step(span: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if span / (m * power) <= 5)
 
 
-def _ticks(scale: Axis) -> list[float]:
+def ticks(scale: Axis) -> list[float]:
+    """The values that are written at a scale: round, in order, and few."""
     if not scale.log:
         step = _tick_step(scale.high - scale.low)
         first = math.ceil(scale.low / step - 1e-9)
@@ -78,11 +79,11 @@ def _ticks(scale: Axis) -> list[float]:
         return [number * step for number in range(first, last + 1)]
     decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
     for within in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [m * 10.0**decade for decade in decades for m in within]
-        ticks = [tick for tick in ticks if scale.low <= tick <= scale.high]
-        if len(ticks) <= 7:
-            return ticks
-    return ticks[:: math.ceil(len(ticks) / 6)]
+        found = [m * 10.0**decade for decade in decades for m in within]
+        found = [tick for tick in found if scale.low <= tick <= scale.high]
+        if len(found) <= 7:
+            break
+    return found[:: math.ceil(len(found) / 7)] or [scale.low]
 
 
 class _Canvas:
@@ -104,12 +105,12 @@ class _Canvas:
 
     def _draw_axes(self) -> None:
         right, bottom = _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
-        for tick in _ticks(self._y):
+        for tick in ticks(self._y):
             y = self.y(tick)
             self.add('<path class="grid" d="M{} {}H{}"/>', _LEFT, y, right)
             text = self._y.format(tick)
             self.add('<text x="{}" y="{}" class="y">{}</text>', _LEFT - 6, y + 4, text)
-        for tick in _ticks(self._x):
+        for tick in ticks(self._x):
             text = self._x.format(tick)
             self.add('<text x="{}" y="{}" class="x">{}</text>', self.x(tick), bottom + 16, text)
         self.add('<path class="axis" d="M{} {}H{}"/>', _LEFT, bottom, right)

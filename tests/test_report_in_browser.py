@@ -1,4 +1,9 @@
-"""A headless Chromium that looks at a page, by DevTools' protocol over a pipe."""
+"""The page of a run in headless Chromium: whole and readable, at any width, in both schemes.
+
+For who changes the page: it needs a browser (`apt-get install chromium`) and axe, which looks for
+what keeps people from reading it (`npm install --no-save axe-core` in the checkout).
+What one should look at is in pytest's temporary folders, page.png of each test.
+"""
 
 import base64
 import contextlib
@@ -6,16 +11,25 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
+import pytest
 
+import flaxcls
 
-def find() -> str | None:
-    """The browser's program, if there is one on this machine."""
-    return next(filter(None, map(shutil.which, NAMES)), None)
+ROOT = Path(__file__).parent.parent
+AXE = ROOT / "node_modules" / "axe-core" / "axe.min.js"
+PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+SECONDS = 120  # after which a browser is ended that does not answer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PROGRAM, reason="there is no Chromium"),
+    pytest.mark.skipif(not AXE.exists(), reason="there is no axe-core"),
+]
 
 
 class Browser:
@@ -25,9 +39,8 @@ class Browser:
       messages: what the console said, errors of the page and requests that were made, as text.
     """
 
-    def __init__(self, to_browser: int, from_browser: int):
-        self._to = os.fdopen(to_browser, "wb", buffering=0)
-        self._from = os.fdopen(from_browser, "rb")
+    def __init__(self, to_browser: BinaryIO, from_browser: BinaryIO):
+        self._to, self._from = to_browser, from_browser
         self._number, self._session = 0, None
         self.messages: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -107,11 +120,11 @@ class Browser:
 
 
 @contextlib.contextmanager
-def browser(program: str) -> Iterator[Browser]:
-    """Starts a browser with a profile of its own and ends it."""
+def started() -> Iterator[Browser]:
+    """A browser with a profile of its own; it is ended afterwards."""
     to_child, ours_out = os.pipe()
     ours_in, from_child = os.pipe()
-    command = [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
+    command = [PROGRAM, "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
     command += ["--disable-background-networking", "--remote-debugging-pipe"]
 
     def connect() -> None:  # DevTools' pipe is file descriptors 3 and 4
@@ -124,8 +137,69 @@ def browser(program: str) -> Iterator[Browser]:
     )
     os.close(to_child)
     os.close(from_child)
+    timer = threading.Timer(SECONDS, process.kill)
+    timer.start()
     try:
-        yield Browser(ours_out, ours_in)
+        with os.fdopen(ours_out, "wb", buffering=0) as out, os.fdopen(ours_in, "rb") as answers:
+            yield Browser(out, answers)
     finally:
+        timer.cancel()
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with started() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def pages(digits_run, tmp_path_factory):
+    """The page of a run, and one that compares two."""
+    folder = tmp_path_factory.mktemp("pages")
+    return {
+        "run": flaxcls.write_report([digits_run], folder / "run.html"),
+        "runs": flaxcls.write_report([digits_run, digits_run], folder / "runs.html"),
+    }
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1280])
+@pytest.mark.parametrize("page", ["run", "runs"])
+def test_page_has_no_errors_and_fits(browser, pages, page, width, scheme, tmp_path):
+    browser.open(pages[page], width=width, scheme=scheme)
+    browser.screenshot(tmp_path / "page.png")  # stays for some runs of the tests
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    browser.run(AXE.read_text() + "; 0")
+    found = browser.run("axe.run()")
+    assert len(found["passes"]) > 20
+    assert [(each["impact"], each["id"]) for each in found["violations"]] == []
+    assert browser.messages == []
+
+
+def test_table_sorts_by_its_buttons(browser, pages):
+    browser.open(pages["run"])
+    recalls = """[...document.querySelectorAll("#classes tbody tr")]
+        .map(row => parseFloat(row.cells[2].dataset.value))"""
+    click = "document.querySelectorAll('#classes th button')[2].click()"
+    before = browser.run(recalls)
+    assert before == sorted(before) and len({*before}) > 1
+    for turn in (sorted(before), sorted(before, reverse=True)):
+        browser.run(click)
+        assert browser.run(recalls) == turn
+    names = "[...document.querySelectorAll('#classes tbody th')].map(cell => cell.textContent)"
+    browser.run("document.querySelector('#classes th button').click()")
+    assert browser.run(names) == [str(number) for number in range(10)]
+    sort = browser.run("document.querySelector('#classes th').getAttribute('aria-sort')")
+    assert sort == "ascending"
+
+
+def test_page_is_whole_without_scripts(browser, pages):
+    browser.open(pages["run"], scripts=False)
+    root = browser.call("DOM.getDocument")["root"]["nodeId"]
+
+    def count(selector: str) -> int:
+        return len(browser.call("DOM.querySelectorAll", nodeId=root, selector=selector)["nodeIds"])
+
+    assert count("#classes tbody tr") == 10 and count("button") == 0 and count("svg") > 5
