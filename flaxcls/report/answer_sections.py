@@ -152,10 +152,10 @@ def calibration(run: RunData) -> Section | None:
                             ("c0 block", "accuracy of a bin"),
                             ("c4", "its distance from the confidence"),
                         ],
-                        f"the expected calibration error is {error}",
+                        f"Expected calibration error {error}",
                     ),
                     Chart(
-                        "Confidence", sure, caption=f"images in each bin; {share(mean)} on average"
+                        "Confidence", sure, caption=f"Images in each bin, {share(mean)} on average"
                     ),
                 ]
             )
@@ -184,5 +184,5 @@ def mistakes(run: RunData) -> Section | None:
     wrong = int(np.count_nonzero(answers.judged.rank))
     shown = f"The {len(pictures)} of {wrong:,} mistakes that the network is surest of"
     which = "All mistakes, the surest first" if wrong == len(pictures) else shown
-    text = f"{which}, with its probabilities."
+    text = f"{which}, with the network's probabilities."
     return Section("Mistakes", [Text(text), Gallery(pictures)])

@@ -107,7 +107,7 @@ def environment(runs: Sequence[RunFiles]) -> Section | None:
             rows.append((key, *values))
     if not rows:
         return None
-    return Section("Environment", [Table("What differs", ["", *names_of(runs)], rows)])
+    return Section("Environment", [Table("What differs", ["what", *names_of(runs)], rows)])
 
 
 def _flat(record: dict[str, Any]) -> dict[str, str]:

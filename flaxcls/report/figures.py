@@ -67,6 +67,5 @@ def curves(
         lines, svg.Axis(x, 0, end or 1, svg.short), y, marks=marks, says=f"{title} by {x}: {says}"
     )
     legend = [(line.style, line.label) for line in lines] if len(lines) > 1 else []
-    notes = [caption] if caption else []
-    notes += ["logarithmic scale"] if log else []
-    return Chart(title, drawing, list(dict.fromkeys(legend)), "; ".join(notes))
+    notes = [caption, *(["Logarithmic scale"] if log else [])]
+    return Chart(title, drawing, list(dict.fromkeys(legend)), ". ".join(filter(None, notes)))

@@ -52,7 +52,7 @@ _SPENT = {  # what seconds go to, in the order of the bar, and its colours
 def overview(run: RunData) -> Section:
     """What was trained on what, and how well."""
     files, answers = run.files, run.answers
-    tiles = [tile for name, row in files.results.items() for tile in _result_tiles(name, row)]
+    tiles = [*_result_tiles(files.results)]
     if answers:
         error = share(reliability(answers.judged).error)
         tiles.append(Tile("Calibration error", error, f"expected, {BINS} bins"))
@@ -65,17 +65,19 @@ def overview(run: RunData) -> Section:
     return Section("Result", [*notes, Tiles([*tiles, *_cost_tiles(files)]), Facts(facts)])
 
 
-def _result_tiles(name: str, row: dict[str, Any]) -> Iterator[Tile]:
-    suffix = "" if name == "eval" else f", {GROUPS[name]}"
-    accuracy, count = number_in(row, "accuracy"), number_in(row, "count")
-    if accuracy is not None and count:
-        low, high = wilson(round(accuracy * count), count)
-        note = f"95 %: {100 * low:.2f} to {100 * high:.2f}; {count:,} images"
-        yield Tile(f"Accuracy{suffix}", share(accuracy), note)
-    if (top5 := number_in(row, "accuracy_top5")) is not None:
-        yield Tile(f"Top-5 accuracy{suffix}", share(top5))
-    if (loss := number_in(row, "loss")) is not None:
-        yield Tile(f"Loss{suffix}", f"{loss:.4f}", "negative log-likelihood")
+def _result_tiles(results: dict[str, dict[str, Any]]) -> Iterator[Tile]:
+    for name, row in results.items():
+        accuracy, count = number_in(row, "accuracy"), number_in(row, "count")
+        if accuracy is not None and count:
+            low, high = wilson(round(accuracy * count), count)
+            note = f"95 %: {100 * low:.2f} to {100 * high:.2f}; {count:,} images"
+            label = "Accuracy" if name == "eval" else "Averaged parameters"
+            yield Tile(label, share(accuracy), note)
+    evaluated = results.get("eval")
+    if (top5 := number_in(evaluated, "accuracy_top5")) is not None:
+        yield Tile("Top-5 accuracy", share(top5))
+    if (loss := number_in(evaluated, "loss")) is not None:
+        yield Tile("Loss", f"{loss:.4f}", "negative log-likelihood")
 
 
 def _cost_tiles(files: RunFiles) -> Iterator[Tile]:
@@ -112,8 +114,8 @@ def _facts(run: RunData) -> Iterator[tuple[str, str]]:
     yield "Devices", devices(files.record)
     best = files.summary.get("best")
     if (accuracy := number_in(best, "accuracy")) is not None:
-        weights = GROUPS.get(best.get("weights"), "")
-        yield "Best", f"{share(accuracy)} after step {number_in(best, 'step') or 0:,}, {weights}"
+        averaged = ", averaged parameters" if best.get("weights") == "ema" else ""
+        yield "Best", f"{share(accuracy)} after step {number_in(best, 'step') or 0:,}{averaged}"
 
 
 def devices(record: dict[str, Any]) -> str:
@@ -155,7 +157,7 @@ def learning_curves(run: RunData) -> Section | None:
         curves("Top-5 accuracy", lines("accuracy_top5", *GROUPS), x, percents=True),
         curves("Learning rate", lines("learning_rate", "train"), x, from_zero=True),
         curves(
-            "Gradient norm", lines("grad_norm", "train"), x, log=True, caption="before clipping"
+            "Gradient norm", lines("grad_norm", "train"), x, log=True, caption="Before clipping"
         ),
     ]
     found = [chart for chart in charts if chart]
@@ -176,7 +178,7 @@ def speed(run: RunData) -> Section | None:
     """Throughput over the steps and what the seconds went to, over all restarts."""
     files = run.files
     marks = files.starts[1:]
-    note = f"dashed: {len(marks):,} × restarted or rolled back" if marks else ""
+    note = f"Dashed: restarted or rolled back, {len(marks):,} ×" if marks else ""
     rate = Line("images/s", "c0", [(each.step, each.images_per_second) for each in files.speed])
     wait = Line("share of the time", "c1", [(each.step, each.data_wait) for each in files.speed])
     charts = [
