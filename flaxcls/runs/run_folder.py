@@ -7,6 +7,7 @@ checkpoints/     the newest steps and the best one
 profile/         the trace of config.profile
 code/            the user's own modules that the config names; see `run_code`
 summary.json     how it ended
+report.html      all of it as a page, see flaxcls/report
 """
 
 import contextlib
