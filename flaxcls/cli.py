@@ -27,6 +27,8 @@ COMMANDS = {
     "train": "flaxcls.main",
     "evaluate": "flaxcls.evaluate",
     "predict": "flaxcls.predict",
+    "explain": "flaxcls.explain",
+    "search": "flaxcls.search",
     "export": "flaxcls.export",
     "report": "flaxcls.report.__main__",
     "data": "flaxcls.data.__main__",

@@ -14,6 +14,8 @@ FLOORS = (
         "main",
         "evaluate",
         "predict",
+        "explain",
+        "search",
         "export",
         "bench",
         "plan",

@@ -84,7 +84,7 @@ def knn(
       neighbors: at most as many as are known.
       batch_size: of those asked, at a time.
     """
-    bank = sharding.replicate(mesh, (_unit(known[0]), known[1]))
+    bank = sharding.replicate(mesh, (unit(known[0]), known[1]))
     step = jax.jit(
         partial(_ranks, make_votes(neighbors, num_classes)),
         out_shardings=sharding.everywhere(mesh),
@@ -94,7 +94,7 @@ def knn(
     ranks = []
     for start in range(0, len(labels), size):
         part = np.minimum(np.arange(start, start + size), len(labels) - 1)[rows]
-        batch = {"features": _unit(features[part]), "label": labels[part]}
+        batch = {"features": unit(features[part]), "label": labels[part]}
         batch = sharding.split_batch(mesh, batch)
         ranks.append(jax.device_get(step(bank, batch["features"], batch["label"])))
     rank = np.concatenate(ranks)[: len(labels)]
@@ -108,13 +108,21 @@ def make_votes(neighbors: int, num_classes: int) -> Callable[..., jax.Array]:
     """Returns `votes(known, labels, asked) -> float32 [B, K]`, of features of length 1."""
 
     def votes(known: jax.Array, labels: jax.Array, asked: jax.Array) -> jax.Array:
-        similarity = jnp.matmul(asked, known.T, precision=jax.lax.Precision.HIGHEST)
-        nearest, index = jax.lax.top_k(similarity, neighbors)
-        weights = jnp.exp((nearest - 1) / TEMPERATURE)  # - 1: of no effect but on the size
+        similarity, index = nearest(known, asked, neighbors)
+        weights = jnp.exp((similarity - 1) / TEMPERATURE)  # - 1: of no effect but on the size
         classes = jax.nn.one_hot(labels[index], num_classes)
         return jnp.einsum("bk,bkc->bc", weights, classes, precision=jax.lax.Precision.HIGHEST)
 
     return votes
+
+
+def nearest(known: jax.Array, asked: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Cosine similarity and index, [B, count], of those known that are the nearest, best first.
+
+    The features are of length 1, [N, D] and [B, D]; of equally near ones the first comes first.
+    """
+    similarity = jnp.matmul(asked, known.T, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.top_k(similarity, count)
 
 
 def _ranks(votes: Callable, bank: tuple, asked: jax.Array, labels: jax.Array) -> jax.Array:
@@ -122,7 +130,7 @@ def _ranks(votes: Callable, bank: tuple, asked: jax.Array, labels: jax.Array) ->
     return rank_of_label(votes(*bank, asked), labels)
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
+def unit(features: np.ndarray) -> np.ndarray:
     """Each row at length 1; one of zeros stays."""
     flat = features.reshape(len(features), -1)
     length = np.linalg.norm(flat.astype(np.float64), axis=1, keepdims=True)

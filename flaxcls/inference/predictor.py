@@ -75,6 +75,7 @@ class Predictor:
       class_names: of the K classes.
       image_shape: (height, width, channels) of the images that the network is given.
       step: how many updates it was trained for.
+      batch_size: images at a time.
       restored: the checkpoint.
       weights, variables: "eval" or "ema", as evaluations name them, and what that means.
 
@@ -96,7 +97,7 @@ class Predictor:
         self.step = restored.step
         self._transform, self._input = experiment.transform, experiment.input
         self._mesh = restored.mesh
-        self._batch_size = sharding.round_up(self._mesh, batch_size)
+        self.batch_size = sharding.round_up(self._mesh, batch_size)
         self.weights = _choose_weights(restored, run, ema)
         self.variables = restored.ema if self.weights == "ema" else restored.variables
         self._forward = jax.jit(
@@ -129,18 +130,20 @@ class Predictor:
         """
         if _is_picture(pictures):
             return self.predict([pictures])[0]
-        images = [self._image(picture) for picture in pictures]
-        if not images:
-            return []
-        predictions, results = self(np.stack(images)), []
+        images = [self.prepare(picture) for picture in pictures]
+        return self.ranked(self(np.stack(images))) if images else []
+
+    def ranked(self, predictions: Predictions) -> list[Prediction]:
+        """What is said of each picture, with the names of the classes."""
+        results = []
         order = np.argsort(-predictions.logits, axis=1, kind="stable").tolist()
         for labels, shares in zip(order, predictions.probabilities.tolist(), strict=True):
             ranked = {self.class_names[label]: shares[label] for label in labels}
             results.append(Prediction(*next(iter(ranked.items())), ranked))
         return results
 
-    def _image(self, picture: Any) -> np.ndarray:
-        """A picture as evaluation would show it to the network, uint8 [H, W, C]."""
+    def prepare(self, picture: Any) -> np.ndarray:
+        """A picture, as `predict` takes it, as evaluation would show it: uint8 [H, W, C]."""
         if isinstance(picture, (str, os.PathLike)):
             return self.read(picture)
         height, width, channels = self.image_shape
@@ -157,13 +160,13 @@ class Predictor:
                 f"images must be uint8 of shape (N, {', '.join(map(str, self.image_shape))}), "
                 f"got {images.dtype} of {images.shape}"
             )
-        starts = range(0, max(len(images), 1), self._batch_size)
-        parts = [self._predict(images[start : start + self._batch_size]) for start in starts]
+        starts = range(0, max(len(images), 1), self.batch_size)
+        parts = [self._predict(images[start : start + self.batch_size]) for start in starts]
         return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
 
     def _predict(self, images: np.ndarray) -> Predictions:
         """Of at most a batch, which is filled up so that one program serves all."""
-        batch = np.zeros((self._batch_size, *self.image_shape), np.uint8)
+        batch = np.zeros((self.batch_size, *self.image_shape), np.uint8)
         batch[: len(images)] = images
         placed = sharding.split_batch(self._mesh, {"image": batch})
         predictions = jax.device_get(self._forward(self.variables, placed["image"]))
@@ -176,6 +179,20 @@ class Predictor:
 
         They are read in threads while the devices compute, some batches ahead of what is yielded.
         Those that can't be read are skipped, and `report` is called with what was wrong.
+        """
+
+        def classify(batch: list[tuple[str, np.ndarray]]) -> tuple[Sequence[str], Predictions]:
+            names, images = zip(*batch, strict=True)
+            return names, self(np.stack(images))
+
+        yield from in_order(classify, self.batches(files, report), threads=1)
+
+    def batches(
+        self, files: Iterable[str], report: Callable[[DataError], None]
+    ) -> Iterator[list[tuple[str, np.ndarray]]]:
+        """The files' names and pictures as `read` makes them, at most `batch_size` at a time.
+
+        They are read in threads, ahead; those that can't be read are skipped, as in `files`.
         """
 
         def read(file: str) -> tuple[str, np.ndarray | DataError]:
@@ -191,13 +208,8 @@ class Predictor:
                 else:
                     yield file, image
 
-        def classify(batch: list[tuple[str, np.ndarray]]) -> tuple[Sequence[str], Predictions]:
-            names, images = zip(*batch, strict=True)
-            return names, self(np.stack(images))
-
         readable = pictures()
-        batches = iter(lambda: list(itertools.islice(readable, self._batch_size)), [])
-        yield from in_order(classify, batches, threads=1)
+        yield from iter(lambda: list(itertools.islice(readable, self.batch_size)), [])
 
     def describe(self) -> str:
         """In words: which weights these are, how good they were, and what is done to pictures."""

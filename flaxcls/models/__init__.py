@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import accepted, check, look_up
@@ -22,6 +21,10 @@ from flaxcls.models.layers import title
 from flaxcls.models.mixer import Mixer
 from flaxcls.models.mobilenet import MobileNetV3, MobileNetV4
 from flaxcls.models.quick import Quick
+from flaxcls.models.recorded import attention_weights as attention_weights
+from flaxcls.models.recorded import features as features
+from flaxcls.models.recorded import logits_and_features as logits_and_features
+from flaxcls.models.recorded import maps as maps
 from flaxcls.models.resnet import (
     BasicBlock,
     BottleneckBlock,
@@ -247,38 +250,6 @@ def check_partition(module: nn.Module, count: int) -> None:
 def frozen(module: nn.Module) -> str | None:
     """A regular expression for the paths ("layer/kernel") of parameters that are not trained."""
     return getattr(module, "frozen", None)
-
-
-def features(module: nn.Module, variables: dict, images: jax.Array) -> dict[str, jax.Array]:
-    """What the network computes on the way to its logits, in evaluation, by name.
-
-    "pooled", float32 [B,D], is there for every network; `layers.record` says which maps are. A
-    module within the network records as "MODULE/NAME". A network that records no "pooled" has what
-    the layer named "head", else its last nn.Dense, is given, and where there is neither the logits.
-    """
-    return logits_and_features(module, variables, images)[1]
-
-
-def logits_and_features(
-    module: nn.Module, variables: dict, images: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The logits, float32 [B,K], and `features`, of one pass."""
-    given = {}
-
-    def note(call, arguments, keywords, context):
-        if context.module.name == "head" and arguments:
-            given.setdefault("head", arguments[0])
-        elif isinstance(context.module, nn.Dense) and arguments:
-            given["dense"] = arguments[0]
-        return call(*arguments, **keywords)
-
-    with nn.intercept_methods(note):
-        logits, recorded = module.apply(variables, images, train=False, mutable=["features"])
-    logits = logits.astype(jnp.float32)
-    named = flatten_dict(recorded.get("features", {}), sep="/")
-    pooled = named.get("pooled", given.get("head", given.get("dense", logits)))
-    pooled = pooled.reshape(pooled.shape[0], -1).astype(jnp.float32)
-    return logits, {**named, "pooled": pooled}
 
 
 def parameter_count(params) -> int:

@@ -26,6 +26,15 @@ def attention(
     )
 
 
+def attention_weights(queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """softmax(q k' / sqrt(D)) of [B,T,heads,D], by which `attention` weighs: float32 [B,heads,T,T].
+
+    Element [b, h, i, j] is how much of token j goes into token i.
+    """
+    scores = jnp.einsum("bihd,bjhd->bhij", queries, keys, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(scores / queries.shape[-1] ** 0.5)
+
+
 def padded_attention(*arguments: jax.Array, implementation: Literal["xla", "cudnn"]) -> jax.Array:
     """`attention` of [B,T,heads,D] with T filled up to a multiple of TOKENS.
 

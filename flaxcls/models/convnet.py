@@ -40,14 +40,14 @@ class KerasCNN(nn.Module, kw_only=True):
         )
         pool = POOLS[self.pool]
         x = nn.relu(conv(32, name="conv1")(x))
-        record(self, "stage1", x)
+        x = record(self, "stage1", x)
         x = nn.relu(conv(64, name="conv2")(pool(x)))
-        record(self, "stage2", x)
+        x = record(self, "stage2", x)
         x = nn.relu(conv(64, name="conv3")(pool(x)))
-        record(self, "stage3", x)
+        x = record(self, "stage3", x)
         x = flatten(x)
         x = nn.relu(nn.Dense(64, dtype=self.dtype, name="hidden", **_keras_init)(x))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head", **_keras_init)(x)
 
 
@@ -72,11 +72,11 @@ class KerasSmall(nn.Module, kw_only=True):
         )
         pool = POOLS[self.pool]
         x = nn.relu(conv(32, name="conv1")(x))
-        record(self, "stage1", x)
+        x = record(self, "stage1", x)
         x = nn.relu(conv(64, name="conv2")(pool(x)))
-        record(self, "stage2", x)
+        x = record(self, "stage2", x)
         x = flatten(pool(x))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head", **_keras_init)(x)
 
@@ -108,11 +108,11 @@ class TorchConvNet(nn.Module, kw_only=True):
             return nn.Dense(width, dtype=dtype, name=name, **init)(x)
 
         x = nn.relu(conv(x, 32, "conv1"))
-        record(self, "stage1", x)
+        x = record(self, "stage1", x)
         x = nn.relu(conv(pool(x), 64, "conv2"))
-        record(self, "stage2", x)
+        x = record(self, "stage2", x)
         x = nn.relu(dense(flatten(pool(x)), 512, self.dtype, "hidden"))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         return dense(x, self.num_classes, jnp.float32, "head")
 
 
@@ -132,10 +132,10 @@ class DigitsCNN(nn.Module, kw_only=True):
         norm = batch_norm(train, self.dtype)
         x = nn.relu(norm(name="norm1")(conv(32, name="conv1")(x)))
         x = nn.relu(norm(name="norm2")(conv(64, name="conv2")(x)))
-        record(self, "stage1", x)
+        x = record(self, "stage1", x)
         x = nn.relu(norm(name="norm3")(conv(64, name="conv3")(max_pool(x))))
-        record(self, "stage2", x)
+        x = record(self, "stage2", x)
         x = flatten(x)
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)

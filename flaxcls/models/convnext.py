@@ -108,5 +108,5 @@ class ConvNeXt(nn.Module, kw_only=True):
 
         x = global_average(pyramid(self, x, begin, block))
         x = nn.LayerNorm(epsilon=1e-6, name="norm")(x)
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)

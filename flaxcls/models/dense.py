@@ -24,6 +24,6 @@ class DenseNetwork(nn.Module, kw_only=True):
         for i, width in enumerate(self.widths):
             x = nn.Dense(width, dtype=self.dtype, name=f"hidden{i + 1}")(x)
             x = ACTIVATIONS[self.activation](x)
-            record(self, "pooled", x)
+            x = record(self, "pooled", x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x)

@@ -113,14 +113,14 @@ def _blocks_and_head(
                 parts = [_concatenate(parts)]
         x = _concatenate(parts)
         if block < len(block_sizes):
-            record(network, f"stage{block}", x)
+            x = record(network, f"stage{block}", x)
             y = nn.relu(norm(name=f"transition{block}_norm")(x))
             y = conv(x.shape[-1] // 2, (1, 1), name=f"transition{block}_conv")(y)
             x = average_pool(y)
     x = nn.relu(norm(name="norm5")(x))
-    record(network, f"stage{len(block_sizes)}", x)
+    x = record(network, f"stage{len(block_sizes)}", x)
     x = global_average(x)
-    record(network, "pooled", x)
+    x = record(network, "pooled", x)
     return nn.Dense(network.num_classes, kernel_init=torch_kernel_init, name="head")(x)
 
 

@@ -126,7 +126,7 @@ class EfficientNet(nn.Module, kw_only=True):
         stages = itertools.count(1)
         for i, (name, block) in enumerate(blocks.items()):
             if block.strides == 2:
-                record(self, f"stage{next(stages)}", x)
+                x = record(self, f"stage{next(stages)}", x)
             squeeze = functools.partial(
                 SqueezeExcitation, x.shape[-1] // 4, nn.silu, nn.sigmoid, self.dtype
             )
@@ -144,9 +144,9 @@ class EfficientNet(nn.Module, kw_only=True):
             )(x)
         last = 1280 if self.lite else 4 * x.shape[-1]
         x = layer(last, 1, activation=activation, name="last")(x)
-        record(self, f"stage{next(stages)}", x)
+        x = record(self, f"stage{next(stages)}", x)
         x = global_average(x)
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         dropout = scaling.dropout if self.dropout is None else self.dropout
         x = nn.Dropout(dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, kernel_init=uniform_fan_out, name="head")(x)

@@ -6,7 +6,8 @@ import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
+
+from flaxcls.models.dependence import depends_on
 
 HEAD = "head"  # the name of the last layer
 
@@ -89,12 +90,7 @@ def _uses_head_alone(
             module, variables, images, features, train=True, mutable=["batch_stats"]
         )[0]
 
-    jaxpr = jax.make_jaxpr(logits)(image, features, variables).jaxpr
-    needed = {var for var in jaxpr.outvars if not isinstance(var, Literal)}
-    for equation in reversed(jaxpr.eqns):
-        if needed & set(equation.outvars):
-            needed |= {var for var in equation.invars if not isinstance(var, Literal)}
-    return jaxpr.invars[0] not in needed
+    return not depends_on(logits, image, features, variables)[0]
 
 
 def _with_features(

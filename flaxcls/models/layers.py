@@ -47,16 +47,23 @@ def drop_path(x: jax.Array, rate: float, train: bool) -> jax.Array:
     return nn.Dropout(rate, broadcast_dims=alike, deterministic=not train)(x)
 
 
-def record(module: nn.Module, name: str, x: jax.Array, view: View = lambda x: x) -> None:
-    """Keeps `view(x)` as the network's feature `name` where features are asked for.
+def record(module: nn.Module, name: str, x: jax.Array, view: View = lambda x: x) -> jax.Array:
+    """Keeps `view(x)` as the network's feature `name` where features are asked for; returns `x`.
 
     "pooled" [B,D] is what the head is given, before dropout; "stage1", "stage2" and so on [B,H,W,C]
     are the last maps of each resolution, and "block1" and so on those of transformers, whose tokens
     are patches. The last map of all is what is pooled, where the network pools by a mean.
     `models.features` asks for them; elsewhere this costs nothing. The last of a name stays.
+
+    What follows in the network is to use what is returned: `models.logits_and_features` can add to
+    a map (a perturbation of 0 has the gradient of the map), whose `view` must be linear, then.
     """
     if module.is_mutable_collection("features") and not module.is_initializing():
+        if module.has_variable("perturbations", name):
+            added = module.get_variable("perturbations", name)
+            x = x + jax.linear_transpose(view, x)(added)[0]  # each value to where it is seen
         module.put_variable("features", name, view(x))  # `sow` wants a name that no layer has
+    return x
 
 
 def rematerialized(block: type[nn.Module], remat: bool) -> type[nn.Module]:
@@ -78,11 +85,12 @@ def pyramid(
     x: jax.Array,
     begin: Callable[[jax.Array, int, int], jax.Array],
     block: Callable[..., nn.Module],
+    end: View = lambda x: x,
 ) -> jax.Array:
     """Stages of `network.depths` blocks, each twice as wide as the one before; they are recorded.
 
-    `begin(x, stage, width)` halves the pixels before a stage (its number counts from 1), and
-    `block(width, i, drop_path=, name=)` makes its block i.
+    `begin(x, stage, width)` halves the pixels before a stage (its number counts from 1),
+    `block(width, i, drop_path=, name=)` makes its block i, and the last map goes through `end`.
     """
     rates = iter(drop_path_rates(network.drop_path, sum(network.depths)))
     for stage, depth in enumerate(network.depths, start=1):
@@ -90,7 +98,9 @@ def pyramid(
         x = begin(x, stage, width)
         for i in range(depth):
             x = block(width, i, drop_path=next(rates), name=f"stage{stage}_block{i + 1}")(x)
-        record(network, f"stage{stage}", x)
+        if stage == len(network.depths):
+            x = end(x)
+        x = record(network, f"stage{stage}", x)
     return x
 
 

@@ -83,8 +83,8 @@ class Mixer(PatchEmbedding, nn.Module, kw_only=True):
         x = x.reshape(x.shape[0], -1, self.width)
         for i, rate in enumerate(drop_path_rates(self.drop_path, self.depth)):
             x = block(self.dropout, rate, self.dtype, train, name=f"block{i + 1}")(x)
-            record(self, f"block{i + 1}", x, lambda x: x.reshape(map_shape))
+            x = record(self, f"block{i + 1}", x, lambda x: x.reshape(map_shape))
         x = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         x = jnp.mean(x, axis=1, dtype=jnp.float32)
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, name="head")(x)

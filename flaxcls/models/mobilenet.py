@@ -114,7 +114,7 @@ class MobileNetV3(nn.Module, kw_only=True):
         stages = itertools.count(1)
         for i, row in enumerate(MOBILENET_V3[self.member]):
             if row.strides == 2:
-                record(self, f"stage{next(stages)}", x)
+                x = record(self, f"stage{next(stages)}", x)
             squeeze = functools.partial(
                 SqueezeExcitation,
                 round_channels(row.hidden // 4),
@@ -133,11 +133,11 @@ class MobileNetV3(nn.Module, kw_only=True):
                 name=f"block{i + 1}",
             )(x)
         x = layer(6 * x.shape[-1], 1, activation=nn.hard_swish, name="last")(x)
-        record(self, f"stage{next(stages)}", x)
+        x = record(self, f"stage{next(stages)}", x)
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
         width = 1280 if self.member == "large" else 1024
         x = nn.hard_swish(dense(width, dtype=self.dtype, name="hidden")(global_average(x)))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return dense(self.num_classes, name="head")(x)
 
@@ -238,7 +238,7 @@ class MobileNetV4(nn.Module, kw_only=True):
         )
         active = functools.partial(layer, activation=nn.relu)
         x = active(32, 3, strides=2, name="stem")(x)
-        record(self, "stage1", x)
+        x = record(self, "stage1", x)
         x = layer(48, 1, name="fused_project")(active(128, 3, strides=2, name="fused_expand")(x))
         blocks = {
             f"stage{stage}_block{i}": row
@@ -250,7 +250,7 @@ class MobileNetV4(nn.Module, kw_only=True):
         for i, (name, row) in enumerate(blocks.items(), start=1):
             first_kernel, kernel, strides, expansion, features = row
             if strides == 2:
-                record(self, f"stage{next(stages)}", x)
+                x = record(self, f"stage{next(stages)}", x)
             x = UniversalBottleneck(
                 features=features,
                 hidden=expansion * x.shape[-1],
@@ -263,8 +263,8 @@ class MobileNetV4(nn.Module, kw_only=True):
                 name=name,
             )(x)
         x = active(960, 1, name="wide")(x)
-        record(self, f"stage{next(stages)}", x)
+        x = record(self, f"stage{next(stages)}", x)
         x = active(1280, 1, name="last")(global_average(x)[:, None, None])[:, 0, 0]
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.Dense(self.num_classes, kernel_init=uniform_fan_out, name="head")(x)

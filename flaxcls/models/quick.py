@@ -65,9 +65,9 @@ class Quick(nn.Module, kw_only=True):
             x = nn.gelu(norm(name=f"{name}_norm1")(x))
             x = conv(width, name=f"{name}_conv2")(x)
             x = nn.gelu(norm(name=f"{name}_norm2")(x))
-            record(self, f"stage{i + 1}", x)
+            x = record(self, f"stage{i + 1}", x)
         x = x.max(axis=(1, 2))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         # Unit-variance head weights and small logits: the head then trains at the pace of the rest.
         head_init = nn.initializers.variance_scaling(x.shape[-1], "fan_in", "uniform")
         head = nn.Dense(

@@ -196,14 +196,14 @@ class ResNet(nn.Module, kw_only=True):
                     drop=functools.partial(drop_path, rate=next(rates), train=train),
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
-            record(self, f"stage{stage + 1}", x)
+            x = record(self, f"stage{stage + 1}", x)
         return _head(self, x)
 
 
 def _head(network: nn.Module, x: jax.Array) -> jax.Array:
     """Global average and logits, in float32."""
     x = global_average(x)
-    record(network, "pooled", x)
+    x = record(network, "pooled", x)
     return nn.Dense(network.num_classes, kernel_init=torch_kernel_init, name="head")(x)
 
 
@@ -235,7 +235,7 @@ class CifarResNet(nn.Module, kw_only=True):
                 y = nn.relu(norm(name=f"{name}_norm1")(y))
                 y = norm(name=f"{name}_norm2")(conv(width, name=f"{name}_conv2")(y))
                 x = nn.relu(y + _subsample(x, width, strides))
-            record(self, f"stage{stage + 1}", x)
+            x = record(self, f"stage{stage + 1}", x)
         return _head(self, x)
 
 
@@ -281,9 +281,9 @@ class WideResNet(nn.Module, kw_only=True):
                     dropout=dropout,
                     name=f"stage{stage + 1}_block{i + 1}",
                 )(x)
-            record(self, f"stage{stage + 1}", x)
-        x = nn.relu(norm(name="norm1")(x))
-        record(self, "stage3", x)  # what is pooled
+            if stage == 2:
+                x = nn.relu(norm(name="norm1")(x))  # what is pooled
+            x = record(self, f"stage{stage + 1}", x)
         return _head(self, x)
 
 

@@ -176,10 +176,8 @@ class Swin(nn.Module, kw_only=True):
                 **options,
             )
 
-        x = norm(name="norm")(pyramid(self, x, begin, block))
-        record(self, f"stage{len(self.depths)}", x)  # what is pooled
-        x = global_average(x)
-        record(self, "pooled", x)
+        x = global_average(pyramid(self, x, begin, block, end=norm(name="norm")))
+        x = record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)
 
 

@@ -58,7 +58,7 @@ class AlexNet(nn.Module, kw_only=True):
         for name in ("hidden1", "hidden2"):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             x = nn.relu(_torch_dense(x, self.hidden, self.dtype, name))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         return _torch_dense(x, self.num_classes, jnp.float32, "head")
 
 
@@ -86,7 +86,7 @@ class CifarAlexNet(nn.Module, kw_only=True):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Image [B,H,W,C] float32 -> logits [B,K] float32."""
         x = global_average(max_pool(_alexnet_convolutions(self, x, max_pool, padding=5)))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         return _torch_dense(x, self.num_classes, jnp.float32, "head")
 
 
@@ -104,12 +104,12 @@ def _alexnet_convolutions(
         return nn.relu(Conv(width, (window, window), name=name, **options)(x))
 
     x = conv(x, 64, 11, "conv1", strides=4, padding=padding)
-    record(network, "stage1", x)
+    x = record(network, "stage1", x)
     x = conv(pool(x), 192, 5, "conv2")
-    record(network, "stage2", x)
+    x = record(network, "stage2", x)
     x = conv(pool(x), 384, 3, "conv3")
     x = conv(conv(x, 256, 3, "conv4"), 256, 3, "conv5")
-    record(network, "stage3", x)
+    x = record(network, "stage3", x)
     return x
 
 
@@ -168,12 +168,12 @@ class VGG(nn.Module, kw_only=True):
             for i in range(1, size + 1):
                 x = conv(width, kernel_init=he_normal_fan_out, name=f"stage{stage}_conv{i}")(x)
                 x = nn.relu(norm(name=f"stage{stage}_norm{i}")(x) if self.norm else x)
-            record(self, f"stage{stage}", x)
+            x = record(self, f"stage{stage}", x)
             x = max_pool(x)
         x = _flatten_channels_first(adaptive_average_pool(x, self.pool_size))
         dense = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.01))
         for name in ("hidden1", "hidden2"):
             x = nn.relu(dense(self.hidden, dtype=self.dtype, name=name)(x))
-            record(self, "pooled", x)
+            x = record(self, "pooled", x)
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return dense(self.num_classes, dtype=jnp.float32, name="head")(x)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import BelowOne, Count, Positive, Range
 from flaxcls.errors import ConfigError
-from flaxcls.models.attention import attention
+from flaxcls.models.attention import attention, attention_weights
 from flaxcls.models.layers import (
     MLP_PARTITION_RULES,
     Mlp,
@@ -43,7 +43,10 @@ def sincos2d(rows: int, columns: int, width: int) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over [B,T,width]; the softmax is float32."""
+    """Multi-head self-attention over [B,T,width]; the softmax is float32.
+
+    Where the collection "attention" is asked for it has the weights, [B,heads,T,T].
+    """
 
     heads: int
     dtype: jnp.dtype
@@ -54,7 +57,10 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
         qkv = dense(3 * width, name="qkv")(x).reshape(batch, tokens, 3, self.heads, -1)
-        y = attention(*jnp.moveaxis(qkv, 2, 0), fused=self.fused)
+        queries, keys, values = jnp.moveaxis(qkv, 2, 0)
+        if self.is_mutable_collection("attention") and not self.is_initializing():
+            self.put_variable("attention", "weights", attention_weights(queries, keys))
+        y = attention(queries, keys, values, fused=self.fused)
         return dense(width, name="proj")(y.reshape(x.shape))
 
 
@@ -188,7 +194,7 @@ class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
                 fused_attention=self.fused_attention,
                 name=f"block{i + 1}",
             )(x)
-            record(
+            x = record(
                 self,
                 f"block{i + 1}",
                 x,
@@ -201,8 +207,13 @@ class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
             x = jnp.mean(x[:, self.registers :], axis=1, dtype=jnp.float32)
         if self.pre_logits:
             x = jnp.tanh(nn.Dense(self.width, name="pre_logits")(x))
-        record(self, "pooled", x)
+        x = record(self, "pooled", x)
         return nn.Dense(self.num_classes, kernel_init=_normal, name="head")(x)
+
+    def pooling_weights(self, tokens: int) -> jax.Array:
+        """How much of each token of the last block is in what is pooled, [tokens]."""
+        first, last = (0, 1) if self.pool == "token" else (self.registers, tokens)
+        return jnp.zeros(tokens).at[first:last].set(1 / (last - first))
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """Tokens [B, T, width]: the class token, registers, then patches row by row."""
