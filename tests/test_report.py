@@ -17,10 +17,11 @@ from flaxcls.inference.predictions import SplitPredictions
 from flaxcls.insight.scores import judge
 from flaxcls.report import __main__ as command
 from flaxcls.report import page, run_data
-from flaxcls.report.answers import Answers, Mistake, data_uri
+from flaxcls.report.answers import Answers, Example
 from flaxcls.report.blocks import Matrix, Table
 from flaxcls.report.comparison_sections import config_differences, names_of
 from flaxcls.report.figures import span
+from flaxcls.report.pictures import data_uri
 from flaxcls.report.run_data import RunData, load_run
 from flaxcls.report.run_files import read_run, training_examples
 from flaxcls.runs.metric_log import MetricLog
@@ -66,11 +67,13 @@ def made_up(num_classes=3, names=None, count=60):
     judged = judge(SplitPredictions(logits, shares, labels), "softmax_cross_entropy")
     picture = data_uri(random.integers(0, 255, (224, 300, 3), dtype=np.uint8))
     mistakes = [
-        Mistake(f"{HOSTILE}.png", picture, int(judged.labels[i]), int(judged.best[i]), 0.9, 0.05)
+        Example(f"{HOSTILE}.png", picture, int(judged.labels[i]), int(judged.best[i]), 0.9, 0.05)
         for i in np.flatnonzero(judged.rank)[:24]
     ]
     names = names or [f"class {number}" for number in range(num_classes)]
-    return Answers(5, "ema", "data", "test", names, judged, mistakes, 1234)
+    return Answers(
+        5, "ema", "data", "test", names, judged, 1234, mistakes, mistakes[:2], "a method"
+    )
 
 
 def page_of(run):
@@ -104,7 +107,7 @@ def test_page_has_the_results_of_the_run_and_of_every_example(run, digits_run, t
     assert counts.sum() == 360
     assert np.trace(counts) / 360 == pytest.approx(accuracy)
     wrong = 360 - np.trace(counts)
-    assert len(shown.all("img")) == min(wrong, 24)
+    assert len(shown.all("img")) == min(wrong, 24) + 8 and "by Grad-CAM" in shown.text
     assert run.answers.mistakes[0].confidence == max(m.confidence for m in run.answers.mistakes)
 
 
@@ -199,7 +202,7 @@ def test_slow_predictions_are_left_out_at_the_end_of_a_run(copied, monkeypatch):
     goodput = json.loads((copied / "goodput.json").read_text())
     goodput["seconds"]["evaluate"] = 100.0  # of one evaluation
     (copied / "goodput.json").write_text(json.dumps(goodput))
-    monkeypatch.setattr(run_data, "answers_of", lambda *_: pytest.fail("they were made"))
+    monkeypatch.setattr(run_data, "answers_of", lambda *_, **__: pytest.fail("they were made"))
     assert page.report_at_the_end(copied) == f"Report: {copied / 'report.html'}"
     text = Page((copied / "report.html").read_text()).text
     assert "left out, a pass takes about 100 s" in text

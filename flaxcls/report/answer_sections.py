@@ -1,11 +1,13 @@
 """Sections on what a run's network says of its evaluation split."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from flaxcls.insight.intervals import wilson
 from flaxcls.insight.scores import class_scores, confusion, reliability
 from flaxcls.report import svg
-from flaxcls.report.answers import Answers, data_uri
+from flaxcls.report.answers import Answers, Example
 from flaxcls.report.blocks import (
     Block,
     Chart,
@@ -22,6 +24,7 @@ from flaxcls.report.blocks import (
     percent,
 )
 from flaxcls.report.figures import share
+from flaxcls.report.pictures import data_uri
 from flaxcls.report.run_data import RunData
 from flaxcls.runtime.output import printable
 
@@ -168,21 +171,32 @@ def mistakes(run: RunData) -> Section | None:
     answers = run.answers
     if not answers or not answers.mistakes:
         return None
+    shown, wrong = len(answers.mistakes), int(np.count_nonzero(answers.judged.rank))
+    some = f"The {shown} of {wrong:,} mistakes that the network is surest of"
+    which = "All mistakes, the surest first" if wrong == shown else some
+    text = Text(f"{which}, with the network's probabilities.")
+    return Section("Mistakes", [text, _gallery(answers, answers.mistakes)])
+
+
+def explanations(run: RunData) -> Section | None:
+    """Where in some pictures the network sees what it takes them for."""
+    answers = run.answers
+    if not answers or not answers.explained:
+        return None
+    text = Text(
+        f"What in a picture speaks for the class that it is taken for, by {answers.method}: the "
+        "brighter, the more. It shows what the answer depends on, not that it is right."
+    )
+    return Section("Explanations", [text, _gallery(answers, answers.explained, wide=True)])
+
+
+def _gallery(answers: Answers, examples: Sequence[Example], wide: bool = False) -> Gallery:
     names = answers.class_names
-    pictures = [
-        Picture(
-            uri=each.picture,
-            alt=f"{names[each.label]}, taken for {names[each.best]}",
-            lines=[
-                (f"label, {100 * each.own:.1f} %", names[each.label]),
-                (f"taken for, {100 * each.confidence:.1f} %", names[each.best]),
-            ],
-            title=each.where,
-        )
-        for each in answers.mistakes
-    ]
-    wrong = int(np.count_nonzero(answers.judged.rank))
-    shown = f"The {len(pictures)} of {wrong:,} mistakes that the network is surest of"
-    which = "All mistakes, the surest first" if wrong == len(pictures) else shown
-    text = f"{which}, with the network's probabilities."
-    return Section("Mistakes", [Text(text), Gallery(pictures)])
+    pictures = []
+    for each in examples:
+        lines = [(f"label, {100 * each.own:.1f} %", names[each.label])]
+        if each.best != each.label:
+            lines.append((f"taken for, {100 * each.confidence:.1f} %", names[each.best]))
+        alt = f"{names[each.label]}, taken for {names[each.best]}"
+        pictures.append(Picture(each.picture, alt, lines, each.where))
+    return Gallery(pictures, wide)

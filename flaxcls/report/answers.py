@@ -1,31 +1,26 @@
-"""What a run's network says of its evaluation split: a pass over the data."""
+"""What a run's network says of its evaluation split: a pass over the data, some explained."""
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from flaxcls import models
 from flaxcls.core.losses import outputs_of
 from flaxcls.core.metrics import best_of
-from flaxcls.data.loader import materialize
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.inference.predictions import predict_split
 from flaxcls.inference.restored import RestoredRun, restore
 from flaxcls.insight.scores import Judged, judge
-from flaxcls.report.run_files import RunFiles, number_in
+from flaxcls.report.pictures import data_uri, images_of, with_heat
 
-MISTAKES = 24  # that are shown
-_SIDE = 160  # pixels of a picture on the page
-_SMALL = 64  # up to this side, pictures are kept as they are, as PNG
+_MISTAKES = 24  # that are shown
+_EXPLAINED = 4  # answers that are wrong, and as many that are right
 
 
-class Mistake(NamedTuple):
-    """An example that is taken for another class."""
+class Example(NamedTuple):
+    """An example, and what the network takes it for."""
 
     where: str
     picture: str  # a data URI
@@ -43,8 +38,10 @@ class Answers(NamedTuple):
       data, split: of the examples.
       class_names: of the K classes.
       judged: what each prediction is worth.
-      mistakes: the most confident ones, at most MISTAKES.
       parameters: how many the network has.
+      mistakes: the surest ones.
+      explained: some answers, in pictures that have their heat beside them.
+      method: what the heat is.
     """
 
     step: int
@@ -53,14 +50,17 @@ class Answers(NamedTuple):
     split: str
     class_names: Sequence[str]
     judged: Judged
-    mistakes: list[Mistake]
     parameters: int
+    mistakes: Sequence[Example] = ()
+    explained: Sequence[Example] = ()
+    method: str = ""
 
 
-def answers_of(workdir: Path, data_dir: str | None = None) -> Answers:
+def answers_of(workdir: Path, data_dir: str | None = None, *, explain: bool = True) -> Answers:
     """The answers of the last checkpoint of a run, with the better of its weights.
 
-    Raises what restoring the run and reading its data raise: FlaxclsError.
+    To `explain` some of them a gradient is compiled. Raises what restoring the run and reading its
+    data raise: FlaxclsError.
     """
     run = restore(workdir)
     experiment, results = run.experiment, run.metadata["progress"]["results"]
@@ -69,39 +69,46 @@ def answers_of(workdir: Path, data_dir: str | None = None) -> Answers:
     pipeline = experiment.evaluation(None, data_dir)
     predictions = predict_split(run, pipeline, variables)
     judged = judge(predictions, outputs_of(experiment.loss.name))
-    return Answers(
+    answers = Answers(
         step=run.step,
         weights=weights,
         data=pipeline.source.name,
         split=pipeline.source.split,
         class_names=pipeline.source.class_names,
         judged=judged,
-        mistakes=_mistakes(run, pipeline, judged),
         parameters=models.parameter_count(run.variables["params"]),
+        mistakes=_mistakes(pipeline, judged),
     )
+    return _explained(answers, run, variables, pipeline) if explain else answers
 
 
-def seconds_of_a_pass(run: RunFiles) -> float | None:
-    """How long a pass over the evaluation split takes, by those of training; None if none was."""
-    passes = sum(name in row for row in run.rows for name in ("eval", "ema"))
-    spent = number_in(run.goodput, "seconds", "evaluate")
-    return spent / passes if passes and spent is not None else None
-
-
-def _mistakes(run: RestoredRun, pipeline: Pipeline, judged: Judged) -> list[Mistake]:
-    wrong = np.flatnonzero(judged.rank > 0)
-    wrong = wrong[np.argsort(-judged.confidence[wrong], kind="stable")][:MISTAKES]
+def _mistakes(pipeline: Pipeline, judged: Judged) -> list[Example]:
+    surest = np.argsort(-judged.confidence, kind="stable")
+    wrong = surest[judged.rank[surest] > 0][:_MISTAKES]
     if not len(wrong):
         return []
-    images, _ = materialize(
-        pipeline.source,
-        pipeline.transform,
-        pipeline.sizes(0),
-        indices=wrong,
-        max_pixels=pipeline.options.max_pixels,
-    )
+    return _examples(pipeline, judged, wrong, images_of(pipeline, wrong))
+
+
+def _explained(answers: Answers, run: RestoredRun, variables: Any, pipeline: Pipeline) -> Answers:
+    """With the surest mistakes, and the surest right answers of different classes, explained."""
+    judged = answers.judged
+    surest = np.argsort(-judged.confidence, kind="stable")
+    is_right = judged.rank[surest] == 0
+    wrong, right = surest[~is_right][:_EXPLAINED], surest[is_right]
+    _, of_each_class = np.unique(judged.best[right], return_index=True)
+    examples = np.concatenate([wrong, right[np.sort(of_each_class)][:_EXPLAINED]])
+    images = images_of(pipeline, examples)
+    method, pictures = with_heat(run, variables, images, judged.best[examples])
+    explained = _examples(pipeline, judged, examples, pictures)
+    return answers._replace(explained=explained, method=method)
+
+
+def _examples(
+    pipeline: Pipeline, judged: Judged, indices: np.ndarray, images: Sequence[np.ndarray]
+) -> list[Example]:
     return [
-        Mistake(
+        Example(
             where=pipeline.source.where(int(index)),
             picture=data_uri(image),
             label=int(judged.labels[index]),
@@ -109,16 +116,5 @@ def _mistakes(run: RestoredRun, pipeline: Pipeline, judged: Judged) -> list[Mist
             confidence=float(judged.confidence[index]),
             own=float(judged.own[index]),
         )
-        for index, image in zip(wrong, images, strict=True)
+        for index, image in zip(indices, images, strict=True)
     ]
-
-
-def data_uri(image: np.ndarray) -> str:
-    """An image, uint8 [H, W, C] with 1, 3 or 4 channels, as small as a page needs it."""
-    picture = Image.fromarray(image.squeeze(axis=2) if image.shape[2] == 1 else image)
-    kind, content = "png", io.BytesIO()
-    if max(picture.size) > _SMALL and picture.mode in ("L", "RGB"):
-        kind = "jpeg"
-        picture.thumbnail((_SIDE, _SIDE))
-    picture.save(content, kind, **({"quality": 80} if kind == "jpeg" else {"optimize": True}))
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"

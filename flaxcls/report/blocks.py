@@ -111,7 +111,10 @@ class Picture(NamedTuple):
 
 
 class Gallery(NamedTuple):
+    """Pictures with what they show; `wide` ones have twice the width of the others."""
+
     pictures: Sequence[Picture]
+    wide: bool = False
 
 
 Block = Text | Note | Tiles | Facts | Table | Charts | Matrix | Image | Gallery

@@ -31,6 +31,7 @@ OF_A_RUN: Sequence[Callable[[RunData], Section | None]] = (
     answer_sections.classes,
     answer_sections.calibration,
     answer_sections.mistakes,
+    answer_sections.explanations,
     training_sections.speed,
     training_sections.configuration,
     training_sections.environment,
