@@ -207,6 +207,8 @@ def test_slow_predictions_are_left_out_at_the_end_of_a_run(copied, monkeypatch):
     text = Page((copied / "report.html").read_text()).text
     assert "left out, a pass takes about 100 s" in text
     assert f"python -m flaxcls.report --run={copied}" in text
+    none = load_run(copied, max_seconds=0).left_out  # of several processes, whatever it takes
+    assert none.startswith("Predictions of the evaluation split are left out")
 
 
 def test_report_that_fails_is_a_sentence_at_the_end_of_a_run(copied, tmp_path, monkeypatch):

@@ -41,7 +41,11 @@ def results(runs: Sequence[RunFiles]) -> Section:
                 percent(number_in(run.goodput, "goodput")),
             )
         )
-    unfinished = [name for name, run in zip(names_of(runs), runs, strict=True) if not run.summary]
+    unfinished = [
+        name
+        for name, run in zip(names_of(runs), runs, strict=True)
+        if not run.summary.get("finished")
+    ]
     notes = [Note(problem) for run in runs for problem in run.problems]
     notes += [Note(f"Not finished: {', '.join(unfinished)}.")] if unfinished else []
     return Section("Results", [*notes, Table("The last results", head, rows, sortable=True)])

@@ -57,7 +57,7 @@ def overview(run: RunData) -> Section:
         error = share(reliability(answers.judged).error)
         tiles.append(Tile("Calibration error", error, f"expected, {BINS} bins"))
     notes: list[Block] = [Note(problem) for problem in files.problems]
-    if not files.summary:
+    if not files.summary.get("finished"):
         notes.append(Note(f"This run has not finished; it has come to step {files.last_step:,}."))
     if run.left_out:
         notes.append(Note(run.left_out))
