@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from flaxcls.api import Prediction as Prediction
     from flaxcls.api import Predictor as Predictor
     from flaxcls.api import StopTraining as StopTraining
+    from flaxcls.api import attack as attack
+    from flaxcls.api import average as average
+    from flaxcls.api import cross_validate as cross_validate
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
     from flaxcls.api import export as export
     from flaxcls.api import load as load
     from flaxcls.api import load_config as load_config
+    from flaxcls.api import sweep_recipe as sweep_recipe
     from flaxcls.api import train as train
     from flaxcls.api import write_report as write_report
 
@@ -34,11 +38,15 @@ __all__ = (
     "Prediction",
     "Predictor",
     "StopTraining",
+    "attack",
+    "average",
+    "cross_validate",
     "default_config",
     "evaluate",
     "export",
     "load",
     "load_config",
+    "sweep_recipe",
     "train",
     "write_report",
 )

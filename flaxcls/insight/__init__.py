@@ -1,1 +1,1 @@
-"""What a network has learned: how good its answers are, and how sure one can be of them."""
+"""What there is to know about a trained network besides its accuracy."""

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +12,9 @@ from flaxcls.config.fields import changes, plain
 from flaxcls.errors import ConfigError
 from flaxcls.files import read_json
 from flaxcls.runs import run_folder
+from flaxcls.runs.tensorboard import read_events
 from flaxcls.runtime.output import printable
 
-_LENGTH = struct.Struct("<Q")  # of a record of TensorBoard's; a checksum of 4 bytes follows
 _MOST_EVENTS = 64 * 2**20  # bytes of them that are read: some million rows
 
 
@@ -173,37 +172,18 @@ def _speed(folder: Path) -> tuple[list[Speed], list[int]]:
             return [], []
         for path in files:
             begun = None
-            for event in _events(path):
-                if event.HasField("session_log"):
-                    begun = event.step - 1
+            for step, is_start, values in read_events(path):
+                if is_start:
+                    begun = step - 1
                     speed = [each for each in speed if each.step <= begun]
-                values = {value.tag: value.simple_value for value in event.summary.value}
                 rate = values.get("time/images_per_second")
                 if rate is not None and math.isfinite(rate):
-                    speed.append(Speed(event.step, rate, values.get("time/data_wait", 0.0)))
+                    speed.append(Speed(step, rate, values.get("time/data_wait", 0.0)))
             if begun is not None:
                 starts.append(begun)
     except OSError:  # there is no such folder, or it can't be read: nobody needs it
         pass
     return speed, starts
-
-
-def _events(path: Path) -> Iterator[Any]:
-    """TensorBoard's events in a file, as far as it is whole: a run may have been killed."""
-    from google.protobuf.message import DecodeError  # with tensorboardX, which takes a moment
-    from tensorboardX.proto.event_pb2 import Event
-
-    content, place = path.read_bytes(), 0
-    while place + 12 <= len(content):
-        (length,) = _LENGTH.unpack_from(content, place)
-        record = content[place + 12 : place + 12 + length]
-        place += 12 + length + 4
-        if place > len(content):
-            return
-        try:
-            yield Event.FromString(record)
-        except DecodeError:
-            return
 
 
 def training_examples(run: RunFiles) -> int | None:
