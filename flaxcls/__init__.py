@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from flaxcls.api import StopTraining as StopTraining
     from flaxcls.api import attack as attack
     from flaxcls.api import average as average
+    from flaxcls.api import corrupt as corrupt
     from flaxcls.api import cross_validate as cross_validate
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
@@ -40,6 +41,7 @@ __all__ = (
     "StopTraining",
     "attack",
     "average",
+    "corrupt",
     "cross_validate",
     "default_config",
     "evaluate",

@@ -22,6 +22,7 @@ from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
+from flaxcls.insight.corrupted import corrupt_run
 from flaxcls.insight.robustness import attack_run
 from flaxcls.report import page
 from flaxcls.runs import run_code, run_folder
@@ -282,6 +283,32 @@ def attack(
         ema=ema,
         data_dir=data_dir,
         out=None if out is None else Path(out),
+    )
+
+
+def corrupt(
+    run: str | Path,
+    *,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run under fifteen corruptions, each at five severities.
+
+    Arguments as in `attack`. Returns {"clean", "corruptions": {name: [...]}, "mean", ...}.
+    """
+    compilation_cache.enable()
+    return corrupt_run(
+        Path(run),
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
     )
 
 

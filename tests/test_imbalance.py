@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from flaxcls import build
+from flaxcls.config.recipes import load_recipe
 from flaxcls.core.losses import balanced_weights
 from flaxcls.data import open_source
 from flaxcls.data.loader import materialize
@@ -42,6 +43,12 @@ def test_long_tail_is_the_first_examples_of_each_class_in_the_order_of_the_data(
     assert part.where(5) == whole.where(int(chosen[5]))
     prints = {whole.fingerprint, part.fingerprint, long_tailed(whole, 10).fingerprint}
     assert len(prints) == 3 and long_tailed(whole, 20.0).fingerprint == part.fingerprint
+
+
+def test_long_tail_of_data_that_are_elsewhere_has_its_size(tmp_path):
+    config = load_recipe("cifar10_lt", [f"data.dir={tmp_path}"]).config
+    described = [build.source_or_description(config, split) for split in ("train", "test")]
+    assert [len(source) for source in described] == [12_406, 10_000]
 
 
 def test_long_tail_is_of_the_split_to_train_on_alone(tiny_config):

@@ -11,7 +11,7 @@ from flaxcls.config.fields import options_of
 from flaxcls.data import check_tfds_name, describe_tfds, open_source, open_tfds, opener
 from flaxcls.data.described import Described
 from flaxcls.data.folds import Fold, open_fold, parse_fold, whole_split
-from flaxcls.data.long_tail import long_tailed
+from flaxcls.data.long_tail import long_tailed, profile
 from flaxcls.data.source import Source
 
 
@@ -48,11 +48,18 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
 
 
 def _long_tail(config: ConfigDict, split: str, whole: Source) -> Source:
-    """What config.data.long_tail leaves of the split that is trained on, or that has its folds."""
+    """What config.data.long_tail leaves of the split that is trained on, or that has its folds.
+
+    Where the data are not on this machine, their classes are taken to be of one size.
+    """
     imbalance = config.data.long_tail
     if imbalance is None or split != whole_split(config.data.train_split):
         return whole
-    return long_tailed(whole, imbalance)
+    if whole.is_readable:
+        return long_tailed(whole, imbalance)
+    classes = len(whole.class_names)
+    left = sum(profile(len(whole) // classes, imbalance, classes))
+    return Described(whole.name, split, whole.image_shape, classes, left)
 
 
 def source_or_description(

@@ -58,7 +58,7 @@ class Order:
     def _epoch(self, number: int) -> Batch:
         """What `batch` says of all positions of an epoch, int32 [N] each."""
         order = epoch_order(self._num_examples, self._seed, number)
-        return {"index": order, "epoch": np.full_like(order, number)}
+        return {"index": order, "epoch": np.full(len(order), number).astype(np.int32)}
 
     def draws(self, step: int, count: int) -> np.ndarray:
         """Uniform random numbers for every row of batch `step`, float64 [B, count] in [0, 1).

@@ -4,13 +4,13 @@
         [--seeds=3] [--only='plain,focal'] [--config.duration='10 epochs' ...]
 
 prints a line a run and then, of each way, the mean and the standard deviation over the seeds.
-Where an override says {seed} the seed is put, so that a folder is divided differently by each:
+{seed} in an override is the seed, so that the solar cells of `elpv-dataset`, as a folder with a
+folder of each class, are divided differently by each:
 
-    ... --config=folder --config.init_from=None --config.data.path=ELPV \\
-        '--config.data.split_seed={seed}'
+    ... --config=folder --config.init_from=None --config.image_size=32 --config.duration='20 epochs'
+        --config.data.path=ELPV --config.data.split_seed={seed} --config.data.held_out=0.2
 
-with the solar cells of `elpv-dataset` as a folder of a folder a class. The runs are in --out: the
-same command resumes what was interrupted and repeats nothing.
+The runs are in --out: the same command resumes what was interrupted and repeats nothing.
 """
 
 import argparse

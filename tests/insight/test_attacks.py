@@ -15,6 +15,7 @@ from flaxcls.core.perturbation import Ball, distance
 from flaxcls.errors import ConfigError
 from flaxcls.insight import robustness
 from flaxcls.insight.attacks import Apgd, Targets, chain, make_runner
+from flaxcls.insight.victim import load_victim, sample, wilson
 
 RNG = np.random.default_rng(0)
 COUNT, PIXELS, HIDDEN, CLASSES = 40, 27, 16, 6
@@ -173,10 +174,10 @@ def test_stronger_attack_is_never_withstood_by_more(digits_run):
 
 
 def test_images_are_in_the_ball_judged_as_they_are_and_alone(digits_run):
-    predictor, victim = robustness.load_victim(digits_run, "last", None)
+    predictor, victim = load_victim(digits_run, "last", None)
     pipeline = predictor.restored.experiment.evaluation(None, None)
-    pixels, labels, indices = robustness.sample(pipeline, 60, 3)
-    again = robustness.sample(pipeline, 60, 3)
+    pixels, labels, indices = sample(pipeline, 60, 3)
+    again = sample(pipeline, 60, 3)
     np.testing.assert_array_equal(indices, again[2])
     np.testing.assert_array_equal(labels, pipeline.source.labels()[indices])
     images = pixels.astype(np.float32) / 255
@@ -245,7 +246,7 @@ def test_wrong_argument_is_one_sentence(digits_run, arguments, sentence):
 @pytest.mark.parametrize("right, count", [(0, 10), (10, 10), (37, 100), (9403, 10_000)])
 def test_interval_is_wilsons(right, count):
     known = scipy.stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
-    assert robustness.wilson(right, count) == pytest.approx((known.low, known.high), abs=1e-6)
+    assert wilson(right, count) == pytest.approx((known.low, known.high), abs=1e-6)
 
 
 @pytest.mark.slow
