@@ -13,8 +13,10 @@ Importing flaxcls takes no time and changes nothing: what follows is loaded when
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxcls.api import Explanation as Explanation
     from flaxcls.api import FlaxclsError as FlaxclsError
     from flaxcls.api import Interrupted as Interrupted
+    from flaxcls.api import Neighbor as Neighbor
     from flaxcls.api import ParityError as ParityError
     from flaxcls.api import Prediction as Prediction
     from flaxcls.api import Predictor as Predictor
@@ -25,16 +27,20 @@ if TYPE_CHECKING:
     from flaxcls.api import cross_validate as cross_validate
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
+    from flaxcls.api import explain as explain
     from flaxcls.api import export as export
     from flaxcls.api import load as load
     from flaxcls.api import load_config as load_config
+    from flaxcls.api import search as search
     from flaxcls.api import sweep_recipe as sweep_recipe
     from flaxcls.api import train as train
     from flaxcls.api import write_report as write_report
 
 __all__ = (
+    "Explanation",
     "FlaxclsError",
     "Interrupted",
+    "Neighbor",
     "ParityError",
     "Prediction",
     "Predictor",
@@ -45,9 +51,11 @@ __all__ = (
     "cross_validate",
     "default_config",
     "evaluate",
+    "explain",
     "export",
     "load",
     "load_config",
+    "search",
     "sweep_recipe",
     "train",
     "write_report",

@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
+from flaxcls import cli
 from flaxcls import config as configs
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
@@ -22,11 +24,17 @@ from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
+from flaxcls.inference.predictor import is_one_picture
 from flaxcls.insight.corrupted import corrupt_run
+from flaxcls.insight.explainer import Explainer
+from flaxcls.insight.explainer import Explanation as Explanation
 from flaxcls.insight.robustness import attack_run
+from flaxcls.insight.search import Neighbor as Neighbor
+from flaxcls.insight.search import index_pictures
 from flaxcls.report import page
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
+from flaxcls.runtime.output import printable, say
 from flaxcls.studies import crossval, optuna_search, sweep
 from flaxcls.training.hooks import Hooks, Row
 from flaxcls.training.hooks import StopTraining as StopTraining
@@ -198,6 +206,73 @@ def evaluate(
         Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir, tta=tta
     )
     return {"step": step, "split": split, **results}
+
+
+def explain(
+    run: str | Path,
+    pictures: Any,
+    *,
+    method: str = "gradcam",
+    class_name: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    batch_size: int = 16,
+) -> Any:
+    """Where in a picture a saved run sees what it says of it: an Explanation, or a list of them.
+
+    Args:
+      run, checkpoint, ema, batch_size: as in `load`.
+      pictures: a picture or several, as `Predictor.predict` takes them.
+      method: "gradcam", "hirescam", "integrated_gradients", "smoothgrad", "saliency", "occlusion"
+        or "attention_rollout".
+      class_name: of the class to explain; None: for each picture that which is predicted.
+    """
+    predictor = load(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size)
+    explainer = Explainer(predictor, method, class_name)
+    if is_one_picture(pictures):
+        return explainer(predictor.prepare(pictures)[None])[0]
+    images = [predictor.prepare(picture) for picture in pictures]
+    return explainer(np.stack(images)) if images else []
+
+
+def search(
+    run: str | Path,
+    index: str | Path,
+    pictures: Any,
+    *,
+    neighbors: int = 8,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    batch_size: int = 64,
+) -> Any:
+    """The pictures of a folder that are most like a picture: a list of Neighbor, or a list of such.
+
+    Args:
+      run, checkpoint, ema, batch_size: as in `load`. What is computed of the folder is kept in the
+        run's folder.
+      index: the folder, searched with all that is below it; pictures there that can't be read are
+        told on standard error.
+      pictures: a picture or several, as `Predictor.predict` takes them. A file that is in the
+        folder is not its own neighbor.
+      neighbors: how many of each, best first.
+    """
+    if is_one_picture(pictures):
+        pictures, options = [pictures], {"checkpoint": checkpoint, "ema": ema}
+        options |= {"neighbors": neighbors, "batch_size": batch_size}
+        return search(run, index, pictures, **options)[0]
+    predictor = load(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size)
+    files = cli.find_pictures([str(index)])
+    known = index_pictures(predictor, Path(run), str(index), files, _tell)
+    pictures = list(pictures)
+    images = [predictor.prepare(picture) for picture in pictures]
+    if not images or not known.files:
+        return [[] for _ in images]
+    own = [known.file_at(each) if isinstance(each, (str, Path)) else None for each in pictures]
+    return known.nearest(predictor(np.stack(images)).features, neighbors, own)
+
+
+def _tell(error: FlaxclsError) -> None:
+    say(f"flaxcls: {printable(str(error))}", error=True)
 
 
 def export(

@@ -8,6 +8,7 @@ probabilities. Standard output has a line for every picture: its file, the class
 its probability, and the PNG. The class is the one that is predicted, or --class. Methods:
 
   gradcam               the last map of the network, coarse and robust; for networks with maps
+  hirescam              the same for networks that tell places apart, without a global mean
   integrated_gradients  each pixel's part, for or against, in the logit's difference to that of a
                         blank image; the parts add up to it, within 1 % where they can
   smoothgrad            pixels that the logit changes with, of the mean of 32 noisy copies
@@ -31,6 +32,7 @@ from flaxcls.runtime.output import printable, say, write_result
 
 METHODS = (
     "gradcam",
+    "hirescam",
     "integrated_gradients",
     "smoothgrad",
     "saliency",

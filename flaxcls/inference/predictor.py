@@ -136,7 +136,7 @@ class Predictor:
         4 channels, of any size; it becomes what evaluation would show to the network. Raises
         DataError for a file that can't be read and ValueError for what is no picture.
         """
-        if _is_picture(pictures):
+        if is_one_picture(pictures):
             return self.predict([pictures])[0]
         images = [self.prepare(picture) for picture in pictures]
         return self.ranked(self(np.stack(images))) if images else []
@@ -264,7 +264,8 @@ def _choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) ->
     return best_of(results, restored.experiment.best_metric) if results else "eval"
 
 
-def _is_picture(value: Any) -> bool:
+def is_one_picture(value: Any) -> bool:
+    """Whether it is a picture as `Predictor.predict` takes it, and not several of them."""
     return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) and (
         getattr(value, "ndim", 3) <= 3
     )

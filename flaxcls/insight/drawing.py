@@ -25,9 +25,11 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Heat [H, W] over the image, uint8 [H, W, C], in grey: uint8 [H, W, 3].
 
     Where no heat is below zero the colours are those of matplotlib's inferno, from dark to bright.
-    Else orange speaks for the class and blue against it, the stronger the more. Nothing is coloured
-    where the heat is zero everywhere.
+    Else orange speaks for the class and blue against it, the stronger the more. Heat is smoothed by
+    1 % of the image's longer side. Nothing is coloured where it is zero everywhere.
     """
+    if (sigma := max(heat.shape) / 100) >= 1:
+        heat = cv2.GaussianBlur(heat, (0, 0), sigma)
     grey = image.astype(np.float32).mean(axis=2, keepdims=True)
     largest = np.percentile(np.abs(heat), _BRIGHTEST) or np.abs(heat).max() or 1.0
     strength = np.clip(heat / largest, -1, 1)

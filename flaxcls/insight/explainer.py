@@ -40,7 +40,8 @@ class Explanation(NamedTuple):
     def note(self) -> str | None:
         """What there is to know before the heat is believed, in words."""
         if not (self.heat > 0).any():
-            return f"nothing speaks for {printable(self.class_name)}, as far as {self.method} tells"
+            said = f"nothing speaks for {printable(self.class_name)}, as far as {self.method} tells"
+            return said + "; hirescam may tell more" * (self.method == "gradcam")
         if self.gap is not None and not self.gap <= TOLERANCE:
             return (
                 "the parts of the pixels add up to the difference of the logit only within "

@@ -11,12 +11,14 @@ programs are compiled when they are first used; those that evaluate the network 
 the host, because a loop of convolutions within a program is slow on CPUs.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flaxcls import models
 from flaxcls.errors import ConfigError
@@ -25,7 +27,8 @@ from flaxcls.models.layers import title
 Explain = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 TOLERANCE = 0.01  # of the gap of integrated gradients
-_FEWEST_STEPS = 16  # of them, so that no gap is small by chance
+_FEWEST_STEPS = 32  # of them, so that no gap is small by chance
+_SMALLEST = 1e-12  # difference of two logits that is divided by
 
 
 def make_score(network: nn.Module) -> Explain:
@@ -86,41 +89,62 @@ def smoothgrad(
     return explain
 
 
+class _Step(NamedTuple):
+    """The image at a place between the blank one, 0, and itself, 1."""
+
+    place: float
+    score: np.ndarray  # [B]
+    slope: np.ndarray  # [B], of the score by the place: the sum of `parts`
+    parts: jax.Array  # [B, H, W], each pixel's part in the slope
+
+
 def integrated_gradients(
-    network: nn.Module, *, tolerance: float = TOLERANCE, max_steps: int = 512
+    network: nn.Module, *, tolerance: float = TOLERANCE, max_steps: int = 256
 ) -> Explain:
     """The gradient along the way from a blank image (Sundararajan et al. 2017, arXiv:1703.01365).
 
     The blank image has the mean colour of the training images: zeros. A pixel's heat is its part,
     positive or negative, in the difference that the image makes to the logit; the parts add up to
-    that difference (`make_completeness_gap`). The integral is that of the trapezoidal rule, whose
-    steps are halved, which keeps what is computed, until the gap of each image is at most
-    `tolerance`, or there are `max_steps`.
+    that difference (`make_completeness_gap`). The integral is that of the trapezoidal rule. Between
+    any two steps the logit tells what the sum of the parts should be, so the next step halves the
+    interval where it is the farthest from that: most logits change near the blank image, where
+    even steps would be too long. It ends when the gap of each image is at most `tolerance`, or
+    after `max_steps`; so many heat maps are in memory.
     """
-    gradient, gap = make_gradient(network), jax.jit(make_completeness_gap(network))
+    score = make_score(network)
 
     @jax.jit
-    def add_step(total, variables, images, labels, place):
-        return total + gradient(variables, place * images, labels)
-
-    @jax.jit
-    def heat_of(total, images, steps):
-        return jnp.sum(images * total / steps, axis=-1)
+    def evaluate(variables, images, labels, place):
+        scores, pullback = jax.vjp(lambda x: score(variables, x, labels), place * images)
+        parts = jnp.sum(images * pullback(jnp.ones_like(scores))[0], axis=-1)
+        return scores, parts.sum((1, 2)), parts
 
     def explain(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        total = add_step(jnp.zeros_like(images), variables, images, labels, 0.0)
-        total = add_step(total, variables, images, labels, 1.0) / 2
-        steps = 1
-        while True:
-            heat = heat_of(total, images, float(steps))
-            close = gap(variables, images, labels, heat) <= tolerance
-            if steps >= max_steps or (steps >= _FEWEST_STEPS and close.all()):
-                return heat
-            for number in range(steps):
-                total = add_step(total, variables, images, labels, (number + 0.5) / steps)
-            steps *= 2
+        def step(place: float) -> _Step:
+            scores, slope, parts = evaluate(variables, images, labels, place)
+            return _Step(place, np.asarray(scores), np.asarray(slope), parts)
+
+        steps = [step(0.0), step(1.0)]
+        difference = np.maximum(np.abs(steps[1].score - steps[0].score), _SMALLEST)
+        while len(steps) < max_steps:
+            gaps = np.array([_gap(*two) / difference for two in itertools.pairwise(steps)])
+            if len(steps) >= _FEWEST_STEPS and np.abs(gaps.sum(0)).max() <= tolerance:
+                break
+            worst = int(np.abs(gaps).max(1).argmax())
+            middle = (steps[worst].place + steps[worst + 1].place) / 2
+            steps.insert(worst + 1, step(middle))
+        places = np.array([step.place for step in steps])
+        weights = np.gradient(places)  # half the distance of its neighbours
+        weights[[0, -1]] /= 2
+        return sum(weight * step.parts for weight, step in zip(weights, steps, strict=True))
 
     return explain
+
+
+def _gap(left: _Step, right: _Step) -> np.ndarray:
+    """By how much the parts between two steps don't add up to the difference of the score, [B]."""
+    mean = (left.slope + right.slope) / 2
+    return right.score - left.score - (right.place - left.place) * mean
 
 
 def make_completeness_gap(network: nn.Module) -> Callable[..., jax.Array]:
@@ -134,7 +158,8 @@ def make_completeness_gap(network: nn.Module) -> Callable[..., jax.Array]:
     def gap(variables: Any, images: jax.Array, labels: jax.Array, heat: jax.Array) -> jax.Array:
         blank = score(variables, jnp.zeros_like(images), labels)
         difference = score(variables, images, labels) - blank
-        return jnp.abs(heat.sum((1, 2)) - difference) / jnp.abs(difference)
+        gaps = jnp.abs(heat.sum((1, 2)) - difference)
+        return gaps / jnp.maximum(jnp.abs(difference), _SMALLEST)
 
     return gap
 
@@ -188,17 +213,29 @@ def gradcam(network: nn.Module) -> Explain:
 
     arXiv:1610.02391. What speaks against the class is cut off. The last map is the last one that is
     recorded (`models.layers.record`) and has a gradient: that of the last block but one in a
-    transformer that pools its class token.
+    transformer that pools its class token. It can be blank where a network tells the places of its
+    map apart, as one without a global mean does; then `hirescam` has more to show.
 
     Raises ConfigError when called, for a network that has no map.
     """
+    return _cam(network, "gradcam", lambda gradient: gradient.mean((1, 2), keepdims=True))
 
+
+def hirescam(network: nn.Module) -> Explain:
+    """`gradcam` with each place of the map weighed by its own gradient (Draelos & Carin 2020).
+
+    arXiv:2011.08891. The same, but for a factor, where a global mean is followed by the head.
+    """
+    return _cam(network, "hirescam", lambda gradient: gradient)
+
+
+def _cam(network: nn.Module, method: str, weigh: Callable[[jax.Array], jax.Array]) -> Explain:
     @jax.jit
     def explain(variables: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         shapes = models.maps(network, variables, images)
         if not shapes:
             raise ConfigError(
-                f"gradcam needs a network with maps, and {title(network)} records none that its "
+                f"{method} needs a network with maps, and {title(network)} records none that its "
                 "logits depend on; saliency, smoothgrad, integrated_gradients and occlusion take "
                 "any network"
             )
@@ -213,10 +250,10 @@ def gradcam(network: nn.Module) -> Explain:
         heat = jnp.zeros(images.shape[:3])
         for name in shapes:
             gradient = gradients[name].astype(jnp.float32)
-            weights = gradient.mean((1, 2), keepdims=True)
-            heat_of_map = nn.relu(jnp.sum(weights * maps[name].astype(jnp.float32), axis=-1))
+            weighed = weigh(gradient) * maps[name].astype(jnp.float32)
+            heat_of_map = _resize(nn.relu(weighed.sum(axis=-1)), images.shape)
             matters = jnp.any(gradient != 0, axis=(1, 2, 3))[:, None, None]
-            heat = jnp.where(matters, _resize(heat_of_map, images.shape), heat)
+            heat = jnp.where(matters, heat_of_map, heat)
         return heat
 
     return explain
@@ -254,6 +291,7 @@ def attention_rollout(network: nn.Module) -> Explain:
 
 METHODS: dict[str, Callable[[nn.Module], Explain]] = {
     "gradcam": gradcam,
+    "hirescam": hirescam,
     "integrated_gradients": integrated_gradients,
     "smoothgrad": smoothgrad,
     "saliency": saliency,

@@ -57,9 +57,12 @@ class PictureIndex:
             for file, *row in zip(own, *(array.tolist() for array in found), strict=True)
         ]
 
+    def file_at(self, path: str | Path) -> str | None:
+        """The file of the index that a path leads to, if it leads to one."""
+        return self._by_path.get(os.path.realpath(path))
+
     @functools.cached_property
-    def by_path(self) -> dict[str, str]:
-        """The files by their real paths: of several names for one, the last."""
+    def _by_path(self) -> dict[str, str]:
         return {os.path.realpath(file): file for file in self.files}
 
 
@@ -188,7 +191,7 @@ def search(
 
     def found() -> Iterator[tuple[str, list[Neighbor]]]:
         for files, predictions in predictor.files(asked, report):
-            own = [index.by_path.get(os.path.realpath(file)) for file in files]
+            own = [index.file_at(file) for file in files]
             rows = index.nearest(predictions.features, neighbors, own)
             yield from zip(files, rows, strict=True)
 

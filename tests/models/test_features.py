@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from flaxcls import models
+from flaxcls.errors import ConfigError
+from flaxcls.insight.explanations import gradcam
 from flaxcls.models.layers import record
 from flaxcls.models.resnet import BasicBlock
 
@@ -100,6 +102,34 @@ def test_maps_and_what_the_head_is_given_are_recorded(name, options, sides):
         np.testing.assert_allclose(features["pooled"], last.mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("name", "options", "sides"), STAGES + BLOCKS)
+def test_logits_depend_on_every_map_so_that_all_networks_have_gradcam(name, options, sides):
+    network = models.build(name, num_classes=5, **options)
+    shapes = models.shapes(network, SHAPE), jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
+    assert [x.shape[1] for x in models.maps(network, *shapes).values()] == sides
+    explain = functools.partial(jax.eval_shape, gradcam(network), *shapes)
+    if sides:
+        heat = explain(jax.ShapeDtypeStruct((2,), jnp.int32))
+        assert (heat.shape, heat.dtype) == ((2, 64, 96), jnp.float32)
+    else:
+        with pytest.raises(ConfigError, match="gradcam needs a network with maps"):
+            explain(jax.ShapeDtypeStruct((2,), jnp.int32))
+
+
+def test_what_is_added_to_a_map_is_seen_there_and_after_it():
+    network = models.build("vit", num_classes=5, registers=3, **SMALL_VIT)
+    variables = variables_for(network)
+    images = np.random.default_rng(1).normal(size=(2, *SHAPE)).astype(np.float32)
+    added = np.random.default_rng(2).normal(size=(2, 4, 6, 16)).astype(np.float32)
+    compute = jax.jit(functools.partial(models.logits_and_features, network, variables, images))
+    (logits, before), (changed, after) = compute(), compute({"block1": added})
+    np.testing.assert_allclose(after["block1"] - before["block1"], added, atol=1e-4)
+    assert np.abs(after["block2"] - before["block2"]).max() > 0.1
+    assert np.abs(changed - logits).max() > 1e-3
+    nothing = compute({"block1": np.zeros_like(added)})
+    np.testing.assert_allclose(nothing[0], logits, rtol=1e-5)
+
+
 def test_maps_of_tokens_are_row_by_row_and_without_the_tokens_that_are_added():
     network = models.build("vit", num_classes=5, registers=3, **SMALL_VIT)
     variables = variables_for(network)
@@ -154,6 +184,21 @@ class Own(nn.Module):
             record(self, "pooled", 2 * x)
         x = nn.Dense(4, name="hidden")(x)
         return nn.Dense(self.num_classes)(x)
+
+
+@pytest.mark.parametrize("passed_on", [True, False])
+def test_own_network_that_passes_on_what_record_returns_has_gradients(passed_on):
+    class Network(nn.Module):
+        num_classes: int = 2
+
+        @nn.compact
+        def __call__(self, x, train):
+            recorded = record(self, "stage1", x)
+            return nn.Dense(2)((recorded if passed_on else x).mean((1, 2)))
+
+    images = jnp.zeros((1, 4, 4, 3))
+    variables = models.shapes(Network(), (4, 4, 3))
+    assert list(models.maps(Network(), variables, images)) == ["stage1"] * passed_on
 
 
 def test_own_network_has_what_it_records_or_else_what_its_last_layer_is_given():
