@@ -72,18 +72,19 @@ def _tick_step(span: float) -> float:
 
 def ticks(scale: Axis) -> list[float]:
     """The values that are written at a scale: round, in order, and few."""
-    if not scale.log:
-        step = _tick_step(scale.high - scale.low)
-        first = math.ceil(scale.low / step - 1e-9)
-        last = math.floor(scale.high / step + 1e-9)
-        return [number * step for number in range(first, last + 1)]
-    decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
-    for within in ((1, 2, 5), (1, 3), (1,)):
-        found = [m * 10.0**decade for decade in decades for m in within]
-        found = [tick for tick in found if scale.low <= tick <= scale.high]
-        if len(found) <= 7:
-            break
-    return found[:: math.ceil(len(found) / 7)] or [scale.low]
+    if scale.log:
+        decades = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
+        for within in ((1, 2, 5), (1, 3), (1,)):
+            found = [m * 10.0**decade for decade in decades for m in within]
+            found = [tick for tick in found if scale.low <= tick <= scale.high]
+            if 2 <= len(found) <= 7:
+                return found
+        if len(found) > 7:
+            return found[:: math.ceil(len(found) / 7)]
+    step = _tick_step(scale.high - scale.low)  # also of a log scale of less than a decade
+    first = math.ceil(scale.low / step - 1e-9)
+    last = math.floor(scale.high / step + 1e-9)
+    return [number * step for number in range(first, last + 1)]
 
 
 class _Canvas:
