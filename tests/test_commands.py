@@ -54,7 +54,10 @@ def test_list_that_cannot_be_written_is_an_error():
     ("arguments", "sentence"),
     [
         ("trian --config=digits_cnn", "'trian' is not a command, did you mean 'train'?"),
-        ("--config=digits_cnn", "'--config=digits_cnn' is not a command; known: average, bench, "),
+        (
+            "--config=digits_cnn",
+            "'--config=digits_cnn' is not a command; known: attack, average, bench, ",
+        ),
         ("data", "a command is missing; known: check, prepare, preview"),
         ("data chek", "'chek' is not a command, did you mean 'check'?"),
         ("train", "--config=FILE is missing, such as --config=configs/digits_cnn.py"),

@@ -22,8 +22,10 @@ from flaxcls.report.blocks import Matrix, Table
 from flaxcls.report.comparison_sections import config_differences, names_of
 from flaxcls.report.figures import span
 from flaxcls.report.pictures import data_uri
+from flaxcls.report.robustness_sections import robustness
 from flaxcls.report.run_data import RunData, load_run
 from flaxcls.report.run_files import read_run, training_examples
+from flaxcls.runs import robustness_log
 from flaxcls.runs.metric_log import MetricLog
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(1)>{{ 7*7 }}'
@@ -270,3 +272,26 @@ def test_run_ends_with_where_its_page_is(run_main, recipe, tmp_path):
     assert result.stdout.splitlines()[-1] == f"Report: {tmp_path}/run/report.html"
     text = Page((tmp_path / "run" / "report.html").read_text()).text
     assert "50 images of digits 'test[:50]' after step 12" in text
+
+
+def test_attacks_and_corruptions_are_shown_once_there_are_some(copied):
+    files = read_run(copied)
+    assert robustness(RunData(files, None)) is None
+    for eps, robust in ((0.2, 0.1), (0.1, 0.9), (0.1, 0.7)):
+        accuracies = {"clean": 0.95, "pgd": robust}
+        found = {"norm": "linf", "eps": eps, "robust": robust, "count": 100}
+        robustness_log.keep(copied, {**found, "accuracies": accuracies})
+    robustness_log.keep(copied, {"corruptions": {"fog": [0.9, 0.5], "snow": [0.4, 0.2], "x": None}})
+    with (copied / "robustness.jsonl").open("a") as file:
+        file.write('[]\n{"norm": []}\n{"eps')
+    section = robustness(RunData(files, None))
+    attacks, corrupted = (block for block in section.blocks if isinstance(block, Table))
+    assert [(row[1].value, row[5].value) for row in attacks.rows] == [(0.1, 0.7), (0.2, 0.1)]
+    assert [(row[0], row[3].text) for row in corrupted.rows] == [
+        ("snow", "30.0 %"),
+        ("fog", "70.0 %"),
+    ]
+    shown = Page(page.render("title", "lead", [section]))
+    assert shown.all("svg")[0]["aria-label"] == (
+        "Under attack, linf by eps: linf from 95 % to 10 %"
+    )

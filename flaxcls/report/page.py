@@ -16,7 +16,12 @@ from markupsafe import Markup
 
 from flaxcls.errors import OutputError, one_line
 from flaxcls.files import atomic_write
-from flaxcls.report import answer_sections, comparison_sections, training_sections
+from flaxcls.report import (
+    answer_sections,
+    comparison_sections,
+    robustness_sections,
+    training_sections,
+)
 from flaxcls.report.blocks import Block, Section
 from flaxcls.report.figures import share
 from flaxcls.report.run_data import RunData, load_run
@@ -32,6 +37,7 @@ OF_A_RUN: Sequence[Callable[[RunData], Section | None]] = (
     answer_sections.calibration,
     answer_sections.mistakes,
     answer_sections.explanations,
+    robustness_sections.robustness,
     training_sections.speed,
     training_sections.configuration,
     training_sections.environment,
