@@ -78,9 +78,12 @@ def made_up(num_classes=3, names=None, count=60):
     )
 
 
+def sections_of(run):
+    return [section for make in page.OF_A_RUN if (section := make(run))]
+
+
 def page_of(run):
-    sections = [section for make in page.OF_A_RUN if (section := make(run))]
-    return page.render("title", "lead", sections)
+    return page.render("title", "lead", sections_of(run))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def test_page_has_the_results_of_the_run_and_of_every_example(run, digits_run, t
     assert f"digits_cnn on digits, 4 epochs: {100 * accuracy:.2f} % of the 360 images" in shown.text
     for words in ("1,437 images", "Learning rate", "Config", "optimizer.name", '"adamw"'):
         assert words in shown.text
-    matrices = [b for make in page.OF_A_RUN for b in make(run).blocks if isinstance(b, Matrix)]
+    matrices = [b for each in sections_of(run) for b in each.blocks if isinstance(b, Matrix)]
     counts = np.array(matrices[0].counts)
     assert counts.sum() == 360
     assert np.trace(counts) / 360 == pytest.approx(accuracy)
@@ -114,7 +117,7 @@ def test_page_has_the_results_of_the_run_and_of_every_example(run, digits_run, t
 
 
 def test_classes_are_in_order_of_recall_and_sum_to_the_split(run):
-    (section,) = (each for make in page.OF_A_RUN if (each := make(run)).title == "Classes")
+    (section,) = (each for each in sections_of(run) if each.title == "Classes")
     (table,) = (block for block in section.blocks if isinstance(block, Table))
     recalls = [row[2].value for row in table.rows]
     assert recalls == sorted(recalls) and sum(row[1].value for row in table.rows) == 360
@@ -152,7 +155,7 @@ def test_names_that_are_html_are_shown_as_they_are(run):
         problems=[HOSTILE],
     )
     answers = made_up(names=names)
-    sections = [make(RunData(files, answers, HOSTILE)) for make in page.OF_A_RUN]
+    sections = sections_of(RunData(files, answers, HOSTILE))
     shown = Page(page.render(HOSTILE, HOSTILE, sections))
     assert len(shown.all("script")) == 1 and not shown.all("base")
     assert all(image["src"].startswith("data:") for image in shown.all("img"))
