@@ -297,9 +297,8 @@ def test_optuna_proposes_as_many_trials_as_asked_for_in_all_sessions(stub, tmp_p
 def test_optuna_resumes_what_was_interrupted_and_prunes_what_others_are_better_than(
     stub, tmp_path, monkeypatch
 ):
+    optuna = pytest.importorskip("optuna", reason="Optuna is an extra")
     monkeypatch.setattr(gpus, "visible_gpus", lambda: [])
-    import optuna
-
     rates = [0.6, 0.7, 0.65, 0.8, 0.75, 0.99, 0.05]
     with monkeypatch.context() as patch:
         patch.setattr(

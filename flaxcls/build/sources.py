@@ -83,4 +83,4 @@ def source_or_description(
 
 
 def _part(config: ConfigDict, whole: Source, fold: Fold) -> Source:
-    return open_fold(whole, fold, seed=config.data.fold_seed, groups=config.data.fold_groups)
+    return open_fold(whole, fold, seed=config.data.fold_seed or 0, groups=config.data.fold_groups)

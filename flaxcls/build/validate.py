@@ -31,7 +31,9 @@ def check(config: ConfigDict) -> None:
     accepted.check(config)
     batch, parts = config.batch_size, config.gradient_accumulation
     require("seed", 0 <= config.seed < 2**64, "at least 0 and below 2**64")
-    require("data.fold_seed", 0 <= config.data.fold_seed < 2**32, "at least 0 and below 2**32")
+    require(
+        "data.fold_seed", 0 <= (config.data.fold_seed or 0) < 2**32, "at least 0 and below 2**32"
+    )
     require("batch_size", batch >= 1, "at least 1")
     require(
         "gradient_accumulation",

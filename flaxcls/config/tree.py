@@ -55,7 +55,7 @@ def default() -> ConfigDict:
     # TFDS slicing, "train[:90%]", "train+test", ...; or folds: "train, all but fold 3 of 5".
     config.data.train_split = "train"
     config.data.eval_split = "test"
-    config.data.fold_seed = 0  # of how examples are divided into folds
+    config.data.fold_seed = placeholder(int)  # of how examples are divided into folds; None: 0
     config.data.fold_groups = placeholder(str)  # CSV: the examples' groups, which no fold divides
     # Leaves ever fewer examples to train on of each class, of the last so many times fewer than of
     # the first; None: all.
