@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from flaxcls.api import search as search
     from flaxcls.api import sweep_recipe as sweep_recipe
     from flaxcls.api import train as train
+    from flaxcls.api import write_report as write_report
 
 __all__ = (
     "Ensemble",
@@ -61,6 +62,7 @@ __all__ = (
     "search",
     "sweep_recipe",
     "train",
+    "write_report",
 )
 
 

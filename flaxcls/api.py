@@ -35,6 +35,7 @@ from flaxcls.insight.robustness import attack_run
 from flaxcls.insight.search import Neighbor as Neighbor
 from flaxcls.insight.search import index_pictures
 from flaxcls.insight.written import summary
+from flaxcls.report import page
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
 from flaxcls.runtime.output import printable, say
@@ -491,6 +492,20 @@ def average(
         "members": members,
         **averaged.results,
     }
+
+
+def write_report(
+    runs: Sequence[str | Path], out: str | Path | None = None, *, data_dir: str | None = None
+) -> Path:
+    """Writes a page about a run, or one that compares several; returns its file.
+
+    Args:
+      runs: their folders.
+      out: the file; report.html in the run's folder if not given, comparison.html here for several.
+      data_dir: where the data is, if it has moved.
+    """
+    compilation_cache.enable()
+    return page.write_report(runs, out, data_dir=data_dir)
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

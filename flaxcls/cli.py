@@ -31,6 +31,7 @@ COMMANDS = {
     "explain": "flaxcls.explain",
     "search": "flaxcls.search",
     "export": "flaxcls.export",
+    "report": "flaxcls.report.__main__",
     "attack": "flaxcls.attack",
     "average": "flaxcls.average",
     "crossval": "flaxcls.crossval",
