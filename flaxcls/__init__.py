@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from flaxcls.api import Prediction as Prediction
     from flaxcls.api import Predictor as Predictor
     from flaxcls.api import StopTraining as StopTraining
+    from flaxcls.api import attack as attack
+    from flaxcls.api import average as average
+    from flaxcls.api import corrupt as corrupt
+    from flaxcls.api import cross_validate as cross_validate
     from flaxcls.api import default_config as default_config
     from flaxcls.api import evaluate as evaluate
     from flaxcls.api import explain as explain
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     from flaxcls.api import load as load
     from flaxcls.api import load_config as load_config
     from flaxcls.api import search as search
+    from flaxcls.api import sweep_recipe as sweep_recipe
     from flaxcls.api import train as train
 
 __all__ = (
@@ -39,6 +44,10 @@ __all__ = (
     "Prediction",
     "Predictor",
     "StopTraining",
+    "attack",
+    "average",
+    "corrupt",
+    "cross_validate",
     "default_config",
     "evaluate",
     "explain",
@@ -46,6 +55,7 @@ __all__ = (
     "load",
     "load_config",
     "search",
+    "sweep_recipe",
     "train",
 )
 

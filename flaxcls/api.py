@@ -4,6 +4,7 @@ Nothing here ends the process: what a command would say before it exits is an ex
 flaxcls.FlaxclsError, and Ctrl-C saves the run and raises flaxcls.Interrupted.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,22 @@ from flaxcls.errors import ConfigError
 from flaxcls.errors import FlaxclsError as FlaxclsError
 from flaxcls.errors import Interrupted as Interrupted
 from flaxcls.errors import ParityError as ParityError
+from flaxcls.inference.averaging import average_runs
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
 from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
 from flaxcls.inference.predictor import is_one_picture
+from flaxcls.insight.corrupted import corrupt_run
 from flaxcls.insight.explainer import Explainer
 from flaxcls.insight.explainer import Explanation as Explanation
+from flaxcls.insight.robustness import attack_run
 from flaxcls.insight.search import Neighbor as Neighbor
 from flaxcls.insight.search import index_pictures
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
 from flaxcls.runtime.output import printable, say
+from flaxcls.studies import crossval, optuna_search, sweep
 from flaxcls.training.hooks import Hooks, Row
 from flaxcls.training.hooks import StopTraining as StopTraining
 from flaxcls.training.recipe import completed
@@ -91,12 +96,91 @@ def train(
     return {**summary, "workdir": str(folder)}
 
 
+def cross_validate(
+    config: ConfigDict | str | Path,
+    workdir: str | Path | None = None,
+    *,
+    folds: int = 5,
+    groups: str | Path | None = None,
+    overrides: Overrides = (),
+) -> dict[str, Any]:
+    """Trains a config or a recipe once for each fold; the same call resumes.
+
+    Args:
+      config, overrides: as in `train`.
+      workdir: the folder of the study; runs/crossval-NAME-<date-time> if not given.
+      folds: of config.data.train_split; each run is evaluated on one, and trained on the others.
+      groups: a CSV file with columns file,group or index,group; no group is divided.
+
+    Returns {"mean": {"accuracy", "loss"}, "std", "runs", "out_of_fold", "workdir", ...};
+    WORKDIR/predictions.npz has what is said of every example by the run that has not seen it.
+    """
+    compilation_cache.enable()
+    name = "run" if isinstance(config, ConfigDict) else str(config)
+    folder = crossval.new_folder(name) if workdir is None else Path(workdir).expanduser()
+    run_code.fall_back(folder / "fold_0")
+    if not isinstance(config, ConfigDict):
+        config = crossval.complete(load_recipe(name, _as_text(overrides)), folder)
+    elif overrides:
+        raise ConfigError("`overrides` are for a recipe; a config can be changed itself")
+    config = copy.deepcopy(config)
+    if groups is not None:
+        config.data.fold_groups = str(groups)
+    results = crossval.cross_validate(config, folder, folds, watched=False)
+    return {**results, "workdir": str(folder)}
+
+
+def sweep_recipe(
+    recipe: str | Path,
+    workdir: str | Path | None = None,
+    *,
+    grid: Mapping[str, Sequence[Any]] | None = None,
+    search: Sequence[str] = (),
+    trials: int = 20,
+    overrides: Overrides = (),
+    jobs: int = 1,
+) -> dict[str, Any]:
+    """Trains a recipe with many values of its fields, each in a process; the same call resumes.
+
+    Args:
+      recipe: a file, or the name of one that comes with flaxcls.
+      workdir: the folder of the sweep; runs/sweep-NAME-<date-time> if not given.
+      grid: {"optimizer.learning_rate": [0.1, 0.3]}, of which all combinations are tried.
+      search: instead, where Optuna looks: ["optimizer.learning_rate=1e-3..1e-1:log"].
+      trials: how many Optuna chooses.
+      overrides: of all trials, as in `load_config`.
+      jobs: trials at a time.
+
+    Returns {"metric", "trials": [{"name", "values", "status", "results", ...}], "workdir"}, the
+    best trial first.
+    """
+    name, text = str(recipe), list(_as_text(overrides))
+    folder = sweep.new_folder(name) if workdir is None else Path(workdir).expanduser()
+    common: dict[str, Any] = {"overrides": text, "jobs": jobs}
+    if bool(grid) == bool(search):
+        raise ConfigError("a sweep needs either `grid` or `search`")
+    if search:
+        results = optuna_search.sweep_optuna(name, search, folder, trials, **common)
+    else:
+        choices = [
+            f"{field}={','.join(v if isinstance(v, str) else repr(v) for v in values)}"
+            for field, values in (grid or {}).items()
+        ]
+        results = sweep.sweep_grid(name, choices, folder, **common)
+    return {**results, "workdir": str(folder)}
+
+
 def load(
-    run: str | Path, *, checkpoint: str = "last", ema: bool | None = None, batch_size: int = 64
+    run: str | Path,
+    *,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    batch_size: int = 64,
+    tta: str | None = None,
 ) -> Predictor:
     """A saved run's network, ready to classify paths, arrays and PIL images; see Predictor."""
     compilation_cache.enable()
-    return Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size)
+    return Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size, tta=tta)
 
 
 def evaluate(
@@ -105,6 +189,7 @@ def evaluate(
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
+    tta: str | None = None,
 ) -> dict[str, Any]:
     """The exact metrics of a saved run: {"step", "split", "eval": {"accuracy", ...}, "ema": ...}.
 
@@ -113,10 +198,11 @@ def evaluate(
       split: such as "test"; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
       data_dir: where the data is, if it has moved.
+      tta: the test-time augmentation, such as "flip"; "none"; None: the run's own.
     """
     compilation_cache.enable()
     step, split, results = evaluate_run(
-        Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir
+        Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir, tta=tta
     )
     return {"step": step, "split": split, **results}
 
@@ -225,6 +311,121 @@ def export(
         pictures=list(map(str, pictures)),
         data_dir=data_dir,
     )
+
+
+def attack(
+    run: str | Path,
+    *,
+    norm: str = "linf",
+    eps: str | float = "8/255",
+    method: str = "apgd",
+    steps: int | None = None,
+    restarts: int = 1,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run on adversarial images; see `attack_run` for all of it.
+
+    Args:
+      run, checkpoint, ema: as in `load`.
+      norm, eps: "linf" or "l2", and the radius in units of [0, 1], such as "8/255".
+      method: "fgsm", "pgd" or "apgd"; each contains those before it.
+      steps, restarts: of the attacks; None: 20 of PGD and 100 of APGD.
+      examples: of the split, drawn by the seed; more than there are: all.
+      split, data_dir: as in `evaluate`.
+      out: a new folder for the adversarial images and a table.
+
+    Returns {"accuracies": {"clean": .., "fgsm": .., ...}, "robust", "interval", "rounded", ...}.
+    """
+    compilation_cache.enable()
+    return attack_run(
+        Path(run),
+        norm=norm,
+        eps=eps,
+        method=method,
+        steps=steps,
+        restarts=restarts,
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
+        out=None if out is None else Path(out),
+    )
+
+
+def corrupt(
+    run: str | Path,
+    *,
+    examples: int = 1000,
+    seed: int = 0,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """The accuracy of a saved run under fifteen corruptions, each at five severities.
+
+    Arguments as in `attack`. Returns {"clean", "corruptions": {name: [...]}, "mean", ...}.
+    """
+    compilation_cache.enable()
+    return corrupt_run(
+        Path(run),
+        examples=examples,
+        seed=seed,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        data_dir=data_dir,
+    )
+
+
+def average(
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    checkpoint: str | None = None,
+    greedy: bool = False,
+    split: str | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Writes the mean of the weights of a run's checkpoints, or of several runs, as the run `out`.
+
+    Args:
+      runs: one folder or several, of runs of one network with the same classes.
+      out: a new folder.
+      checkpoint: of each run "last", "best", a step, several such as "800,1000", or "all" that are
+        kept; None: all of a single run, the last of each of several.
+      greedy: take only what doesn't make it worse on `split`, which must be held out.
+      data_dir: where the data is, if it has moved.
+
+    Returns what was taken and the exact metrics on what the runs were evaluated on:
+    {"step", "split", "members": [(folder, step), ...], "eval": {"accuracy", ...}}. BatchNorm's
+    statistics are estimated anew. docs/knowing.md has more.
+    """
+    compilation_cache.enable()
+    several = [runs] if isinstance(runs, (str, Path)) else runs
+    averaged = average_runs(
+        [Path(run) for run in several],
+        Path(out),
+        checkpoint=checkpoint,
+        greedy=greedy,
+        split=split,
+        data_dir=data_dir,
+    )
+    members = [(str(member.run), member.step) for member in averaged.members]
+    return {
+        "step": averaged.step,
+        "split": averaged.split,
+        "members": members,
+        **averaged.results,
+    }
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

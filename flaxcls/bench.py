@@ -14,7 +14,8 @@ train    the real loop, with its log, evaluation and checkpoints in a temporary 
 startup  seconds from the start of `python -m flaxcls.main` to each stage up to the first step, with
          nothing compiled before and a second time.
 eval     images/s of the evaluation with its input.
-augment  milliseconds per batch of every augmentation, each compiled alone.
+augment  milliseconds per batch of every augmentation, each compiled alone; per image of those of
+         the recipe that the host does.
 
 Rounds are --rounds; one more comes first and is not counted, but for startup. A round ends when
 the devices have finished. --fake takes made-up images of the recipe's size, for step, train and

@@ -1,6 +1,7 @@
 """Prints the exact metrics of a saved run.
 
     python -m flaxcls.evaluate --run=DIR [--split=test] [--checkpoint=last|best|STEP] [--knn=20]
+        [--tta=NAME]
 
 needs the run's folder and the data, nothing else.
 """
@@ -27,10 +28,20 @@ flags.DEFINE_integer(
 )
 
 
+flags.DEFINE_string(
+    "tta",
+    None,
+    "Test-time augmentation, such as flip, or none; the run's own if not given.",
+    flag_values=FLAGS,
+)
+
+
 def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
     if FLAGS.run is None:
         raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    if FLAGS.knn is not None and FLAGS.tta is not None:
+        raise ConfigError("--tta averages logits, of which --knn has none: give one of the two")
 
     from flaxcls.inference.evaluator import evaluate_run
     from flaxcls.inference.neighbors import knn_run
@@ -38,7 +49,10 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    evaluate = evaluate_run if FLAGS.knn is None else partial(knn_run, neighbors=FLAGS.knn)
+    if FLAGS.knn is None:
+        evaluate = partial(evaluate_run, tta=FLAGS.tta)
+    else:
+        evaluate = partial(knn_run, neighbors=FLAGS.knn)
     step, split, results = evaluate(
         cli.local_folder("run", FLAGS.run),
         split=FLAGS.split,

@@ -110,6 +110,7 @@ flags.DEFINE_enum("format", "table", FORMATS, "Format of the result.", flag_valu
 flags.DEFINE_string("features", None, "A file for the features, .npz.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
 flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
+flags.DEFINE_string("tta", None, "As of flaxcls.evaluate: flip, none.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
 
@@ -133,7 +134,11 @@ def main(argv: Sequence[str]) -> int:
 
     compilation_cache.enable()
     predictor = Predictor(
-        FLAGS.run, checkpoint=FLAGS.checkpoint, ema=FLAGS.ema, batch_size=len(first)
+        FLAGS.run,
+        checkpoint=FLAGS.checkpoint,
+        ema=FLAGS.ema,
+        batch_size=len(first),
+        tta=FLAGS.tta,
     )
     say(f"flaxcls: {printable(FLAGS.run)}, {predictor.describe()}", error=True)
     predict(predictor, itertools.chain(first, files))

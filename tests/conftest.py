@@ -62,16 +62,22 @@ def convolutions_by_xla(monkeypatch):
     monkeypatch.setattr(onednn, "version", lambda: None)
 
 
+# What looks at compiled programs, or compares itself with processes of users' own.
+FULLY_OPTIMIZED = (
+    *("integration", "launch", "test_bench.py", "test_collectives.py", "test_compilation_cache.py"),
+    *("test_export.py", "test_gpu_kit.py", "test_plan.py", "test_profile.py"),
+)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
-    """Functions that a test runs once or twice are compiled without most optimizations.
+    """Programs that a test runs some times are compiled without most optimizations.
 
-    Compiling them takes far longer than running them. The training step keeps what its users have.
+    Compiling them takes far longer than running them. Processes that tests start have what users
+    have.
     """
     place = request.path.relative_to(ROOT / "tests")
-    functions = ("augment", "models", "test_explanations.py", "test_losses.py")
-    functions += ("test_metrics.py", "test_optim.py")
-    jax.config.update("jax_disable_most_optimizations", place.parts[0] in functions)
+    jax.config.update("jax_disable_most_optimizations", place.parts[0] not in FULLY_OPTIMIZED)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -11,8 +11,10 @@ import pytest
 
 from flaxcls import build
 from flaxcls.config import default
+from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
 from flaxcls.perf import devices, step
+from flaxcls.perf.augmentations import changes_on_host
 from flaxcls.perf.figures import Effort
 from flaxcls.perf.made_up import made_up
 from flaxcls.runtime import sharding
@@ -44,6 +46,18 @@ def recipe(tmp_path):
 
 def bench(run_main, *arguments, **options):
     return run_main(*arguments, "--steps=3", "--rounds=2", module="flaxcls.bench", **options)
+
+
+@pytest.mark.parametrize(
+    ("where", "names"), [("host", ["flip on the host", "rand_augment on the host"]), ("device", [])]
+)
+def test_augmentations_of_the_host_are_timed_there(recipe, capsys, where, names):
+    config = load_recipe(str(recipe), [f"input.policies={where}", "input.mode=stream"]).config
+    config.augment = ({"name": "flip"}, {"name": "rand_augment"}, {"name": "mixup"})
+    figures = changes_on_host(build.make_experiment(config, build.mesh(config)), rounds=1)
+    assert [*figures] == names
+    assert all(figure["unit"] == "ms/image" and figure["value"] > 0 for figure in figures.values())
+    assert capsys.readouterr().out.count("ms an image on one core of the host") == len(names)
 
 
 def test_input_is_timed_by_its_parts_and_as_a_whole(run_main, recipe, tmp_path):

@@ -9,6 +9,7 @@ from collections import namedtuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from flaxcls.errors import CheckpointError, ConfigError
@@ -428,14 +429,14 @@ def test_a_failing_device_moves_no_checkpoint(run, monkeypatch):
     def out_of_memory(*arguments, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", out_of_memory)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", out_of_memory)
     with pytest.raises(jax.errors.JaxRuntimeError):
         restored_newest(run)
 
     def confused(*arguments, **options):
         raise ValueError("what is this?\nmore")
 
-    monkeypatch.setattr(checkpoint.ocp.PyTreeCheckpointHandler, "restore", confused)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", confused)
     with pytest.raises(
         CheckpointError, match="step 8 is intact but can't be read: what is this[?]$"
     ):
@@ -558,6 +559,7 @@ import resource, sys
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.checkpoint_reader import CheckpointReader
@@ -609,6 +611,7 @@ jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
 
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from flaxcls.runs import checkpoint
 from flaxcls.runs import manifest
 from flaxcls.runtime import processes

@@ -162,6 +162,10 @@ def test_warmup_longer_than_the_run_is_shortened_and_said(tiny_config):
         ("train[:90%]", "train[80%:]", 9, 19),
         ("train+test", "test[:10]", 10, 10),
         ("train[:50%]", "train[50%:]", 0, 0),
+        ("train, all but fold 2 of 3", "train, fold 2 of 3", 0, 0),
+        ("train+test, all but fold 2 of 3", "train+test, fold 2 of 3", 0, 0),
+        ("train", "train, fold 2 of 3", 32, 32),
+        ("train, fold 0 of 3", "train[:50%], all but fold 0 of 4, fold 1 of 2", 9, 18),
     ],
 )
 def test_evaluating_on_what_is_trained_on_is_said(tiny_config, train, evaluation, both, of):

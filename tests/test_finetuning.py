@@ -8,6 +8,7 @@ from jax.sharding import AxisType
 
 from flaxcls import build, models
 from flaxcls import config as configs
+from flaxcls.build.length import Length
 from flaxcls.core.losses import LossSpec
 from flaxcls.core.step import make_init, make_train_step, seed_key
 from flaxcls.errors import ConfigError
@@ -322,7 +323,8 @@ def two_steps(variables, images, labels):
     config = build_config()
     network = models.build("cifar_resnet20", num_classes=3).clone(depth=8, dtype=jnp.float64)
     frozen = build.frozen(config, network, (8, 8, 3))
-    optimizer, _ = build.optimizer(config, network, (8, 8, 3), frozen, lambda step: 0.01)
+    config.optimizer.learning_rate, config.schedule.name = 0.01, "constant"
+    optimizer, _ = build.optimizer(config, network, (8, 8, 3), frozen, Length(9, 8, 96))
     step = make_train_step(
         network,
         LossSpec("softmax_cross_entropy", None, {}).with_weights(None),

@@ -100,3 +100,51 @@ def test_what_two_checkpoints_differ_in_is_told(monkeypatch):
     assert (found["same"], found["different"], found["largest_difference"]) == (False, 1, 0.5)
     assert not differences(first, {"step": 3})["same"]
     sys.modules.pop("correctness")
+
+
+class FakeRun:
+    """A process that has saved step 20, and what XLA has chosen, when it is killed."""
+
+    def __init__(self, workdir):
+        (workdir / "checkpoints" / "20").mkdir(parents=True, exist_ok=True)
+        self.began_with = sorted(path.name for path in workdir.glob("autotuning/*"))
+        (workdir / "autotuning").mkdir(exist_ok=True)
+        (workdir / "autotuning" / "choices.txt").write_text("")
+        self.returncode = 0
+
+    def poll(self):
+        return None
+
+    def kill(self):
+        self.returncode = -9
+
+    def communicate(self):
+        return "", ""
+
+
+@pytest.mark.parametrize(
+    ("setting", "resumed", "whole"),
+    [("run_folder", ["choices.txt"], ["choices.txt"]), ("cache", ["choices.txt"], []),
+     ("no_choices", [], []), ("deterministic", [], [])],
+)  # fmt: skip
+def test_resumed_runs_have_the_choices_of_their_setting(
+    setting, resumed, whole, monkeypatch, tmp_path
+):
+    monkeypatch.syspath_prepend(str(KIT))
+    import correctness
+
+    runs = []
+
+    def start_module(module, *arguments, environment):
+        [workdir] = [a.removeprefix("--workdir=") for a in arguments if a.startswith("--workdir=")]
+        runs.append(FakeRun(Path(workdir)))
+        cache = environment.get("JAX_ENABLE_COMPILATION_CACHE") != "false"
+        assert cache == (setting == "cache")
+        return runs[-1]
+
+    monkeypatch.setattr(correctness, "start_module", start_module)
+    monkeypatch.setattr(correctness, "saved_arrays", lambda run: {"step": [60]})
+    result = correctness.resume(tmp_path, setting, tiny=True)
+    assert result["same"] and result["choices"] == ["choices.txt"]
+    assert [run.began_with for run in runs] == [[], resumed, whole]
+    sys.modules.pop("correctness")

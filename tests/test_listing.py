@@ -16,10 +16,11 @@ import pytest
 from rich.console import Console
 
 from flaxcls import augment, models
+from flaxcls.augment import views
 from flaxcls.build import accepted, listing
 from flaxcls.config import default
 from flaxcls.config.recipes import load_recipe
-from flaxcls.core import losses, optim, schedules
+from flaxcls.core import adversarial, losses, optim, schedules
 from flaxcls.data import SOURCES
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError
@@ -33,11 +34,13 @@ NAMES = {
     "optimizers": optim.RULES,
     "schedules": schedules.SCHEDULES,
     "losses": losses.LOSSES,
+    "tta": views.VIEWS,
+    "adversarial": adversarial.METHODS,
     "data": {**SOURCES, "(any of TFDS)": None},
     "recipes": {path.stem for path in (ROOT / "configs").glob("*.py")},
 }
 SECTIONS = {"models": "model", "crops": "crop", "optimizers": "optimizer", "losses": "loss"}
-SECTIONS |= {"schedules": "schedule", "data": "data"}
+SECTIONS |= {"schedules": "schedule", "data": "data", "adversarial": "adversarial"}
 
 
 def entries(kind):
@@ -153,7 +156,10 @@ def test_terminal_shows_all_of_it_whatever_its_width(columns):
     ("flag", "message"),
     [
         ("--list=model", "--list=model is not known, did you mean 'models'?"),
-        ("--list=", "--list= is not known; known: augmentations, crops, data, losses, models, "),
+        (
+            "--list=",
+            "--list= is not known; known: adversarial, augmentations, crops, data, losses, ",
+        ),
     ],
 )
 def test_unknown_kind_is_one_sentence(flag, message, run_main):

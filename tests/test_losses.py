@@ -89,9 +89,32 @@ def test_focal_with_gamma_0_is_the_cross_entropy():
     )
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.4])
+def test_logit_adjusted_loss_and_gradient_equal_torch_in_float64(torch, tau):
+    counts = (1, 500, 20, 7, 1000)  # by the definition, log(1 + sum over others of ratios^tau e^d)
+    x, labels = torch.tensor(LOGITS, requires_grad=True), torch.tensor(LABELS)
+    ratios = torch.tensor(counts, dtype=torch.float64)
+    ratios = (ratios[None, :] / ratios[labels][:, None]) ** tau
+    margins = ratios * torch.exp(x - x.gather(1, labels[:, None]))
+    expected = torch.log1p(margins.sum(1) - 1).mean()
+    expected.backward()
+    loss = losses.build("logit_adjusted", tau=tau, class_counts=counts)
+    value, gradient = jax.value_and_grad(lambda z: jnp.mean(loss(z, ONE_HOT)[0]))(jnp.array(LOGITS))
+    assert float(value) == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(gradient, x.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_logit_adjusted_is_the_cross_entropy_for_classes_alike_and_for_tau_0():
+    plain = mean_loss("softmax_cross_entropy", SOFT)
+    for options in ({"class_counts": (9,) * 5}, {"class_counts": (1, 2, 3, 4, 5), "tau": 0.0}):
+        assert mean_loss("logit_adjusted", SOFT, **options) == pytest.approx(plain, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, {}) for name in losses.LOSSES] + [("focal", {"gamma": g}) for g in (0.0, 0.3, 1.0)],
+    [(name, {}) for name in losses.LOSSES if name != "logit_adjusted"]
+    + [("focal", {"gamma": g}) for g in (0.0, 0.3, 1.0)]
+    + [("logit_adjusted", {"class_counts": (1, 10**6, 3)})],
 )
 def test_value_and_gradient_are_finite_where_the_network_is_certain(name, options):
     loss = losses.build(name, **options)
@@ -134,17 +157,70 @@ def test_class_weights_of_another_number_of_classes_are_refused():
         loss(LOGITS, ONE_HOT)
 
 
+def of_labels(class_weights, num_classes=5, labels=LABELS, name="focal", **arguments):
+    return losses.LossSpec(name, class_weights, {}, **arguments).of_labels(
+        lambda: labels, num_classes
+    )
+
+
 def test_balanced_class_weights_equal_scikit_learn():
     sklearn = pytest.importorskip("sklearn.utils.class_weight")
     expected = sklearn.compute_class_weight("balanced", classes=np.arange(5), y=LABELS)
-    np.testing.assert_allclose(losses.balanced_class_weights(LABELS, 5), expected, rtol=1e-15)
+    np.testing.assert_allclose(of_labels("balanced")[0], expected, rtol=1e-15)
 
 
-def test_balanced_class_weights_name_the_class_that_has_no_example():
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
+def test_effective_number_weights_are_those_of_the_expected_volume(beta):
+    # The effective number by its recursion, E_n = 1 + beta E_(n-1) (Cui et al. 2019, eq. 2).
+    expected = []
+    for count in np.bincount(LABELS):
+        volume = 0.0
+        for _ in range(count):
+            volume = 1 + beta * volume
+        expected.append(1 / volume)
+    expected = np.array(expected) * 5 / np.sum(expected)
+    actual, counts = of_labels("effective_number", beta=beta)
+    np.testing.assert_allclose(actual, expected, rtol=1e-10)
+    assert counts is None
+
+
+def test_effective_number_weights_near_beta_1_are_the_balanced_ones():
+    weights = np.array(of_labels("effective_number", beta=1 - 1e-9)[0])
+    balanced = np.array(of_labels("balanced")[0])
+    np.testing.assert_allclose(weights / weights[0], balanced / balanced[0], rtol=1e-6)
+
+
+def test_labels_are_read_only_for_what_follows_from_them():
+    def unread():
+        raise AssertionError
+
+    for weights in (None, (1.0, 2.0)):
+        actual = losses.LossSpec("focal", weights, {}).of_labels(unread, 2)
+        assert actual == (weights and list(weights), None)
+    given = {"class_counts": (3.0, 4.0)}
+    assert losses.LossSpec("logit_adjusted", None, given).of_labels(unread, 2) == (None, None)
+    assert of_labels(None, name="logit_adjusted") == (None, [1, 1, 3, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("class_weights", "name"), [("balanced", "focal"), (None, "logit_adjusted")]
+)
+def test_class_that_has_no_example_is_named(class_weights, name):
     with pytest.raises(DataError, match="every class; 5 has none"):
-        losses.balanced_class_weights(LABELS, 6)
+        of_labels(class_weights, 6, name=name)
     with pytest.raises(DataError, match="from 0 to 3, got 0 to 4"):
-        losses.balanced_class_weights(LABELS, 4)
+        of_labels(class_weights, 4, name=name)
+
+
+def test_objective_of_logit_adjusted_is_adjusted_and_its_likelihood_is_not():
+    spec = losses.LossSpec("logit_adjusted", None, {"tau": 0.5})
+    logits, targets = jnp.asarray(LOGITS), jnp.asarray(ONE_HOT)
+    plain = losses.build("softmax_cross_entropy")(logits, targets)[0]
+    np.testing.assert_array_equal(spec.likelihood(logits, targets)[0], plain)
+    adjusted = spec.objective(None, [1, 2, 3, 4, 5])(logits, targets)[0]
+    expected = losses.build("logit_adjusted", tau=0.5, class_counts=(1, 2, 3, 4, 5))
+    np.testing.assert_array_equal(adjusted, expected(logits, targets)[0])
+    assert np.abs(adjusted - plain).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,6 @@ import json
 import os
 import pty
 
-import pytest
-from tensorboardX.proto import event_pb2
-
 from flaxcls.runs import metric_log
 from flaxcls.runs.metric_log import MetricLog, describe
 
@@ -38,24 +35,6 @@ def test_rows_hold_nothing_that_depends_on_the_clock(tmp_path):
         {"step": 10, "epoch": 1.0, "train": ROW},
         {"step": 10, "epoch": 1.0, "eval": {"accuracy": 0.5, "loss": 1.0, "count": 4}},
     ]
-
-
-def test_tensorboard_file_holds_the_scalars(tmp_path):
-    with MetricLog(tmp_path, 0, 40, 8) as log:
-        log.training(10, 1.0, ROW, (100.0, 0.25))
-        log.evaluation(10, 1.0, {"ema": {"accuracy": 0.5, "loss": 1.0, "count": 4}})
-    (path,) = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
-    data, scalars = path.read_bytes(), {}
-    while data:  # TFRecord: length, checksum, data, checksum
-        length = int.from_bytes(data[:8], "little")
-        event = event_pb2.Event.FromString(data[12 : 12 + length])
-        scalars |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
-        data = data[16 + length :]
-    assert scalars["train/loss"] == (10, 0.5)
-    assert scalars["train/learning_rate"] == (10, pytest.approx(0.1))
-    assert scalars["ema/accuracy"] == (10, 0.5)
-    assert scalars["time/images_per_second"] == (10, 800)
-    assert scalars["time/data_wait"] == (10, 0.25)
 
 
 def test_lines_are_plain_when_not_a_terminal(tmp_path, capsys, monkeypatch):

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,6 +96,24 @@ def test_broken_images_are_a_sum_and_no_mean():
     pairs = {"broken_images": (jnp.int32(3), jnp.int32(50)), "loss": (jnp.float32(3), jnp.int32(2))}
     assert metrics.compute(pairs) == {"broken_images": 3, "loss": 1.5}
     assert metrics.compute({"broken_images": (jnp.int32(0), jnp.int32(0))})["broken_images"] == 0
+
+
+def test_balanced_accuracy_equals_scikit_learn_over_batches():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(3)
+    logits, labels = random.normal(size=(60, 4)), random.choice(3, 60, p=(0.8, 0.15, 0.05))
+    logits[np.arange(60), labels] += (labels == 0) * 2  # right on the large class
+    mask = np.arange(60) < 50  # the others must not count; class 3 has no example
+    pairs = [
+        metrics.balanced_accuracy(jnp.asarray(logits[i]), jnp.asarray(labels[i]), mask[i])
+        for i in np.split(np.arange(60), [13, 40])
+    ]
+    total = functools.reduce(metrics.add, ({"balanced": pair} for pair in pairs))
+    expected = sklearn.recall_score(
+        labels[:50], logits[:50].argmax(axis=1), labels=range(3), average="macro"
+    )
+    assert metrics.compute(total)["balanced"] == pytest.approx(expected, rel=1e-12)
+    assert abs(expected - np.mean(logits[:50].argmax(axis=1) == labels[:50])) > 0.01
 
 
 def test_a_mean_over_nothing_is_nan():

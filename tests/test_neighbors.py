@@ -91,8 +91,9 @@ def test_features_of_a_split_come_once_each_in_order(tiny_config, mode):
 def digits(tiny_config, tmp_path):
     """The folder of a run of some steps on real pictures."""
     config = tiny_config(ema_decay=0.9)
-    config.data = {"name": "digits", "train_split": "train[:300]", "eval_split": "test[:100]"}
-    config.data.update(path=None, dir=None, mean=None, std=None)
+    del config.data.image_shape, config.data.num_classes, config.data.num_examples
+    config.data.name = "digits"
+    config.data.train_split, config.data.eval_split = "train[:300]", "test[:100]"
     train(config, tmp_path / "run")
     return tmp_path / "run"
 

@@ -426,6 +426,30 @@ def test_learning_rate_factors_scale_step_and_decay_of_the_first_match():
         np.testing.assert_allclose(results[1][path], factor * plain, rtol=1e-6)
 
 
+def test_learning_rate_durations_end_the_training_of_some_parameters():
+    def shortened(duration):
+        return lambda step: jnp.where(step < {"1 steps": 1, "2 steps": 2}[duration], 0.5, 0.0)
+
+    durations = (("^head/kernel", "2 steps"), ("^head/", "1 steps"))
+    options = {"learning_rate_durations": durations, "momentum": 0.9}
+    optimizer, text = optim.build(
+        "sgd", schedule=lambda _: 1.0, params=PARAMS, shortened=shortened, **options
+    )
+    assert "for 2 steps: 1 array, 30 parameters: head/kernel" in text
+    assert "for 1 steps: 1 array, 5 parameters: head/bias" in text
+    plain, _ = optim.build("sgd", schedule=lambda _: 1.0, params=PARAMS, momentum=0.9)
+    state, other = optimizer.init(PARAMS), plain.init(PARAMS)
+    assert jax.tree.structure(state) == jax.tree.structure(other)
+    for step, grads in enumerate(GRADS[:3]):
+        updates, state = optimizer.update(grads, state, PARAMS)
+        expected, other = plain.update(grads, other, PARAMS)
+        for path, update in flat(updates).items():
+            steps = {"head/kernel": 2, "head/bias": 1}.get(path)
+            factor = 1.0 if steps is None else 0.5 if step < steps else 0.0
+            np.testing.assert_allclose(update, factor * flat(expected)[path], rtol=1e-6)
+    assert optim.updates_made(state) == 3
+
+
 def test_the_learning_rate_follows_the_count_in_the_state():
     optimizer, _ = optim.build(
         "sgd", schedule=lambda step: jnp.where(step == 2, 0.0, 1.0), params=PARAMS
@@ -520,6 +544,8 @@ def test_the_description_has_a_line_a_group():
             {"learning_rate_factors": (("head", -2.0),)},
             "learning_rate_factors must be .* at least 0.* got .*-2.0",
         ),
+        ("sgd", {"learning_rate_durations": (("stem", "1%"),)}, "`learning_rate_durations` 'stem'"),
+        ("sgd", {"learning_rate_durations": (("head", 3),)}, "learning_rate_durations must be "),
         ("sgd", {"gradient_clip_norm": 0.0}, "gradient_clip_norm must be float above 0 or None"),
         ("sgd", {"gradient_clip_value": -1.0}, "gradient_clip_value must be float above 0 or None"),
     ],

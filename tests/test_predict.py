@@ -308,7 +308,7 @@ def test_every_loss_has_its_probabilities():
     logits = jnp.array([[2.0, -1.0, 0.5], [30.0, 29.0, -20.0]])
     expected = np.exp(logits - logits.max(axis=1, keepdims=True))
     expected /= expected.sum(axis=1, keepdims=True)
-    for name in ("softmax_cross_entropy", "focal"):
+    for name in ("softmax_cross_entropy", "focal", "logit_adjusted"):
         np.testing.assert_allclose(PROBABILITIES[name](logits), expected, rtol=1e-5)
     np.testing.assert_allclose(
         PROBABILITIES["sigmoid_cross_entropy"](logits), 1 / (1 + np.exp(-logits)), rtol=1e-5

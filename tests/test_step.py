@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 
 from flaxcls import augment, build, models
 from flaxcls.build.accepted import options_given
+from flaxcls.build.length import Length
 from flaxcls.core.step import augmentation_key, make_init, make_train_step, seed_key, take_metrics
 from flaxcls.models.dense import DenseNetwork
 from flaxcls.models.resnet import BottleneckBlock, ResNet
@@ -141,7 +142,8 @@ def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
     network = models.build(config.model.name, num_classes=5, **options_given(config, "model"))
     shape = (8, 8, 1)
     frozen = build.frozen(config, network, shape)
-    optimizer, _ = build.optimizer(config, network, shape, frozen, lambda step: jnp.float32(0.1))
+    config.optimizer.learning_rate, config.schedule.name = 0.1, "constant"
+    optimizer, _ = build.optimizer(config, network, shape, frozen, Length(9, 16, 96))
     init = make_init(network, optimizer, num_classes=5, ema=True)
     step = make_train_step(
         network,

@@ -15,6 +15,7 @@ The last line is the result as JSON.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,19 +26,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-# For `resume`: variables of the environment by setting. {folder} is the setting's own, and
-# {autotuning} writes XLA's choices of kernels in its first run and reads them in the others.
+# For `resume`: variables of the environment by setting. Runs keep XLA's choices of kernels in their
+# folders (docs/run_folder.md). Without JAX's cache these are all that a resumed run has of the
+# programs before; with `no_choices` it has nothing.
 NO_CACHE = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
 SETTINGS = {
     "cache": {},
-    "no_cache": NO_CACHE,
+    "run_folder": NO_CACHE,
     "deterministic": {**NO_CACHE, "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"},
-    "pinned": {**NO_CACHE, "XLA_FLAGS": "{autotuning}"},
-    "pinned_folder": {
-        **NO_CACHE,
-        "XLA_FLAGS": "--xla_gpu_per_fusion_autotune_cache_dir={folder}/autotuning "
-        "--xla_gpu_experimental_autotune_cache_mode=AUTOTUNE_CACHE_MODE_UPDATE",
-    },
+    "no_choices": NO_CACHE,
 }
 RECIPE = """
 from flaxcls.config import default
@@ -176,21 +173,15 @@ def _norm(first: Any, second: Any) -> float:
 def resume(folder: Path, setting: str, tiny: bool) -> dict[str, Any]:
     """Kills a run and resumes it, and compares its last checkpoint with that of one left alone.
 
-    The run that is killed compiles first; where kernel choices are pinned it writes them down. The
-    one left alone and the resumed one come then, together.
+    The run that is killed compiles first, which on a GPU leaves its choices of kernels in its
+    folder. The one left alone, which may have to have the same ones, and the resumed one come then,
+    together.
     """
     recipe = folder / "recipe.py"
     recipe.write_text(RECIPE)
-    choices = folder / "autotuning.txt"
 
     def start(name: str) -> subprocess.Popen:
-        use, where = ("load", "from") if choices.exists() else ("dump", "to")
-        autotuning = f"--xla_gpu_{use}_autotune_results_{where}={choices}"
-        environment = {
-            variable: text.format(autotuning=autotuning, folder=folder)
-            for variable, text in SETTINGS[setting].items()
-        }
-        environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        environment = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), **SETTINGS[setting]}
         arguments = [f"--config={recipe}", f"--workdir={folder / name}", *(TINY if tiny else ())]
         return start_module("flaxcls.main", *arguments, environment=environment)
 
@@ -203,6 +194,12 @@ def resume(folder: Path, setting: str, tiny: bool) -> dict[str, Any]:
     result = {"setting": setting, "seconds_to_step_20": time.perf_counter() - started}
     if process.returncode != -signal.SIGKILL:
         return {**result, "says": f"exit code {process.returncode} before it was killed"}
+    choices = folder / "killed" / "autotuning"
+    result["choices"] = [path.name for path in choices.glob("*")]
+    if setting == "run_folder" and choices.exists():
+        shutil.copytree(choices, folder / "whole" / "autotuning")
+    elif setting in ("deterministic", "no_choices"):
+        shutil.rmtree(choices, ignore_errors=True)
     processes = [start("killed"), start("whole")]
     if any([finish(process) for process in processes]):
         return {**result, "says": "a run failed"}

@@ -60,9 +60,10 @@ def forward(config: Any) -> tuple[Any, Any, Mapping[str, jax.Array]]:
     mean = std = (0.5,) * channels
     evaluate = jax.jit(
         make_eval_step(
-            experiment.network,
+            lambda variables, images: experiment.network.apply(
+                variables, augment.normalize(images, mean, std), train=False
+            ),
             experiment.loss.likelihood,
-            lambda images: augment.normalize(images, mean, std),
         ),
         donate_argnums=1,
     )

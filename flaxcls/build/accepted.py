@@ -11,7 +11,7 @@ from flaxcls.config.fields import options_of
 from flaxcls.config.options import accepted, look_up
 from flaxcls.config.tree import get
 from flaxcls.config.user_code import is_path
-from flaxcls.core import losses, optim, schedules
+from flaxcls.core import adversarial, losses, optim, schedules
 from flaxcls.data import SOURCES, opener
 from flaxcls.data.transform import TRANSFORMS
 from flaxcls.errors import ConfigError, did_you_mean
@@ -50,16 +50,25 @@ def _source_options(name: str) -> Parameters:
 
 # What the program gives to the builders by keyword, not the config's section.
 _LOSS = "name"
-_OPTIMIZER = "name schedule params frozen layers mesh"
+_OPTIMIZER = "name schedule shortened params frozen layers mesh"
 _SCHEDULE = "name learning_rate total_steps to_steps"
 _CROP = _from(TRANSFORMS, "crop", None, "")
 SECTIONS = {
     "data": Section(
-        SOURCES, _source_options, frozenset(("dir", "train_split", "eval_split", "mean", "std"))
+        SOURCES,
+        _source_options,
+        frozenset(
+            ("dir", "train_split", "eval_split", "fold_seed", "fold_groups", "long_tail")
+            + ("mean", "std")
+        ),
     ),
     "crop": Section(TRANSFORMS, _CROP, frozenset()),
     "model": Section(models.MODELS, models.options, frozenset(("dtype", "batch_norm_group"))),
-    "loss": Section(losses.LOSSES, _from(losses.LOSSES, "loss", losses.build, _LOSS), frozenset()),
+    "loss": Section(
+        losses.LOSSES,
+        _from(losses.LOSSES, "loss", losses.build, _LOSS),
+        frozenset(("effective_number_beta",)),
+    ),
     "optimizer": Section(
         optim.RULES,
         _from(optim.RULES, "optimizer", optim.build, _OPTIMIZER),
@@ -69,6 +78,9 @@ SECTIONS = {
         schedules.SCHEDULES,
         _from(schedules.SCHEDULES, "schedule", schedules.build, _SCHEDULE),
         frozenset(),
+    ),
+    "adversarial": Section(
+        adversarial.METHODS, _from(adversarial.METHODS, "adversarial", None, ""), frozenset()
     ),
     "eval.crop": Section(TRANSFORMS, _CROP, frozenset()),
 }

@@ -18,6 +18,7 @@ from flaxcls.build.sources import source
 from flaxcls.build.validate import about
 from flaxcls.config.durations import Duration, parse_duration
 from flaxcls.config.fields import plain
+from flaxcls.core.adversarial import AdversarialMethod
 from flaxcls.core.losses import LossSpec
 from flaxcls.data.pipeline import Pipeline, Sizes
 from flaxcls.data.source import Source
@@ -55,9 +56,11 @@ class Experiment:
       seed: of everything random.
       train, evaluation: how the batches of the two splits are made.
       eval_batch_size: examples at a time.
+      tta: the views that evaluation's logits are the mean over; None: the images as they are.
       normalization: mean and standard deviation per channel; None: those of the training images.
       augmentations: those on the devices, as `augment.build` takes them.
       network, loss, optimizer: what a step computes.
+      adversarial: what the images of a step are attacked by; None: they are not.
       frozen: the paths of the parameters that are not trained.
       freeze_batch_stats: whether BatchNorm uses its running statistics in training, and keeps them.
       batch_norm_group: neighbours in a batch that BatchNorm takes its statistics of; None: all.
@@ -81,10 +84,12 @@ class Experiment:
     train: Pipeline
     evaluation: Pipeline
     eval_batch_size: int
+    tta: str | None
     normalization: tuple[list[float], list[float]] | None
     augmentations: tuple[Any, ...]
     network: nn.Module
     loss: LossSpec
+    adversarial: AdversarialMethod | None
     optimizer: optax.GradientTransformation
     frozen: frozenset[str]
     freeze_batch_stats: bool
@@ -161,9 +166,10 @@ def make_experiment(
 
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
     models.check_partition(network, mesh.shape.get("model", 1))
-    rate = pieces.learning_rate(config, run)
     frozen = pieces.frozen(config, network, shapes[0])
-    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, rate, mesh)
+    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, run, mesh)
+    whole = config.copy_and_resolve_references()
+    whole.data.long_tail = None
     return Experiment(
         config=plain(config),
         mesh=mesh,
@@ -171,10 +177,12 @@ def make_experiment(
         train=train,
         evaluation=evaluation,
         eval_batch_size=config.eval.batch_size or config.batch_size,
+        tta=pieces.test_time_augmentation(config, network, evaluation.image_shape()),
         normalization=pieces.normalization(config, train_source.image_shape[-1]),
         augmentations=augmentations,
         network=network,
         loss=pieces.loss(config, num_classes),
+        adversarial=pieces.adversarial_training(config),
         optimizer=optimizer,
         frozen=frozen,
         freeze_batch_stats=config.finetune.freeze_batch_stats,
@@ -183,7 +191,7 @@ def make_experiment(
         steps_per_dispatch=inputs.steps_per_dispatch(config, train),
         init_from=config.init_from,
         ema_decay=config.ema_decay,
-        learning_rate=rate,
+        learning_rate=pieces.learning_rate(config, run),
         parameter_groups=parameter_groups,
         length=run,
         log_every=interval(config, "log_every", run),
@@ -195,7 +203,8 @@ def make_experiment(
         divergence=Divergence(**config.divergence),
         notes=(
             *notes.shortened(config.schedule, run),
-            *notes.evaluated_twice(train_source, eval_source, partial(open_split, config)),
+            *notes.evaluated_twice(train_source, eval_source, partial(open_split, whole)),
+            *notes.balanced_twice(config),
             *notes.enlarged(sizes, train_source),
             *notes.ignored(train_source, eval_source),
             *notes.batch_norm_groups(config, mesh, models.shapes(network, shapes[0])),

@@ -2,14 +2,18 @@
 
 from ml_collections import ConfigDict
 
+from flaxcls.config import default
+from flaxcls.config.tree import get
+
 
 def on_fake_data(config: ConfigDict, *, image_size: int, num_classes: int) -> ConfigDict:
     """A copy of a config whose data are two batches of made-up images of one size."""
     config = config.copy_and_resolve_references()
     channels = config.data.get("channels") or 3
-    for section in (config.data, config.crop, config.eval.crop):
+    for name in ("data", "crop", "eval.crop"):
+        section, standard = get(config, name), get(default(), name)
         for field in list(section):
-            section[field] = None
+            section[field] = standard.get(field)
     config.data.name, config.data.train_split, config.data.eval_split = "fake", "train", "test"
     config.data.image_shape = (image_size, image_size, channels)
     config.data.num_classes, config.data.num_examples = num_classes, 2 * config.batch_size

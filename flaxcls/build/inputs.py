@@ -9,27 +9,35 @@ from ml_collections import ConfigDict
 from flaxcls import augment
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
-from flaxcls.data.order import Order
+from flaxcls.data.order import ClassOrder, Order
 from flaxcls.data.pipeline import InputOptions, Pipeline, Sizes
 from flaxcls.data.source import Source
 from flaxcls.data.transform import TRANSFORMS, Augmented, Transform
 from flaxcls.errors import ConfigError
 
+# config.sampling: classes are drawn in proportion to this power of their number of examples.
+SAMPLINGS = {"shuffle": 1.0, "balanced": 0.0, "square_root": 0.5}
+
 
 def training(config: ConfigDict, source: Source, sizes: Sizes) -> Pipeline:
     """The batches to train on; ConfigError for what they can't be made of."""
-    order = Order(
-        len(source), batch_size=config.batch_size, seed=config.seed, repeats=config.repeats
-    )
-    pipeline = Pipeline(
-        source, train_transform(config, source), sizes, input_options(config), order
-    )
+    transform = train_transform(config, source)
+    pipeline = Pipeline(source, transform, sizes, input_options(config), _order(config, source))
     if pipeline.options.mode == "resident" and pipeline.is_changing:
         raise ConfigError(
             "config.input.mode = 'resident' keeps one version of every image: it can't have "
             "random crops or several sizes"
         )
     return pipeline
+
+
+def _order(config: ConfigDict, source: Source) -> Order:
+    """Which examples come when; the labels are read with the first batch, where they matter."""
+    same: Any = {name: config[name] for name in ("batch_size", "seed", "repeats")}
+    if config.sampling == "shuffle":
+        return Order(len(source), **same)
+    classes, power = len(source.class_names), SAMPLINGS[config.sampling]
+    return ClassOrder(len(source), source.labels, classes, power=power, **same)
 
 
 def policies_on_host(

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from flaxcls import models
 from flaxcls.augment import AUGMENTATIONS, normalize
+from flaxcls.augment.views import VIEWS
 from flaxcls.build.accepted import SECTIONS, Parameters
 from flaxcls.config.options import accepted, describe
 from flaxcls.config.recipes import docstring, known_recipes
@@ -159,6 +160,11 @@ def _augmentations() -> Iterator[Entry]:
     yield Entry("normalize", _about(normalize))
 
 
+def _views() -> Iterator[Entry]:
+    for name, views in VIEWS.items():
+        yield Entry(name, _about(views))
+
+
 def _recipes() -> Iterator[Entry]:
     for name, path in sorted(known_recipes().items()):
         yield Entry(printable(name), _about_recipe(path))
@@ -171,7 +177,9 @@ KINDS: dict[str, Callable[[], Iterator[Entry]]] = {
     "optimizers": functools.partial(_section, "optimizer"),
     "schedules": functools.partial(_section, "schedule"),
     "losses": functools.partial(_section, "loss"),
+    "adversarial": functools.partial(_section, "adversarial"),
     "data": _data,
+    "tta": _views,
     "recipes": _recipes,
 }
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -10,7 +11,7 @@ from flaxcls.build.length import Length
 from flaxcls.build.pieces import batch_norm_group
 from flaxcls.core import schedules
 from flaxcls.data.pipeline import Sizes, summarize
-from flaxcls.data.source import Source, all_ignored, resolve_split
+from flaxcls.data.source import Source, Subset, all_ignored, resolve_split
 from flaxcls.runtime.output import printable
 from flaxcls.runtime.sharding import batch_parts
 
@@ -40,27 +41,52 @@ def evaluated_twice(
     train: Source, evaluation: Source, open_split: Callable[[str], Source]
 ) -> Iterator[str]:
     """That some images are both trained and evaluated on; `open_split` opens others of the data."""
-    specs = (train.split, evaluation.split)
-    names = [{part.partition("[")[0].strip() for part in spec.split("+")} for spec in specs]
-    sizes = {name: [len(open_split(name))] for name in sorted(names[0] & names[1])}
-    slices = []
-    for spec in specs:  # of the splits that are in both
-        parts = [part for part in spec.split("+") if part.partition("[")[0].strip() in sizes]
-        slices.append([piece for part in parts for piece in resolve_split(part.strip(), sizes)])
-    both = sum(
-        max(0, min(one.stop, other.stop) - max(one.start, other.start))
-        for one in slices[0]
-        for other in slices[1]
-        if one.split == other.split
-    )
+    names = [_names(source) for source in (train, evaluation)]
+    both = 0
+    if names[0] & names[1]:
+        sizes = {name: len(open_split(name)) for name in sorted(names[0] | names[1])}
+        both = len(np.intersect1d(_positions(train, sizes), _positions(evaluation, sizes)))
     if train.fingerprint == evaluation.fingerprint:
         both = len(evaluation)
     if both:
         yield (
             f"{both:,} of the {len(evaluation):,} images to evaluate on are trained on as well "
-            f"(config.data.train_split = {specs[0]!r}, eval_split = {specs[1]!r}): the results "
-            "will be too good"
+            f"(config.data.train_split = {train.split!r}, eval_split = {evaluation.split!r}): the "
+            "results will be too good"
         )
+
+
+def balanced_twice(config: ConfigDict) -> Iterator[str]:
+    """That rare classes come more often and weigh more as well."""
+    loss, by_loss = config.loss, None
+    if loss.class_weights in ("balanced", "effective_number"):
+        by_loss = f"config.loss.class_weights = {loss.class_weights!r} makes them weigh more"
+    elif loss.name == "logit_adjusted":
+        by_loss = "config.loss.name = 'logit_adjusted' is for classes that come as often as they do"
+    if by_loss and config.sampling != "shuffle":
+        yield (
+            f"config.sampling = {config.sampling!r} draws rare classes more often, and {by_loss}: "
+            "one of the two balances them"
+        )
+
+
+def _names(source: Source) -> set[str]:
+    """The splits that a source has examples of."""
+    while isinstance(source, Subset):
+        source = source.whole
+    return {part.partition("[")[0].strip() for part in source.split.split("+")}
+
+
+def _positions(source: Source, sizes: Mapping[str, int]) -> np.ndarray:
+    """Where the examples of a source are in all splits, one after the other; int [N]."""
+    if isinstance(source, Subset):
+        return _positions(source.whole, sizes)[source.indices]
+    begins = dict(zip(sizes, np.cumsum([0, *sizes.values()]), strict=False))
+    lengths = {name: [size] for name, size in sizes.items()}
+    parts = (
+        piece for part in source.split.split("+") for piece in resolve_split(part.strip(), lengths)
+    )
+    return np.concatenate([begins[part.split] + np.arange(part.start, part.stop) for part in parts])
 
 
 def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:

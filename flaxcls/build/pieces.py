@@ -1,6 +1,7 @@
 """From the config to the pieces of a training step: network, loss, schedule, optimizer."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,13 +12,15 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from flaxcls import augment, models
+from flaxcls.augment.views import view_shapes
 from flaxcls.build import accepted
 from flaxcls.build.length import Length
 from flaxcls.build.validate import about
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
 from flaxcls.config.user_code import is_path
-from flaxcls.core import optim, schedules
+from flaxcls.core import adversarial, optim, schedules
+from flaxcls.core.adversarial import AdversarialMethod
 from flaxcls.core.losses import LossSpec
 from flaxcls.errors import ConfigError
 from flaxcls.models.layer_order import layers_of
@@ -76,22 +79,53 @@ def batch_norm_group(config: ConfigDict) -> int | None:
 
 
 def loss(config: ConfigDict, num_classes: int) -> LossSpec:
-    """The loss, whose class weights may still have to be balanced by the data."""
-    weights = config.loss.class_weights
-    if weights is not None and weights != "balanced":
+    """The loss, whose class weights and counts may still have to come from the data."""
+    weights, beta = config.loss.class_weights, config.loss.effective_number_beta
+    by_data = weights in ("balanced", "effective_number")
+    if weights is not None and not by_data:
         if not options.fits(weights, tuple[float, ...]) or len(weights) != num_classes:
             raise ConfigError(
-                f"config.loss.class_weights must be 'balanced' or {num_classes} numbers, "
-                f"got {weights!r}"
+                "config.loss.class_weights must be 'balanced', 'effective_number' or "
+                f"{num_classes} numbers, got {weights!r}"
             )
         weights = tuple(weights)
-    spec = LossSpec(config.loss.name, weights, options_of(config.loss, "class_weights"))
-    spec.with_weights(None if weights == "balanced" else weights)  # ConfigError for its options
+    if beta is not None and weights != "effective_number":
+        raise ConfigError(
+            "config.loss.effective_number_beta needs config.loss.class_weights = 'effective_number'"
+        )
+    counts = config.loss.get("class_counts")
+    if counts is not None and not (
+        options.fits(counts, tuple[float, ...]) and len(counts) == num_classes
+    ):
+        raise ConfigError(f"config.loss.class_counts must be {num_classes} numbers, got {counts!r}")
+    given = options_of(config.loss, "class_weights", "effective_number_beta")
+    spec = LossSpec(config.loss.name, weights, given, **({} if beta is None else {"beta": beta}))
+    spec.with_weights(weights if isinstance(weights, tuple) else None)  # ConfigError for options
     return spec
 
 
-def learning_rate(config: ConfigDict, run: Length) -> Callable[[Any], jax.Array]:
-    """The learning rate as a function of the step."""
+def adversarial_training(config: ConfigDict) -> AdversarialMethod | None:
+    """What config.adversarial names."""
+    return adversarial.build(config.adversarial.name, options_of(config.adversarial))
+
+
+def learning_rate(
+    config: ConfigDict, run: Length, duration: str | None = None
+) -> Callable[[Any], jax.Array]:
+    """The learning rate as a function of the step.
+
+    With a duration that of a run which is no longer, and 0 from then on.
+    """
+    if duration is not None:
+        with about("optimizer.learning_rate_durations"):
+            steps = min(run.to_steps(duration), run.total_steps)
+        if steps < 1:
+            raise ConfigError(
+                "config.optimizer.learning_rate_durations must be at least a step each, got "
+                f"{duration!r}"
+            )
+        rate = learning_rate(config, run._replace(total_steps=steps))
+        return lambda step: jnp.where(step < steps, rate(step), 0.0)
     peak = config.optimizer.learning_rate
     if config.optimizer.learning_rate_batch:
         peak *= config.batch_size / config.optimizer.learning_rate_batch
@@ -127,14 +161,15 @@ def optimizer(
     network: nn.Module,
     image_shape: tuple[int, int, int],
     frozen: frozenset[str],
-    rate: Callable[[Any], jax.Array],
+    run: Length,
     mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, str]:
     """The optimizer and what it does to which parameters, in words."""
     decay = config.finetune.layer_decay
     return optim.build(
         config.optimizer.name,
-        schedule=rate,
+        schedule=learning_rate(config, run),
+        shortened=partial(learning_rate, config, run),
         params=models.shapes(network, image_shape)["params"],
         frozen=frozen,
         layers=None if decay is None else (decay, layers_of(network, image_shape)),
@@ -159,6 +194,22 @@ def augmentation(
         }
         jax.eval_shape(augment.build(specs, mean=ones, std=ones), jax.random.key(0), batch)
     return specs
+
+
+def test_time_augmentation(
+    config: ConfigDict, network: nn.Module, image_shape: tuple[int, int, int]
+) -> str | None:
+    """config.eval.tta, whose views of images of this shape the network must take."""
+    name = config.eval.tta
+    for shape in sorted(view_shapes(name, image_shape) - {image_shape}):
+        models.check_image_shape(network, shape)
+        if str(models.shapes(network, shape)) != str(models.shapes(network, image_shape)):
+            raise ConfigError(
+                f"{config.model.name} has other parameters for images of another size, but the "
+                f"views of config.eval.tta = {name!r} are {shape[0]} x {shape[1]} pixels of "
+                f"{image_shape[0]} x {image_shape[1]}"
+            )
+    return name
 
 
 def normalization(config: ConfigDict, channels: int) -> tuple[list[float], list[float]] | None:

@@ -10,6 +10,8 @@ from flaxcls.config import options
 from flaxcls.config.fields import options_of
 from flaxcls.data import check_tfds_name, describe_tfds, open_source, open_tfds, opener
 from flaxcls.data.described import Described
+from flaxcls.data.folds import Fold, open_fold, parse_fold, whole_split
+from flaxcls.data.long_tail import long_tailed, profile
 from flaxcls.data.source import Source
 
 
@@ -26,13 +28,15 @@ def check_source(config: ConfigDict) -> dict[str, Any]:
 
 
 def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = None) -> Source:
-    """The data that a split such as `train[:90%]` names.
+    """The data that a split such as `train[:90%]`, or `train, fold 3 of 5`, names.
 
     With `class_names`, the classes of a network by label, a folder or a list needs no more than
-    some of them.
+    some of them. Of the split to train on, folds and all, it is what config.data.long_tail leaves.
     """
+    if fold := parse_fold(split):
+        return _part(config, source(config, fold.split, class_names), fold)
     given = check_source(config)
-    return open_source(
+    found = open_source(
         config.data.name,
         split,
         data_dir=config.data.dir,
@@ -40,6 +44,22 @@ def source(config: ConfigDict, split: str, class_names: Sequence[str] | None = N
         class_names=class_names,
         **given,
     )
+    return _long_tail(config, split, found)
+
+
+def _long_tail(config: ConfigDict, split: str, whole: Source) -> Source:
+    """What config.data.long_tail leaves of the split that is trained on, or that has its folds.
+
+    Where the data are not on this machine, their classes are taken to be of one size.
+    """
+    imbalance = config.data.long_tail
+    if imbalance is None or split != whole_split(config.data.train_split):
+        return whole
+    if whole.is_readable:
+        return long_tailed(whole, imbalance)
+    classes = len(whole.class_names)
+    left = sum(profile(len(whole) // classes, imbalance, classes))
+    return Described(whole.name, split, whole.image_shape, classes, left)
 
 
 def source_or_description(
@@ -49,10 +69,18 @@ def source_or_description(
 
     With `num_examples` the data are taken to be pictures of any size, so many in every split.
     """
+    if fold := parse_fold(split):
+        facts = {"num_examples": num_examples, "num_classes": num_classes}
+        return _part(config, source_or_description(config, fold.split, **facts), fold)
     given = check_source(config)
     if num_examples:
         shape = (None, None, given.get("channels", 3))
         return Described(config.data.name, split, shape, num_classes, num_examples)
     if opener(config.data.name) is open_tfds:
-        return describe_tfds(config.data.name, split, data_dir=config.data.dir)
+        found = describe_tfds(config.data.name, split, data_dir=config.data.dir)
+        return _long_tail(config, split, found)
     return source(config, split)
+
+
+def _part(config: ConfigDict, whole: Source, fold: Fold) -> Source:
+    return open_fold(whole, fold, seed=config.data.fold_seed or 0, groups=config.data.fold_groups)

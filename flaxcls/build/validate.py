@@ -5,7 +5,8 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-from flaxcls.build import accepted, log_to
+from flaxcls.augment.views import VIEWS
+from flaxcls.build import accepted, inputs, log_to
 from flaxcls.config import default, options
 from flaxcls.config.durations import parse_duration
 from flaxcls.config.fields import fields
@@ -30,6 +31,9 @@ def check(config: ConfigDict) -> None:
     accepted.check(config)
     batch, parts = config.batch_size, config.gradient_accumulation
     require("seed", 0 <= config.seed < 2**64, "at least 0 and below 2**64")
+    require(
+        "data.fold_seed", 0 <= (config.data.fold_seed or 0) < 2**32, "at least 0 and below 2**32"
+    )
     require("batch_size", batch >= 1, "at least 1")
     require(
         "gradient_accumulation",
@@ -45,8 +49,16 @@ def check(config: ConfigDict) -> None:
         f"{batch // parts}",
     )
     log_to.names(config.log_to)
+    if config.eval.tta is not None:
+        options.look_up("config.eval.tta", config.eval.tta, VIEWS)
     ema = config.ema_decay
     require("ema_decay", ema is None or 0 <= ema < 1, "at least 0 and below 1")
+    beta = config.loss.effective_number_beta
+    require(
+        "loss.effective_number_beta",
+        beta is None or options.fits(beta, options.BelowOne),
+        "at least 0 and below 1",
+    )
     decay = config.finetune.layer_decay
     require("finetune.layer_decay", decay is None or 0 < decay <= 1, "above 0 and at most 1")
     for field in (
@@ -67,6 +79,10 @@ def check(config: ConfigDict) -> None:
     ):
         value = get(config, field)
         require(field, value is None or options.fits(value, options.Count), "at least 1")
+    tail = config.data.long_tail
+    require(
+        "data.long_tail", tail is None or (options.fits(tail, float) and tail >= 1), "at least 1"
+    )
     require("divergence.max_rollbacks", config.divergence.max_rollbacks >= 0, "at least 0")
     with about("hang_after"):
         hang_after = parse_duration(config.hang_after)
@@ -83,9 +99,10 @@ def check(config: ConfigDict) -> None:
         "a list such as ({'name': 'flip'},)",
     )
     for field, choices in (
+        ("sampling", tuple(inputs.SAMPLINGS)),
         ("input.mode", ("auto", "resident", "stream")),
         ("input.policies", ("auto", "host", "device")),
-        ("checkpoint.best_metric", ("accuracy", "accuracy_top5", "loss")),
+        ("checkpoint.best_metric", ("accuracy", "balanced_accuracy", "accuracy_top5", "loss")),
         ("checkpoint.on_error", ("continue", "stop")),
         ("model.dtype", ("auto", "float32", "bfloat16")),
     ):

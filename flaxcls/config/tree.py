@@ -19,7 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-OPEN = ("data", "crop", "model", "loss", "optimizer", "schedule", "eval.crop")
+OPEN = ("data", "crop", "model", "loss", "optimizer", "schedule", "adversarial", "eval.crop")
 
 
 def _any() -> Any:
@@ -52,14 +52,23 @@ def default() -> ConfigDict:
     config.data.path = placeholder(str)  # of folder, list and idx
     # Of TFDS data; None: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     config.data.dir = placeholder(str)
-    config.data.train_split = "train"  # TFDS slicing: "train[:90%]", "train+test", ...
+    # TFDS slicing, "train[:90%]", "train+test", ...; or folds: "train, all but fold 3 of 5".
+    config.data.train_split = "train"
     config.data.eval_split = "test"
+    config.data.fold_seed = placeholder(int)  # of how examples are divided into folds; None: 0
+    config.data.fold_groups = placeholder(str)  # CSV: the examples' groups, which no fold divides
+    # Leaves ever fewer examples to train on of each class, of the last so many times fewer than of
+    # the first; None: all.
+    config.data.long_tail = placeholder(float)
     config.data.mean = None  # to normalise with, one per channel, in units of [0, 1];
     config.data.std = None  # None: those of the training split
 
     # Pixels per side; None: the data's own. A schedule: (("0 epochs", 128), ("6 epochs", 160)).
     config.image_size = _any()
     config.repeats = 1  # times an example comes in a batch (repeated augmentation)
+    # Of the training examples: shuffle, each once an epoch; or balanced, all classes alike;
+    # square_root, classes by the square roots of their sizes.
+    config.sampling = "shuffle"
 
     config.crop = _open()  # what becomes of a picture of any size, in training
     config.crop.name = placeholder(
@@ -88,13 +97,19 @@ def default() -> ConfigDict:
     config.loss = _open()
     config.loss.name = "softmax_cross_entropy"
     config.loss.label_smoothing = 0.0  # share of a target spread evenly over the classes
-    config.loss.class_weights = None  # "balanced", or one per class
+    config.loss.class_weights = None  # "balanced", "effective_number", or one per class
+    config.loss.effective_number_beta = placeholder(float)  # 0 to 1; None: 0.9999
 
     config.optimizer = _open()  # besides the rule's own options, those of flaxcls/core/optim.py
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.1  # peak
     config.optimizer.learning_rate_batch = None  # examples the rate is meant for; scales it
     config.optimizer.weight_decay = 0.0
+
+    # Adversarial training: pgd_at, trades; None: none. Their eps and step_size are in units of
+    # [0, 1] before the normalisation: "8/255". See docs/knowing.md.
+    config.adversarial = _open()
+    config.adversarial.name = placeholder(str)
 
     config.finetune = ConfigDict()  # of weights that are there already: see docs/finetuning.md
     # Regular expression for the paths of parameters that are not trained: "^(?!head/)".
@@ -116,13 +131,15 @@ def default() -> ConfigDict:
     config.eval.every = "1 epochs"
     config.eval.batch_size = placeholder(int)  # examples; None: as in training
     config.eval.image_size = placeholder(int)  # pixels per side; None: the last of training
+    # Views of each image that its logits are the mean over: flip, flip_shift, five_crop, ten_crop.
+    config.eval.tta = placeholder(str)
     config.eval.crop = _open()  # as config.crop; what is None or absent is as in training
     config.eval.crop.name = None  # center_crop, resize, pad
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = "1 epochs"  # or a time, checked at log steps: "10 minutes"
     config.checkpoint.keep = 2  # newest ones; the best one is kept besides
-    config.checkpoint.best_metric = "accuracy"  # accuracy, accuracy_top5, loss
+    config.checkpoint.best_metric = "accuracy"  # balanced_accuracy, accuracy_top5, loss
     config.checkpoint.on_error = "continue"  # until the next one is due; or stop
 
     config.divergence = ConfigDict()  # an update that is not finite or too large is skipped

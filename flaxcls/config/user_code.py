@@ -1,4 +1,4 @@
-"""A user's own network, source, augmentation, loss, update rule or schedule: `package.module:Name`.
+"""A user's own network, source, augmentation, loss, ... in a config: `package.module:Name`.
 
 Modules are found as Python finds them, and first beside the recipe (`search`). What stands behind a
 name is checked when it is looked up, and called so that its errors name its file and line.
@@ -42,6 +42,7 @@ KINDS = {
     "loss": Kind("a loss", "loss(logits, targets, /, *, ...)", 2),
     "optimizer": Kind("an update rule", "rule(context, /, *, ...)", 1),
     "schedule": Kind("a schedule", "schedule(run, /, *, ...)", 1),
+    "eval.tta": Kind("a test-time augmentation", "views(images, /)", 1),
 }
 _PATH = re.compile(r"([A-Za-z_]\w*\.)*[A-Za-z_]\w*:[A-Za-z_]\w*")  # no version: cifar10:3.0.2
 _FLAXCLS = Path(__file__).parents[1]
@@ -63,6 +64,8 @@ def names(config: Mapping[str, Any]) -> dict[str, str]:
         for field, thing in named.items()
         if isinstance(thing, (Mapping, ConfigDict)) and "name" in thing
     }
+    if "eval" in config:
+        found["config.eval.tta"] = config["eval"].get("tta")
     return {field: name for field, name in found.items() if is_path(name)}
 
 
@@ -84,7 +87,7 @@ def load(where: str, name: str) -> Callable[..., Any] | None:
     Raises ConfigError if there is no such module or name in it, if its import fails, or if what it
     stands for can't be called as its kind is.
     """
-    kind = KINDS.get(where.split(".")[1].partition("[")[0])
+    kind = KINDS.get(re.sub(r"^config\.|\[\d+\]|\.name$", "", where))
     if kind is None:
         return None
     module_name, _, attribute = name.partition(":")
@@ -100,7 +103,7 @@ def load(where: str, name: str) -> Callable[..., Any] | None:
             f"{about}, but {getattr(module, '__file__', None) or module_name} defines no "
             f"{attribute}{did_you_mean(attribute, public) if public else ''}"
         )
-    return _guarded(where.removesuffix(".name"), name, getattr(module, attribute), kind)
+    return _guarded(where, name, getattr(module, attribute), kind)
 
 
 def import_module(about: str, name: str) -> ModuleType:
@@ -138,10 +141,10 @@ def is_installed(path: Path) -> bool:
     )
 
 
-def _guarded(section: str, name: str, entry: Any, kind: Kind) -> Callable[..., Any]:
+def _guarded(where: str, name: str, entry: Any, kind: Kind) -> Callable[..., Any]:
     """The user's function or class, called as `kind` says, with errors in one sentence."""
     wrong = ConfigError(
-        f"{section}.name is {name!r}, which can't be {kind.what}: that is called as {kind.call}"
+        f"{where} is {name!r}, which can't be {kind.what}: that is called as {kind.call}"
     )
     try:
         parameters = _parameters(entry)
@@ -165,7 +168,7 @@ def _guarded(section: str, name: str, entry: Any, kind: Kind) -> Callable[..., A
         try:
             signature.bind(*arguments, **given)
         except TypeError as error:
-            raise ConfigError(f"{section}: {name} is {error}") from error
+            raise ConfigError(f"{where.removesuffix('.name')}: {name} is {error}") from error
         with in_user_code(file_of(entry)):
             return entry(*arguments, **given)
 

@@ -1,20 +1,23 @@
 """The loss of each example, what it weighs, and the weights of classes.
 
 A loss in LOSSES is `loss(logits, targets, /, *, ...) -> losses`, with logits and (soft) targets
-float32 [B, K] and losses float32 [B]. What comes after the star are its options.
+float32 [B, K] and losses float32 [B]. What comes after the star are its options. One called
+`class_counts`, also of a user's own loss, is the number of training examples of each class unless
+the config gives others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from flaxcls.config.options import BelowOne, NonNegative, accepted, check, look_up
+from flaxcls.config.options import BelowOne, NonNegative, Range, accepted, check, look_up
 from flaxcls.config.user_code import is_path
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.data.source import count_classes
+from flaxcls.errors import ConfigError
 
 LossFunction = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -53,11 +56,32 @@ def focal(logits: jax.Array, targets: jax.Array, /, *, gamma: NonNegative = 2.0)
     return -jnp.sum(targets * distance**gamma * log_p, axis=-1)
 
 
+def logit_adjusted(
+    logits: jax.Array,
+    targets: jax.Array,
+    /,
+    *,
+    tau: NonNegative = 1.0,
+    class_counts: Annotated[tuple[float, ...], Range(above=0)] | None = None,
+) -> jax.Array:
+    """The cross-entropy of logits + tau log(class frequencies) (Menon et al. 2021).
+
+    Only the loss adds them: the network learns logits whose argmax is right on the average over the
+    classes, arXiv:2007.07314, eq. 10. Evaluation and predictions take these as they are.
+    """
+    if class_counts is None:
+        raise ConfigError("`class_counts` must be given to logit_adjusted")
+    counts = np.asarray(class_counts, np.float64)
+    adjustment = tau * np.log(counts / counts.sum())
+    return softmax_cross_entropy(logits + adjustment.astype(np.float32), targets)
+
+
 LOSSES: dict[str, Callable[..., jax.Array]] = {
     "softmax_cross_entropy": softmax_cross_entropy,
     "sigmoid_cross_entropy": sigmoid_cross_entropy,
     "squared_error": squared_error,
     "focal": focal,
+    "logit_adjusted": logit_adjusted,
 }
 
 
@@ -125,6 +149,7 @@ def build(
 _LIKELIHOODS = {
     "softmax_cross_entropy": softmax_cross_entropy,
     "focal": softmax_cross_entropy,
+    "logit_adjusted": softmax_cross_entropy,
     "sigmoid_cross_entropy": sigmoid_cross_entropy,
     "squared_error": squared_error,
 }
@@ -144,55 +169,90 @@ def evaluated_as(name: str) -> str:
 
 
 class LossSpec(NamedTuple):
-    """A loss by its name, without its class weights, which may follow from the data.
+    """A loss by its name, without what of it may follow from the data.
 
     Attributes:
       name: one of LOSSES, or a user's own.
-      class_weights: a number for each class; "balanced" by the training split; None: all alike.
+      class_weights: a number for each class; "balanced" or "effective_number" by the training
+        split; None: all alike.
       options: the other arguments of `build`.
+      beta: of `effective_number_weights`.
     """
 
     name: str
-    class_weights: tuple[float, ...] | Literal["balanced"] | None
+    class_weights: tuple[float, ...] | Literal["balanced", "effective_number"] | None
     options: Mapping[str, Any]
+    beta: float = 0.9999
 
-    def with_weights(self, class_weights: Sequence[float] | None) -> LossFunction:
-        """What is trained for."""
-        return build(self.name, class_weights=class_weights, **self.options)
+    def of_labels(
+        self, labels: Callable[[], np.ndarray], num_classes: int
+    ) -> tuple[list[float] | None, list[int] | None]:
+        """Its class weights and, where it has use for them, the examples of each class.
+
+        `labels` gives those of the training split; it is called only if they are needed. Raises
+        DataError as `count_classes`.
+        """
+        weights = self.class_weights
+        if not isinstance(weights, str) and not self.takes_class_counts:
+            return None if weights is None else list(weights), None
+        counts = count_classes(labels(), num_classes, "config.loss")
+        if weights == "balanced":
+            weights = balanced_weights(counts).tolist()
+        elif weights == "effective_number":
+            weights = effective_number_weights(counts, self.beta).tolist()
+        return (
+            None if weights is None else list(weights),
+            counts.tolist() if self.takes_class_counts else None,
+        )
+
+    @property
+    def takes_class_counts(self) -> bool:
+        """Whether the loss has use for the number of examples of each class."""
+        known = accepted(look_up("config.loss.name", self.name, LOSSES))
+        return "class_counts" in known and "class_counts" not in self.options
+
+    def with_weights(
+        self, class_weights: Sequence[float] | None, class_counts: Sequence[int] | None = None
+    ) -> LossFunction:
+        """What is trained for, by what `of_labels` gives."""
+        options = dict(self.options)
+        if class_counts:
+            options["class_counts"] = tuple(class_counts)
+        return build(self.name, class_weights=class_weights, **options)
 
     @property
     def likelihood(self) -> LossFunction:
         """The plain loss that a network trained by this one is evaluated by.
 
-        Its negative log-likelihood, without label smoothing and weights, which is the same for
-        networks that were trained with different ones.
+        Its negative log-likelihood, without label smoothing, weights and adjustment, which is the
+        same for networks that were trained with different ones.
         """
         return build(_LIKELIHOODS[evaluated_as(self.name)].__name__)
 
-    def objective(self, class_weights: Sequence[float] | None) -> LossFunction | None:
+    def objective(
+        self, class_weights: Sequence[float] | None, class_counts: Sequence[int] | None = None
+    ) -> LossFunction | None:
         """What is trained for, if that is not the `likelihood` for hard targets, else None."""
-        is_other = self.name == "focal" or is_path(self.name)
+        is_other = self.name in ("focal", "logit_adjusted") or is_path(self.name)
         if not is_other and not self.options.get("label_smoothing") and class_weights is None:
             return None  # a target_threshold has 0 and 1 on their sides
-        return self.with_weights(class_weights)
+        return self.with_weights(class_weights, class_counts)
 
 
-def balanced_class_weights(labels: np.ndarray, num_classes: int) -> np.ndarray:
+def balanced_weights(counts: np.ndarray) -> np.ndarray:
     """N / (K count_k) for each class, so that all classes weigh the same, as scikit-learn's.
 
-    Args:
-      labels: int [N], each from 0 to num_classes - 1.
-      num_classes: K.
-
-    Returns float64 [K]. Raises DataError if a label is out of range or a class has no example.
+    `counts` int [K] are above 0, N their sum. Returns float64 [K].
     """
-    labels = np.asarray(labels)
-    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
-        raise DataError(
-            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}"
-        )
-    counts = np.bincount(labels, minlength=num_classes)
-    if not counts.all():
-        missing = int(np.argmin(counts))
-        raise DataError(f"balanced class weights need examples of every class; {missing} has none")
-    return labels.size / (num_classes * counts)
+    return counts.sum() / (len(counts) * counts)
+
+
+def effective_number_weights(counts: np.ndarray, beta: float) -> np.ndarray:
+    """Each class by 1 / its effective number of examples, (1 - beta^n) / (1 - beta); they sum to K.
+
+    Class-balanced weights (Cui et al. 2019, arXiv:1901.05555): of `counts` int [K] above 0 and a
+    beta from 0, where all classes weigh 1, to below 1, near which they are those of
+    `balanced_weights`. Returns float64 [K].
+    """
+    weights = (1 - beta) / (1 - beta ** np.asarray(counts, np.float64))
+    return weights * len(weights) / weights.sum()

@@ -2,6 +2,7 @@
 
 A dict of pairs of scalars lives on the devices and only `compute`, on the host, divides: so the
 mean over a set is that over its examples, however batched. Counts of examples are int32 and exact.
+A pair of arrays [K] is of the K classes, and stands for the mean over their means.
 """
 
 import math
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Which weights results of evaluations are of, as they name them and in words.
 WEIGHTS = {"eval": "parameters", "ema": "averaged parameters"}
@@ -70,6 +72,19 @@ def example_metrics(
     return metrics
 
 
+def balanced_accuracy(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The pair of one batch, int32 [K] each: the right and all examples of each class.
+
+    The arguments are those of `example_metrics`, labels int [B].
+    """
+    counts = jax.nn.one_hot(labels, logits.shape[-1], dtype=jnp.int32)
+    counts *= mask.astype(jnp.int32)[:, None]
+    right = (rank_of_label(logits, labels) == 0).astype(jnp.int32)
+    return jnp.sum(counts * right[:, None], axis=0), jnp.sum(counts, axis=0)
+
+
 def over_examples(metrics: Metrics) -> Metrics:
     """The sums of pairs of arrays [B]."""
     return jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), metrics)
@@ -103,14 +118,16 @@ def add(first: Metrics, second: Metrics) -> Metrics:
 def compute(metrics: Metrics) -> dict[str, float]:
     """The means as Python floats, NaN where nothing was counted. Fetches from the device, once.
 
-    Of the TOTALS the sums, as integers.
+    Of classes those that have examples. Of the TOTALS the sums, as integers.
     """
     pairs = jax.device_get(metrics)
 
     def value(name: str, total: Any, count: Any) -> float:
         if name in TOTALS:
             return int(total)
-        return float(total) / float(count) if count else math.nan
+        totals, counts = (np.asarray(x, np.float64) for x in (total, count))
+        counted = counts > 0
+        return float(np.mean(totals[counted] / counts[counted])) if counted.any() else math.nan
 
     return {name: value(name, *pair) for name, pair in pairs.items()}
 

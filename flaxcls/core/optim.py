@@ -41,19 +41,23 @@ from flaxcls.core.update_rules import (
 )
 from flaxcls.errors import ConfigError
 
+Schedule = Callable[[jax.Array], jax.Array]
+
 L2_BY_DEFAULT = ("sgd", "rmsprop", "rmsprop_tf", "adam", "lars")
 
 
 def build(
     name: str,
     *,
-    schedule: Callable[[jax.Array], jax.Array],
+    schedule: Schedule,
     params: Any,
+    shortened: Callable[[str], Schedule] | None = None,
     weight_decay: NonNegative = 0.0,
     weight_decay_mode: Literal["l2", "decoupled"] | None = None,
     no_weight_decay: str = r"(^|/)(bias|scale)$",
     weight_decay_factors: Sequence[tuple[str, NonNegative]] = (),
     learning_rate_factors: Sequence[tuple[str, NonNegative]] = (),
+    learning_rate_durations: Sequence[tuple[str, str]] = (),
     frozen: Collection[str] = (),
     layers: tuple[float, Sequence[Sequence[str]]] | None = None,
     gradient_clip_norm: Positive | None = None,
@@ -64,19 +68,22 @@ def build(
     """Returns the optimizer, and a description of what it does to which parameters.
 
     Regular expressions are searched for in paths such as "block1/conv1/kernel". In the lists of
-    (regular expression, factor) the first that is found counts, and one that is found in no path is
+    (regular expression, value) the first that is found counts, and one that is found in no path is
     an error.
 
     Args:
       name: one of RULES, or a user's own.
       schedule: step -> learning rate; the step is counted in the optimizer's state.
       params: the parameters or their shapes.
+      shortened: duration -> the schedule of a run of that length, for `learning_rate_durations`.
       weight_decay: strength, at least 0.
       weight_decay_mode: see the module; None: the rule's own.
       no_weight_decay: parameters exempt from weight decay, and from the layerwise scaling of LAMB
         and LARS.
       weight_decay_factors: multiples of the weight decay for some parameters.
       learning_rate_factors: multiples of the learning rate for some parameters.
+      learning_rate_durations: how long some parameters are trained, such as "3 epochs": they have
+        the schedule of a run of that length, and from then on stay as they are.
       frozen: paths of parameters that are not trained: no update, no state, no part in the
         gradient's norm.
       layers: a decay and the paths of each layer, the lowest first: the learning rate of each is
@@ -95,6 +102,7 @@ def build(
         "no_weight_decay": no_weight_decay,
         "weight_decay_factors": weight_decay_factors,
         "learning_rate_factors": learning_rate_factors,
+        "learning_rate_durations": learning_rate_durations,
         "gradient_clip_norm": gradient_clip_norm,
         "gradient_clip_value": gradient_clip_value,
     }
@@ -104,8 +112,9 @@ def build(
 
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
     paths = paths_of(params)
-    decay_factor = _factor_of("weight_decay_factors", weight_decay_factors, paths)
-    rate_factor = _factor_of("learning_rate_factors", learning_rate_factors, paths)
+    decay_factor = _value_of("weight_decay_factors", weight_decay_factors, paths, 1.0)
+    rate_factor = _value_of("learning_rate_factors", learning_rate_factors, paths, 1.0)
+    duration = _value_of("learning_rate_durations", learning_rate_durations, paths, None)
     exempt = compiled("`no_weight_decay`", no_weight_decay)
     groups = {}
     for path, shape in shapes.items():
@@ -116,6 +125,7 @@ def build(
             weight_decay=0.0 if is_exempt else weight_decay * decay_factor(path),
             learning_rate_factor=rate_factor(path),
             is_exempt=is_exempt,
+            duration=duration(path),
         )
 
     decay = _add_decay(groups) if weight_decay else optax.identity()
@@ -134,7 +144,7 @@ def build(
     optimizer = optax.chain(
         trained,
         _scale_by_factors(groups, _layer_factors(*layers) if layers else {}),
-        optax.scale_by_schedule(schedule),
+        _scale_by_schedules(groups, schedule, shortened),
         optax.scale(-1.0),
         *context.last,
     )
@@ -180,19 +190,20 @@ def describe(groups: dict[str, ParamGroup], mode: str) -> str:
     by_settings: dict[tuple, list[str]] = {}
     for path, group in groups.items():
         rule, decay, factor = group.rule, group.weight_decay, group.learning_rate_factor
-        settings = (rule,) if rule == "frozen" else (rule, decay, factor)
+        settings = (rule,) if rule == "frozen" else (rule, decay, factor, group.duration)
         by_settings.setdefault(settings, []).append(path)
 
     def size(paths: list[str]) -> int:
         return sum(math.prod(groups[path].shape) for path in paths)
 
     lines = []
-    for (rule, *factors), paths in sorted(by_settings.items(), key=lambda item: -size(item[1])):
+    for (rule, *others), paths in sorted(by_settings.items(), key=lambda item: -size(item[1])):
         text = rule
-        if factors:
-            decay, factor = factors
+        if others:
+            decay, factor, duration = others
             text += f", weight decay {decay:g} ({mode})" if decay else ", no weight decay"
             text += f", learning rate x {factor:g}" if factor != 1 else ""
+            text += f", for {duration}" if duration else ""
         names = paths if len(paths) <= 3 else sorted({f"*/{p.split('/')[-1]}" for p in paths})
         arrays = "1 array" if len(paths) == 1 else f"{len(paths)} arrays"
         lines.append(f"{text}: {arrays}, {size(paths):,} parameters: {', '.join(names)}")
@@ -240,6 +251,27 @@ def _scale_by_factors(
     return by_path(scale)
 
 
+def _scale_by_schedules(
+    groups: dict[str, ParamGroup], schedule: Schedule, shortened: Callable[[str], Schedule] | None
+) -> optax.GradientTransformation:
+    """`optax.scale_by_schedule`, by the shortened schedule for parameters with a duration."""
+    durations = {group.duration for group in groups.values() if group.duration}
+    if not durations:
+        return optax.scale_by_schedule(schedule)
+    if shortened is None:
+        raise TypeError("`learning_rate_durations` needs `shortened`")
+    schedules = {None: schedule, **{duration: shortened(duration) for duration in durations}}
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        rates = {duration: rate(state.count) for duration, rate in schedules.items()}
+        scaled = jax.tree.map_with_path(
+            lambda path, update: update * rates[groups[path_name(path)].duration], updates
+        )
+        return scaled, state._replace(count=optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(optax.scale_by_schedule(schedule).init, update)
+
+
 def _layer_factors(decay: float, layers: Sequence[Sequence[str]]) -> dict[str, float]:
     """What each path's learning rate is multiplied by: decay ** (layers above)."""
     top = len(layers) - 1
@@ -284,13 +316,14 @@ def found_in(option: str, pattern: str, paths: Sequence[str]) -> set[str]:
     return found
 
 
-def _factor_of(
-    option: str, factors: Sequence[tuple[str, float]], paths: list[str]
-) -> Callable[[str], float]:
-    for pattern, _ in factors:
+def _value_of(
+    option: str, values: Sequence[tuple[str, Any]], paths: list[str], default: Any
+) -> Callable[[str], Any]:
+    """path -> the value of the first pattern that is found in it, or the default."""
+    for pattern, _ in values:
         found_in(f"`{option}`", pattern, paths)
 
-    def factor_of(path: str) -> float:
-        return next((factor for pattern, factor in factors if re.search(pattern, path)), 1.0)
+    def value_of(path: str) -> Any:
+        return next((value for pattern, value in values if re.search(pattern, path)), default)
 
-    return factor_of
+    return value_of

@@ -2,7 +2,8 @@
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import optax
 
 from flaxcls import models
 from flaxcls.core import metrics
+from flaxcls.core.adversarial import AdversarialTraining
 from flaxcls.core.optim import ema_update
 from flaxcls.core.state import TrainState
 from flaxcls.core.update_rules import path_name
@@ -20,6 +22,8 @@ from flaxcls.models.projected_batch_norm import batch_norm_of_projections
 
 Batch = dict[str, jax.Array]
 Loss = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
+_ATTACK = 2**32 - 1  # folded into a step's key for dropout, whose parts are counted from 0
 
 
 def seed_key(seed: int) -> jax.Array:
@@ -131,6 +135,7 @@ def make_train_step(
     max_grad_norm: float,
     platform: str,
     batch_shards: int = 1,
+    adversarial: AdversarialTraining | None = None,
 ) -> Callable[[TrainState, Batch], TrainState]:
     """Returns `train_step(state, batch) -> state`, one update.
 
@@ -161,6 +166,10 @@ def make_train_step(
     `platform`, "cpu", "gpu" or "tpu", is what the step is for, not what it is compiled on: the
     results are the same but for rounding, what is fast differs. `batch_shards` is the number of
     devices that the batch is split over.
+
+    With `adversarial` the network is attacked first, for images to train on. What is drawn for an
+    example is the same in any part of a batch. "accuracy" is that on the adversarial images, or
+    with TRADES on the others.
     """
 
     def trained(params: Any) -> Any:
@@ -180,18 +189,32 @@ def make_train_step(
             contexts.enter_context(batch_norm_in_groups(groups))
         return contexts
 
-    def loss_sum(params, batch_stats, key, batch):
-        with batch_norm(len(batch["image"])):
+    def forward(params, batch_stats, key, images):
+        with batch_norm(len(images)):
             logits, updates = model.apply(
                 {"params": trained(params), "batch_stats": batch_stats},
-                batch["image"],
+                images,
                 train=True,
                 mutable=["batch_stats"],
                 rngs={"dropout": key},
             )
+        return logits, updates.get("batch_stats", {})
+
+    def predict(state, key, images, train) -> Any:
+        if train:
+            return forward(state.params, state.batch_stats, key, images)[0]
+        return model.apply(state.variables, images, train=False)
+
+    def loss_sum(params, batch_stats, key, batch):
+        network = partial(forward, params, batch_stats, key)
+        logits, updates = network(batch["image"])
         losses, weights = loss(logits, batch["label"])
+        if adversarial and "adversarial" in batch:
+            other, other_updates = network(batch["adversarial"])
+            losses += adversarial.penalty(logits, other)
+            updates = jax.tree.map(lambda x, y: (x + y) / 2, updates, other_updates)
         pairs = metrics.example_metrics(logits, batch["label"], losses, weights)
-        return jnp.sum(losses * weights), (updates.get("batch_stats", {}), pairs)
+        return jnp.sum(losses * weights), (updates, pairs)
 
     def train_step(state: TrainState, batch: Batch) -> TrainState:
         augment_key, dropout_key = step_keys(jax.random.wrap_key_data(state.rng), state.step)
@@ -200,8 +223,13 @@ def make_train_step(
             labels = jax.nn.one_hot(part_batch["label"], num_classes)
             part_key = augmentation_key(augment_key, index, gradient_accumulation)
             part_batch = augment(part_key, {**part_batch, "label": labels})
+            key = jax.random.fold_in(dropout_key, index)
+            if adversarial:
+                attack_key = jax.random.fold_in(dropout_key, _ATTACK)
+                network = partial(predict, state, key)
+                part_batch = adversarial(attack_key, network, loss, part_batch, platform)
             grads, rest = jax.grad(loss_sum, has_aux=True)(
-                state.params, state.batch_stats, jax.random.fold_in(dropout_key, index), part_batch
+                state.params, state.batch_stats, key, part_batch
             )
             return grads, *rest
 
@@ -303,21 +331,21 @@ def _sum_over_parts(part: Callable, batch: Batch, parts: int, run: int, platform
 
 
 def make_eval_step(
-    model: nn.Module,
+    forward: Callable[[Any, jax.Array], jax.Array],
     loss: Loss,
-    normalize: Callable[[jax.Array], jax.Array],
     objective: Loss | None = None,
+    balanced_accuracy: bool = False,
 ) -> Callable[[Any, Any, Batch], Any]:
     """Returns `eval_step(variables, sums, batch) -> sums`, which start as `zero_metrics`.
 
-    `loss` is what "loss" means; with an `objective`, what is trained for, its own mean is
-    "objective", and the sums have to have a pair for it. `batch` has "image" uint8 [B, H, W, C],
-    "label" int32 [B] and "mask" [B], 0 where an example only fills the batch up and must not count.
+    `forward(variables, images)` gives the logits [B, K]. `loss` is what "loss" means; with an
+    `objective`, what is trained for, its own mean is "objective", and the sums have to have a pair
+    for it, as for "balanced_accuracy". `batch` has "image" uint8 [B, H, W, C], "label" int32 [B]
+    and "mask" [B], 0 where an example only fills the batch up and must not count.
     """
 
     def eval_step(variables: Any, sums: Any, batch: Batch) -> Any:
-        logits = model.apply(variables, normalize(batch["image"]), train=False)
-        logits = cast(jax.Array, logits)  # they come with something else where that is mutable
+        logits = forward(variables, batch["image"])
         targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         losses, weights = loss(logits, targets)
         new = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
@@ -325,6 +353,9 @@ def make_eval_step(
             losses, weights = objective(logits, targets)
             other = metrics.classification_metrics(logits, targets, losses, weights, batch["mask"])
             new["objective"] = other["loss"]
+        if balanced_accuracy:
+            pair = metrics.balanced_accuracy(logits, batch["label"], batch["mask"])
+            new["balanced_accuracy"] = pair
         return metrics.add(sums, new)
 
     return eval_step

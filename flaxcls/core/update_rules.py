@@ -29,6 +29,7 @@ class ParamGroup(NamedTuple):
       rule: the name of the rule that moves it, or "frozen".
       weight_decay: the weight decay it gets, 0 for none.
       learning_rate_factor: its learning rate as a multiple of the schedule's.
+      duration: how long it is trained, by a schedule of that length; None: to the end.
       is_exempt: whether its path matches `no_weight_decay` (a bias, a scale of a normalisation).
     """
 
@@ -37,6 +38,7 @@ class ParamGroup(NamedTuple):
     weight_decay: float
     learning_rate_factor: float
     is_exempt: bool
+    duration: str | None = None
 
 
 class UpdateContext(NamedTuple):

@@ -71,7 +71,7 @@ class FileSource(Source):
         if sizes.get("validation") == [0] and "validation" in known:
             raise ConfigError(_nothing_held_out(name, split, class_names, files))
         order = take_slices(splits, resolve_split(known, sizes))
-        self._root, self._max_bytes = root, max_bytes
+        self.root, self._max_bytes = root, max_bytes
         self._paths = [files.paths[index] for index in order]
         self._labels = files.labels[order]
         content = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
@@ -96,16 +96,17 @@ class FileSource(Source):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
-        path = os.path.join(self._root, self._paths[index])
-        return Example(
-            read_picture(path, self.where(index), self._max_bytes), int(self._labels[index])
-        )
+        picture = read_picture(self.file(index), self.where(index), self._max_bytes)
+        return Example(picture, int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
         return self._labels.copy()
 
     def where(self, index: int) -> str:
-        return printable(os.path.join(self._root, self._paths[index]))
+        return printable(self.file(index))
+
+    def file(self, index: int) -> str:
+        return os.path.join(self.root or "", self._paths[index])
 
 
 def _nothing_held_out(name: str, split: str, class_names: Sequence[str], files: Files) -> str:

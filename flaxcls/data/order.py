@@ -4,10 +4,11 @@ Nothing about the data's position needs to be saved: a resumed run asks for the 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from flaxcls.data.source import count_classes
 from flaxcls.errors import ConfigError
 
 Batch = dict[str, np.ndarray]
@@ -38,19 +39,26 @@ class Order:
         self.batch_size = batch_size
         self._num_examples, self._seed, self._repeats = num_examples, seed, repeats
         # A batch touches two epochs at most, unless it is larger than the split.
-        self._permutation = functools.lru_cache(maxsize=2)(
-            functools.partial(epoch_order, num_examples, seed)
-        )
+        self._cached_epoch = functools.lru_cache(maxsize=2)(self._epoch)
 
     def batch(self, step: int) -> Batch:
-        """Which examples batch `step` holds: {"index": int32 [B], "epoch": int32 [B]}."""
+        """Which examples batch `step` holds, and how often each has been drawn before it.
+
+        {"index": int32 [B], "epoch": int32 [B]}; of repetitions in a row only the first counts.
+        """
         positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epoch, position = np.divmod(positions // self._repeats, self._num_examples)
-        index = np.empty(self.batch_size, np.int32)
+        batch = {name: np.empty(self.batch_size, np.int32) for name in ("index", "epoch")}
         for number in np.unique(epoch):
             chosen = epoch == number
-            index[chosen] = self._permutation(int(number))[position[chosen]]
-        return {"index": index, "epoch": epoch.astype(np.int32)}
+            for name, column in self._cached_epoch(int(number)).items():
+                batch[name][chosen] = column[position[chosen]]
+        return batch
+
+    def _epoch(self, number: int) -> Batch:
+        """What `batch` says of all positions of an epoch, int32 [N] each."""
+        order = epoch_order(self._num_examples, self._seed, number)
+        return {"index": order, "epoch": np.full(len(order), number).astype(np.int32)}
 
     def draws(self, step: int, count: int) -> np.ndarray:
         """Uniform random numbers for every row of batch `step`, float64 [B, count] in [0, 1).
@@ -65,14 +73,76 @@ class Order:
         return ((words >> 11) * 2.0**-53).reshape(self.batch_size, count)
 
 
-def epoch_order(num_examples: int, seed: int, epoch: int) -> np.ndarray:
+class ClassOrder(Order):
+    """An Order that draws examples of each class in proportion to (its number of them)^power.
+
+    A power of 0 draws all classes alike, 0.5 by the square roots of their sizes (Kang et al. 2020,
+    arXiv:1910.09217). An epoch still has as many positions as there are examples, of which a class
+    has the same number, its share rounded, in each, at random positions. A class goes through one
+    permutation of its examples after the other, from one epoch into the next: none comes again
+    before all others of the class have.
+
+    Args:
+      labels: gives every example's label, int [N]; called for the first batch.
+      num_classes: each of which needs an example; else DataError, from the first batch.
+    """
+
+    def __init__(
+        self,
+        num_examples: int,
+        labels: Callable[[], np.ndarray],
+        num_classes: int,
+        *,
+        power: float,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+    ):
+        super().__init__(num_examples, batch_size=batch_size, seed=seed, repeats=repeats)
+        self._labels, self._num_classes, self._power = labels, num_classes, power
+
+    @functools.cached_property
+    def _classes(self) -> list[tuple[np.ndarray, int]]:
+        """The examples of each class, and how many of them an epoch draws."""
+        labels = self._labels()
+        counts = count_classes(labels, self._num_classes, "config.sampling")
+        shares = counts**self._power * self._num_examples / (counts**self._power).sum()
+        quotas = shares.astype(int)
+        missing = self._num_examples - quotas.sum()  # by rounding down
+        quotas[np.argsort(quotas - shares, kind="stable")[:missing]] += 1
+        members = np.split(np.argsort(labels, kind="stable"), np.cumsum(counts)[:-1])
+        return list(zip(members, quotas.tolist(), strict=True))
+
+    def _epoch(self, number: int) -> Batch:
+        index, passes = (np.empty(self._num_examples, np.int32) for _ in range(2))
+        positions, begin = epoch_order(self._num_examples, self._seed, number), 0
+        for label, (members, quota) in enumerate(self._classes):
+            own = np.sort(positions[begin : begin + quota])
+            begin += quota
+            draws = np.arange(number * quota, (number + 1) * quota)
+            passes[own], place = np.divmod(draws, len(members))
+            for start, end in _runs(passes[own]):
+                turn = int(draws[start] // len(members))
+                order = epoch_order(len(members), self._seed, turn, label + 1)
+                index[own[start:end]] = members[order[place[start:end]]]
+        return {"index": index, "epoch": passes}
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Where equal neighbours begin and end."""
+    ends = [*np.flatnonzero(np.diff(values)) + 1, len(values)] if len(values) else []
+    return zip([0, *ends], ends, strict=False)
+
+
+def epoch_order(num_examples: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
     """The permutation of an epoch, int32 [N]: the same for every host and version of NumPy.
 
-    Sorts Philox's raw stream keyed by (seed, epoch); `Generator.permutation` may change between
-    versions of NumPy, the raw stream does not.
+    Sorts Philox's raw stream keyed by (seed, epoch), one of many by its counter's highest word;
+    `Generator.permutation` may change between versions of NumPy, the raw stream does not.
     """
     key = np.array([seed % 2**64, epoch], np.uint64)
-    draws = np.random.Philox(key=key).random_raw(num_examples)
+    counter = np.array([0, 0, 0, stream], np.uint64)
+    draws = np.random.Philox(key=key, counter=counter).random_raw(num_examples)
     return np.argsort(draws, kind="stable").astype(np.int32)
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxcls.config.user_code import file_of, in_user_code
-from flaxcls.errors import ConfigError
+from flaxcls.errors import ConfigError, DataError
 
 
 class Example(NamedTuple):
@@ -68,11 +68,13 @@ class Source:
       is_readable: whether it has examples, and not only what is known of them.
       modified: when the example written last was, in seconds since 1970, and where it is; None
         where the examples are not files of their own.
+      root: the folder that the examples' files are in, unless they are elsewhere; None as above.
     """
 
     ignored = Ignored()
     is_readable = True
     modified: tuple[float, str] | None = None
+    root: str | None = None
 
     def __init__(
         self,
@@ -107,6 +109,56 @@ class Source:
     def where(self, index: int) -> str:
         """How an error message names an example."""
         return f"example {index} of {self.name} '{self.split}'"
+
+    def file(self, index: int) -> str | None:
+        """The path of an example's file; None where the examples are not files of their own."""
+        return None
+
+
+class Subset(Source):
+    """Some examples of a split, as a split of their own.
+
+    Attributes:
+      whole: the split.
+      indices: of the examples in it, int [N], without repetition.
+    """
+
+    def __init__(self, whole: Source, indices: np.ndarray, split: str):
+        content = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+        super().__init__(
+            name=whole.name,
+            split=split,
+            class_names=whole.class_names,
+            image_shape=whole.image_shape,
+            fingerprint=fingerprint(whole=whole.fingerprint, indices=content),
+            splits=whole.splits,
+        )
+        self.whole, self.indices = whole, indices
+        self.ignored, self.is_readable = whole.ignored, whole.is_readable
+        self.modified, self.root = whole.modified, whole.root
+
+    def others(self) -> "Subset":
+        """The examples of the split that are not in this one."""
+        rest = np.setdiff1d(np.arange(len(self.whole)), self.indices)
+        return Subset(self.whole, rest, f"{self.whole.split} without {self.split}")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.whole[int(self.indices[index])]
+
+    def verify(self, index: int) -> None:
+        self.whole.verify(int(self.indices[index]))
+
+    def labels(self) -> np.ndarray:
+        return self.whole.labels()[self.indices]
+
+    def where(self, index: int) -> str:
+        return self.whole.where(int(self.indices[index]))
+
+    def file(self, index: int) -> str | None:
+        return self.whole.file(int(self.indices[index]))
 
 
 def check_own_source(name: str, source: Any) -> None:
@@ -195,6 +247,23 @@ def _parse_split(spec: str, shard_lengths: Mapping[str, Sequence[int]]) -> list[
 def take_slices(indices: Mapping[str, np.ndarray], slices: Sequence[Slice]) -> np.ndarray:
     """The concatenation of the slices of every split's array."""
     return np.concatenate([indices[part.split][part.start : part.stop] for part in slices])
+
+
+def count_classes(labels: np.ndarray, num_classes: int, user: str) -> np.ndarray:
+    """How many examples each class has, int [num_classes], for a `user` that needs some of all.
+
+    `labels` are int [N]. Raises DataError if one is out of range or a class has no example.
+    """
+    labels = np.asarray(labels)
+    if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
+        raise DataError(
+            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}"
+        )
+    counts = np.bincount(labels, minlength=num_classes)
+    if not counts.all():
+        missing = int(np.argmin(counts))
+        raise DataError(f"{user} needs examples of every class; {missing} has none")
+    return counts
 
 
 def some_names(names: Sequence[str]) -> str:

@@ -64,7 +64,7 @@ class TfRecords:
         record = self._record(index)
         length, data = record[: _LENGTH.size], record[_HEADER:-_FOOTER]
         stored = record[_LENGTH.size : _HEADER], record[-_FOOTER:]
-        if stored != (masked_crc(length), masked_crc(data)):
+        if stored != (_masked_crc(length), _masked_crc(data)):
             path, begin = self._paths[self._file[index]], int(self._begin[index])
             raise DataError(
                 f"{path} is damaged: the checksum of the record at byte {begin} differs"
@@ -80,7 +80,13 @@ class TfRecords:
         return record
 
 
-def masked_crc(data: bytes) -> bytes:
+def framed(data: bytes) -> bytes:
+    """The record that holds `data`, as a file has it."""
+    length = _LENGTH.pack(len(data))
+    return length + _masked_crc(length) + data + _masked_crc(data)
+
+
+def _masked_crc(data: bytes) -> bytes:
     """The checksum of TFRECORD: CRC-32C, rotated by 15 bits and added to a constant."""
     from google_crc32c import value
 

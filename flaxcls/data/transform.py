@@ -206,6 +206,7 @@ class Pad(Resampled):
 class Change(Protocol):
     """What is done to an image after that: see `on_host` of `flaxcls.augment.Augmentation`."""
 
+    name: ClassVar[str]
     draws: ClassVar[int]
 
     def on_host(self, image: np.ndarray, draws: Sequence[float]) -> np.ndarray: ...

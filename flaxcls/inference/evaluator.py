@@ -7,10 +7,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from flaxcls import augment
+from flaxcls.augment.views import mean_over_views
 from flaxcls.core import metrics
 from flaxcls.core.step import make_eval_step, zero_metrics
 from flaxcls.data.files import FileSource
@@ -33,6 +35,8 @@ class Evaluator:
       mean, std: the run's normalisation, one number per channel; None: the data are what the
         network is given.
       objective: the loss that is trained for, if it is another one; then a metric too.
+      tta: the views of the images that logits are the mean over, of `augment.views`; None: none.
+      balanced_accuracy: whether the mean accuracy over the classes is a metric.
     """
 
     def __init__(
@@ -46,15 +50,21 @@ class Evaluator:
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
         objective: Callable | None = None,
+        tta: str | None = None,
+        balanced_accuracy: bool = False,
     ):
         self._mesh, self._input = mesh, data
         self._batch_size = sharding.round_up(mesh, batch_size)
         self._data = sharding.replicate(mesh, data.arrays)
 
-        def given(images):
-            return images if mean is None else augment.normalize(images, mean, std)
+        def forward(variables, images):
+            def of_view(view):
+                given = view if mean is None else augment.normalize(view, mean, std)
+                return network.apply(variables, given, train=False)
 
-        step = make_eval_step(network, loss, given, objective)
+            return mean_over_views(tta, of_view)(images)
+
+        step = make_eval_step(forward, loss, objective, balanced_accuracy)
 
         def eval_step(variables, sums, data, batch):
             return step(variables, sums, gather(data, batch))
@@ -65,14 +75,19 @@ class Evaluator:
 
         def zeros():
             sums = zero_metrics(network.num_classes)
-            return {**sums, "objective": sums["loss"]} if objective else sums
+            if objective:
+                sums["objective"] = sums["loss"]
+            if balanced_accuracy:
+                per_class = jnp.zeros(network.num_classes, jnp.int32)
+                sums["balanced_accuracy"] = (per_class, per_class)
+            return sums
 
         self._zeros = jax.jit(zeros, out_shardings=replicated)
 
     def __call__(
         self, variables: Any, alive: Callable[[], None] = lambda: None
     ) -> dict[str, float]:
-        """{"accuracy", "loss", "count", perhaps "objective", "accuracy_top5" from 11 classes on}.
+        """{"accuracy", "loss", "count", "accuracy_top5" from 11 classes on}, and what is asked for.
 
         `alive` is called after every batch.
         """
@@ -104,6 +119,7 @@ def evaluate_run(
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
+    tta: str | None = None,
 ) -> tuple[int, str, dict[str, dict[str, float]]]:
     """The metrics of a saved run, which needs its folder and the data only.
 
@@ -112,14 +128,17 @@ def evaluate_run(
       split: as in TFDS; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
       data_dir: where the data is now, what config.data.path or .dir was; None: as in the run.
+      tta: as for `restore`.
 
     Returns the step, the split and the metrics: those of the parameters as "eval" and those of
     their average, where the run kept one, as "ema".
     """
-    run = restore(workdir, checkpoint)
+    run = restore(workdir, checkpoint, tta=tta)
     pipeline = run.experiment.evaluation(split, data_dir)
     if isinstance(pipeline.source, FileSource):  # whose labels are known without reading a picture
         _say_absent_classes(pipeline.source)
+    if run.experiment.tta:
+        say(f"note: logits are the mean over the views of {run.experiment.tta}", error=True)
     with contextlib.closing(evaluator_of(run, pipeline)) as evaluator:
         results = evaluator.results(run.variables, run.ema)
     return run.step, pipeline.source.split, results
@@ -136,7 +155,12 @@ def evaluator_of(run: RestoredRun, pipeline: Pipeline) -> Evaluator:
         batch_size=experiment.eval_batch_size,
         mean=metadata["mean"],
         std=metadata["std"],
-        objective=experiment.loss.objective(metadata["class_weights"]),
+        objective=experiment.loss.objective(
+            metadata["class_weights"],
+            metadata.get("class_counts"),  # which older runs don't have
+        ),
+        balanced_accuracy=experiment.best_metric == "balanced_accuracy",
+        tta=experiment.tta,
     )
 
 

@@ -24,7 +24,7 @@ from flaxcls.data.transform import TRANSFORMS, Resize, Transform
 from flaxcls.errors import ConfigError, OutputError
 from flaxcls.inference import parity
 from flaxcls.inference.predictor import PROBABILITIES, Predictor
-from flaxcls.runtime.output import printable
+from flaxcls.runtime.output import printable, say
 from flaxcls.weights import export_onnx, export_safetensors, export_savedmodel, export_stablehlo
 from flaxcls.weights.exportable import Exportable, Outputs
 from flaxcls.weights.pretrained import PRETRAINED
@@ -35,6 +35,10 @@ FORMATS = {
     "onnx": export_onnx.write,
     "savedmodel": export_savedmodel.write,
 }
+_ONE_VIEW = (
+    "the export is the network alone, certified without the run's test-time augmentation {}: who "
+    "uses it has to average the logits over the views"
+)
 
 
 def export_run(
@@ -75,8 +79,10 @@ def export_run(
         raise ConfigError(f"--names={names} is for --format=safetensors, not for {format}")
     if format == "safetensors":
         write = functools.partial(write, names=names)
-    with _appearing(out) as folder:
-        predictor = Predictor(run, checkpoint=checkpoint, ema=ema)
+    with new_folder(out) as folder:
+        predictor = Predictor(run, checkpoint=checkpoint, ema=ema, tta="none")
+        if tta := predictor.restored.metadata["config"]["eval"].get("tta"):
+            say(f"note: {_ONE_VIEW.format(tta)}", error=True)
         examples = parity.choose(predictor, pictures, count, data_dir)
         model = exportable(predictor, license)
         with _written(out):
@@ -146,7 +152,7 @@ def _describe(transform: Transform | None) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Yields a folder that becomes `out` when the block ends well, and goes if it does not."""
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={printable(out)} is there already; name a new folder")

@@ -27,13 +27,17 @@ def predict_split(run: RestoredRun, pipeline: Pipeline, variables: Any) -> Split
     """The predictions of a saved run for every example of a pipeline, in every process all of them.
 
     Args:
-      run: by `restore`.
+      run: by `restore`, with its test-time augmentation.
       pipeline: by `run.experiment.evaluation(split, data_dir)`.
       variables: `run.variables`, or `run.ema` where that is not {}.
     """
     experiment, metadata = run.experiment, run.metadata
     forward = make_forward(
-        experiment.network, experiment.loss.name, metadata["mean"], metadata["std"]
+        experiment.network,
+        experiment.loss.name,
+        metadata["mean"],
+        metadata["std"],
+        experiment.tta,
     )
 
     def outputs(variables, images):

@@ -14,6 +14,7 @@ import optax
 from PIL import Image
 
 from flaxcls import augment, models
+from flaxcls.augment.views import mean_over_views
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS, best_of
 from flaxcls.data.decode import Picture
@@ -32,6 +33,7 @@ from flaxcls.runtime.read_ahead import in_order
 PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "softmax_cross_entropy": jax.nn.softmax,
     "focal": jax.nn.softmax,
+    "logit_adjusted": jax.nn.softmax,
     "sigmoid_cross_entropy": jax.nn.sigmoid,  # each class on its own: they need not add up to 1
     "squared_error": jax.vmap(optax.projections.projection_simplex),
 }
@@ -70,6 +72,7 @@ class Predictor:
       ema: whether to take the average of the parameters or the parameters themselves. None: which
         of the two was better when the checkpoint was evaluated, by the run's best_metric.
       batch_size: images at a time; rounded up to a multiple of the devices.
+      tta: as for `restore`: the views of each picture that logits and features are the mean over.
 
     Attributes:
       class_names: of the K classes.
@@ -89,8 +92,9 @@ class Predictor:
         checkpoint: str = "last",
         ema: bool | None = None,
         batch_size: int = 64,
+        tta: str | None = None,
     ):
-        self.restored = restored = restore(Path(run), checkpoint, batch_size)
+        self.restored = restored = restore(Path(run), checkpoint, batch_size, tta)
         experiment, metadata = restored.experiment, restored.metadata
         self.class_names: list[str] = metadata["class_names"]
         self.image_shape: tuple[int, int, int] = tuple(metadata["image_shape"])
@@ -102,7 +106,11 @@ class Predictor:
         self.variables = restored.ema if self.weights == "ema" else restored.variables
         self._forward = jax.jit(
             make_forward(
-                experiment.network, experiment.loss.name, metadata["mean"], metadata["std"]
+                experiment.network,
+                experiment.loss.name,
+                metadata["mean"],
+                metadata["std"],
+                experiment.tta,
             ),
             out_shardings=sharding.everywhere(self._mesh),
         )
@@ -216,6 +224,8 @@ class Predictor:
         text = f"step {self.step}, {WEIGHTS[self.weights]}"
         if result := self._results.get(self.weights):
             text += f", accuracy {result['accuracy']:.2%} when they were last evaluated"
+        if tta := self.restored.experiment.tta:
+            text += f"; logits are the mean over the views of {tta}"
         if not self._transform:
             height, width, _ = self.image_shape
             text += f"; pictures that are not {width} x {height} pixels are stretched to it"
@@ -223,15 +233,23 @@ class Predictor:
 
 
 def make_forward(
-    network: nn.Module, loss_name: str, mean: Any, std: Any
+    network: nn.Module, loss_name: str, mean: Any, std: Any, tta: str | None = None
 ) -> Callable[[Any, jax.Array], Predictions]:
-    """Returns `forward(variables, images uint8 [B, H, W, C]) -> Predictions`, to be jitted."""
+    """Returns `forward(variables, images uint8 [B, H, W, C]) -> Predictions`, to be jitted.
+
+    With a test-time augmentation `tta` logits and features are the means over its views, and the
+    probabilities those of the mean logits.
+    """
 
     def forward(variables: Any, images: jax.Array) -> Predictions:
-        images = augment.normalize(images, mean, std)
-        logits, features = models.logits_and_features(network, variables, images)
+        def of_view(view: jax.Array) -> tuple[jax.Array, jax.Array]:
+            given = augment.normalize(view, mean, std)
+            logits, features = models.logits_and_features(network, variables, given)
+            return logits, features["pooled"]
+
+        logits, features = mean_over_views(tta, of_view)(images)
         probabilities = PROBABILITIES[evaluated_as(loss_name)](logits)
-        return Predictions(logits, probabilities, features["pooled"])
+        return Predictions(logits, probabilities, features)
 
     return forward
 

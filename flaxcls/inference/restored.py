@@ -28,13 +28,25 @@ class RestoredRun(NamedTuple):
     ema: Any
 
 
-def restore(workdir: Path, checkpoint: str = "last", batch_size: int | None = None) -> RestoredRun:
-    """Reads a checkpoint, "last", "best" or a step, of the run in a folder.
+def restore(
+    workdir: Path,
+    checkpoint: str = "last",
+    batch_size: int | None = None,
+    tta: str | None = None,
+) -> RestoredRun:
+    """Reads a checkpoint of the run in a folder.
 
-    `batch_size` is what the devices are chosen for, None: the run's own.
+    Args:
+      workdir: the run's folder.
+      checkpoint: "last", "best" or a step.
+      batch_size: what the devices are chosen for; None: the run's own.
+      tta: the test-time augmentation, a name of `augment.views.VIEWS` or a user's own; "none" for
+        none, None for the run's own, config.eval.tta.
     """
     config = run_folder.load_config(workdir)
     run_code.use(workdir, config)
+    if tta is not None:
+        config.eval.tta = None if tta == "none" else tta
     mesh = build.saved_mesh(config, batch_size)
     checkpoints = CheckpointReader(workdir / "checkpoints")
 

@@ -205,6 +205,25 @@ def batch_stats_frozen() -> contextlib.AbstractContextManager:
     return nn.intercept_methods(as_evaluated)
 
 
+def batch_stats_of_examples(mask: jax.Array) -> contextlib.AbstractContextManager:
+    """In this context BatchNorm normalises by the statistics of the batch, and keeps just these.
+
+    The network is to be called with `train=False`, so that there is no dropout. Only the examples
+    with 1 in `mask`, [B], count. Of a network whose "batch_stats" are mutable these come out as the
+    mean and the (biased) variance over the examples and their pixels.
+    """
+
+    def by_examples(call, arguments, keywords, context):
+        module = context.module
+        if not isinstance(module, nn.BatchNorm) or module.use_running_average is False:
+            return call(*arguments, **keywords)
+        x = arguments[0]
+        like = module.clone(parent=module.scope, use_running_average=False, momentum=0.0)
+        return like(x, mask=mask.astype(bool).reshape(-1, *(1,) * (x.ndim - 1)))
+
+    return nn.intercept_methods(by_examples)
+
+
 def title(module: nn.Module) -> str:
     """The name users know a network by: its name in MODELS, else its class."""
     return module.name or type(module).__name__

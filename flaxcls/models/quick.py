@@ -4,12 +4,13 @@ After airbench94 (Jordan 2024, arXiv:2404.00498), itself after hlb-CIFAR10.
 """
 
 import functools
+from typing import Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flaxcls.config.options import BelowOne
+from flaxcls.config.options import BelowOne, Positive
 from flaxcls.models.layers import (
     Conv,
     FixedConv,
@@ -27,13 +28,16 @@ class Quick(nn.Module, kw_only=True):
 
     The first convolution (2x2) decorrelates the pixels: `initialize_from_data` sets its kernel
     from training images, and it is not trained (`frozen`). The other convolutions start as the
-    identity on their first input channels. BatchNorm has no scale.
+    identity on their first input channels. BatchNorm has no scale. `gelu` "tanh" is the usual
+    approximation, and "exact", by the error function, PyTorch's default.
     """
 
     num_classes: int
     dtype: jnp.dtype = jnp.float32
     widths: Widths = (32, 64, 128)
     batch_norm_momentum: BelowOne = 0.6
+    batch_norm_epsilon: Positive = 1e-5
+    gelu: Literal["tanh", "exact"] = "tanh"
 
     frozen = r"^whiten/kernel$"
 
@@ -48,8 +52,10 @@ class Quick(nn.Module, kw_only=True):
             Conv, kernel_size=(3, 3), use_bias=False, dtype=self.dtype, kernel_init=dirac_init
         )
         norm = functools.partial(
-            batch_norm(train, self.dtype, self.batch_norm_momentum), use_scale=False
+            batch_norm(train, self.dtype, self.batch_norm_momentum, self.batch_norm_epsilon),
+            use_scale=False,
         )
+        gelu = functools.partial(nn.gelu, approximate=self.gelu == "tanh")
         whitening = FixedConv(
             8 * x.shape[-1],
             (2, 2),
@@ -58,13 +64,13 @@ class Quick(nn.Module, kw_only=True):
             bias_init=torch_bias_init(4 * x.shape[-1]),
             name="whiten",
         )
-        x = nn.gelu(whitening(x))
+        x = gelu(whitening(x))
         for i, width in enumerate(self.widths):
             name = f"block{i + 1}"
             x = max_pool(conv(width, name=f"{name}_conv1")(x))
-            x = nn.gelu(norm(name=f"{name}_norm1")(x))
+            x = gelu(norm(name=f"{name}_norm1")(x))
             x = conv(width, name=f"{name}_conv2")(x)
-            x = nn.gelu(norm(name=f"{name}_norm2")(x))
+            x = gelu(norm(name=f"{name}_norm2")(x))
             x = record(self, f"stage{i + 1}", x)
         x = x.max(axis=(1, 2))
         x = record(self, "pooled", x)

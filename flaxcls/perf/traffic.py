@@ -9,7 +9,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from flaxcls.perf.hlo import CALLED, COMPUTATION, INSTRUCTION, NAME, TRIPS, bits
+from flaxcls.perf.hlo import bits
+from flaxcls.perf.hlo_text import Instruction, Module
 
 # `bf16[128,56,56,64]{0,3,2,1:T(8,128)(2,1)S(1)}`: type, sides, their order from the innermost on,
 # the tile that the innermost ones are filled up to, and the memory, where it isn't the chip's main.
@@ -19,8 +20,9 @@ _FREE = re.compile(
     r"parameter|constant|bitcast|tuple|get-tuple-element|after-all|opt-barrier|.*-done|while"
     r"|conditional|call"
 )
+_CONTROL = ("while", "conditional", "call")
 _COPIES = ("copy-start", "slice-start", "async-start")
-_PRODUCTS = re.compile(r" (?:convolution|dot)\(")
+_PRODUCTS = ("convolution", "dot")
 
 
 class Traffic(NamedTuple):
@@ -45,57 +47,37 @@ def traffic(text: str) -> list[Traffic]:
     What is inside of a loop counts as often as it runs, where the compiler knows that; an operator
     that reads a part of an array counts as if it read it whole, except for copies.
     """
-    entry, computations = _computations(text)
-    products = {name for name, lines in computations.items() if any(map(_PRODUCTS.search, lines))}
+    module = Module(text)
+    products = {
+        name
+        for name, instructions in module.computations.items()
+        if any(instruction.opcode in _PRODUCTS for instruction in instructions)
+    }
     counts: Counter[str] = Counter()
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-
-    def visit(computation: str, times: int) -> None:
-        shapes: dict[str, str] = {}
-        for line in computations[computation]:
-            name, shape, opcode, rest = INSTRUCTION.match(line).groups()
-            shapes[name] = shape
-            called = CALLED.findall(rest)
-            if opcode in ("while", "conditional", "call"):
-                trips = TRIPS.search(rest)
-                for part in (part.strip(" %{}") for names in called for part in names.split(",")):
-                    visit(part, times * (int(trips[1]) if trips else 1))
-            if _FREE.fullmatch(opcode):
-                continue
-            kind = "others"
-            if opcode in _COPIES:
-                kind = "copies"
-            elif _PRODUCTS.search(line) or any(part.strip("%") in products for part in called):
-                kind = "convolutions"
-            given = [shapes.get(name, "") for name in NAME.findall(rest.partition("), ")[0])]
-            read, written = _moved(opcode, shape, given)
-            counts[kind] += times
-            sizes[kind][0] += times * read
-            sizes[kind][1] += times * written
-
-    visit(entry, 1)
+    # What is fused is done within the operator that has it.
+    for instruction, times in module.instructions(lambda call: call.opcode in _CONTROL):
+        if _FREE.fullmatch(instruction.opcode):
+            continue
+        kind = "others"
+        if instruction.opcode in _COPIES:
+            kind = "copies"
+        elif instruction.opcode in _PRODUCTS or not products.isdisjoint(instruction.called):
+            kind = "convolutions"
+        read, written = _moved(instruction)
+        counts[kind] += times
+        sizes[kind][0] += times * read
+        sizes[kind][1] += times * written
     found = (Traffic(kind, counts[kind], *sizes[kind]) for kind in counts)
     return sorted(found, key=lambda one: -one.read - one.written)
 
 
-def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The entry's name, and the lines of each computation."""
-    entry, name, lines = "", "", defaultdict(list)
-    for line in text.splitlines():
-        if head := COMPUTATION.match(line):
-            name = head[2]
-            entry = name if head[1] else entry
-        elif INSTRUCTION.match(line):
-            lines[name].append(line)
-    return entry, lines
-
-
-def _moved(opcode: str, shape: str, given: list[str]) -> tuple[int, int]:
+def _moved(instruction: Instruction) -> tuple[int, int]:
     """Bytes of main memory that an instruction reads and writes."""
-    results = list(_arrays(shape))
-    operands = [array for one in given for array in _arrays(one)]
-    if opcode in _COPIES:  # (result, operand, ...), or ((operand), result, ...)
-        result = results[0 if opcode == "copy-start" else 1 :][:1]
+    results = list(_arrays(instruction.shape))
+    operands = [array for shape in instruction.operands for array in _arrays(shape)]
+    if instruction.opcode in _COPIES:  # (result, operand, ...), or ((operand), result, ...)
+        result = results[0 if instruction.opcode == "copy-start" else 1 :][:1]
         size = sum(size for size, _ in result)
         return size * (not operands or operands[0][1]), sum(size for size, main in result if main)
     return sum(size for size, main in operands if main), sum(size for size, main in results if main)

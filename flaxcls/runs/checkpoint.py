@@ -1,5 +1,8 @@
 """Checkpoints of a run, saved in the background; only this module and the reader use Orbax.
 
+It is imported when it is first needed: that takes a tenth of a second, and a new run has made its
+first steps by then.
+
 A checkpoint holds the training state and, as JSON, the metadata that using or resuming it needs:
 the resolved config, class names, normalisation, best metrics so far. Guarantees:
 
@@ -16,11 +19,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from flaxcls.errors import CheckpointError
 from flaxcls.runs import manifest
@@ -32,11 +33,14 @@ from flaxcls.runs.checkpoint_reader import (
 )
 from flaxcls.runtime import processes
 
-UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # ends the name of the folder that is being written
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
+UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of the folder that is being written
 
 
-class _NewestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the newest steps and the best one."""
+class _NewestAndBest:
+    """Keeps the newest steps and the best one; a PreservationPolicy of Orbax."""
 
     def __init__(self, newest: int):
         self.newest = newest
@@ -64,7 +68,7 @@ class Checkpoints(CheckpointReader):
         self._saving: int | None = None  # the step whose saving began last
         self._failure: CheckpointError | None = None  # of that step, until it is reported
         self._bytes = 0  # of the step that was written last
-        self._manager = self._open()
+        self._manager: ocp.CheckpointManager | None = None  # from the first save on
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Starts saving `state` (arrays) and `metadata` (JSON) and returns.
@@ -75,6 +79,8 @@ class Checkpoints(CheckpointReader):
         full, or the previous save failed in the background, which neither `wait` nor `failure` has
         reported yet.
         """
+        import orbax.checkpoint as ocp
+
         failure = self._take_failure()
         if not failure and processes.is_first():
             failure = self._obstacle(step, state)
@@ -86,11 +92,12 @@ class Checkpoints(CheckpointReader):
             state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(metadata)
         )
         self._saving, sys.unraisablehook = step, _ignore_late_writes
+        self._manager = self._manager or self._open()
         try:
             # Without `force` Orbax does nothing, and says nothing, at a step before the newest one.
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:
-            self._reopen()
+            self.reload()
             if isinstance(error, OSError):
                 raise _not_saved(step, cause_of(error)) from error
             raise
@@ -101,7 +108,7 @@ class Checkpoints(CheckpointReader):
         A failure is reported once: here, or raised by `wait` or the next `save`. The processes need
         not learn of it at the same time.
         """
-        if self._manager.is_saving_in_progress():
+        if self._manager and self._manager.is_saving_in_progress():
             return None
         return self._take_failure()
 
@@ -115,7 +122,8 @@ class Checkpoints(CheckpointReader):
         try:
             self.wait()
         finally:
-            self._manager.close()
+            if self._manager:
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -129,12 +137,19 @@ class Checkpoints(CheckpointReader):
         self._has_manifest.clear()
 
     def reload(self) -> None:
-        """Reads again what is on the disk, after others have changed it."""
-        self._reopen()
+        """Sees what is on the disk anew, after a failure or a change by others."""
+        if self._manager:
+            with contextlib.suppress(Exception):  # reported already
+                self._manager.close()
+        self._manager = None
+        self._remove_unfinished()
+        self._has_manifest.clear()
 
     # Saving.
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> "ocp.CheckpointManager":
+        import orbax.checkpoint as ocp
+
         return ocp.CheckpointManager(
             self._directory,
             item_names=("state", "facts"),
@@ -149,22 +164,15 @@ class Checkpoints(CheckpointReader):
             ),
         )
 
-    def _reopen(self) -> None:
-        """Reopens what is on the disk, after a failure or a change by others."""
-        with contextlib.suppress(Exception):  # reported already
-            self._manager.close()
-        self._remove_unfinished()
-        self._has_manifest.clear()
-        self._manager = self._open()
-
     def _finish(self) -> None:
         """Waits for the save that is under way, and notes its failure."""
         try:
-            self._manager.wait_until_finished()
+            if self._manager:
+                self._manager.wait_until_finished()
         except Exception as error:
             self._failure = _not_saved(self._saving, cause_of(error))
             self._failure.__cause__ = error
-            self._reopen()
+            self.reload()
 
     def _take_failure(self) -> CheckpointError | None:
         self._finish()

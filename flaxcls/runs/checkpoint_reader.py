@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
 from flaxcls.runs import manifest
@@ -156,6 +155,8 @@ class CheckpointReader:
 
         Needs no shapes and no devices. Raises Damaged if a file of the checkpoint is.
         """
+        import orbax.checkpoint as ocp
+
         self.verify(step)
         with self._reading(step):
             handler, folder = ocp.PyTreeCheckpointHandler(), self.folder(step) / "state"
@@ -181,9 +182,21 @@ class CheckpointReader:
             return metadata
 
     def _state(self, step: int, shapes: Any, shardings: Any) -> Any:
+        import orbax.checkpoint as ocp
+
+        as_sharded = jax.tree.map(
+            lambda shape, sharding: ocp.ArrayRestoreArgs(
+                sharding=sharding, global_shape=shape.shape, dtype=shape.dtype
+            ),
+            shapes,
+            shardings,
+        )
+        arguments = ocp.args.PyTreeRestore(
+            item=shapes, restore_args=as_sharded, partial_restore=True
+        )
         with self._reading(step):
             return ocp.PyTreeCheckpointHandler().restore(
-                self.folder(step) / "state", args=_restore_arguments(shapes, shardings)
+                self.folder(step) / "state", args=arguments
             )
 
     def verify(self, step: int) -> bool:
@@ -200,6 +213,8 @@ class CheckpointReader:
 
         Orbax itself casts silently to another dtype.
         """
+        import orbax.checkpoint as ocp
+
         with self._reading(step):
             folder = self.folder(step) / "state"
             saved = ocp.PyTreeCheckpointHandler().metadata(folder).tree
@@ -234,17 +249,6 @@ class CheckpointReader:
             raise Damaged(
                 f"the checkpoint of step {step} is damaged: it can't be read: {cause_of(error)}"
             ) from error
-
-
-def _restore_arguments(shapes: Any, shardings: Any) -> ocp.args.PyTreeRestore:
-    arguments = jax.tree.map(
-        lambda shape, sharding: ocp.ArrayRestoreArgs(
-            sharding=sharding, global_shape=shape.shape, dtype=shape.dtype
-        ),
-        shapes,
-        shardings,
-    )
-    return ocp.args.PyTreeRestore(item=shapes, restore_args=arguments, partial_restore=True)
 
 
 def _arrays(tree: Any) -> dict[str, str]:

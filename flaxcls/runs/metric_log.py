@@ -1,25 +1,21 @@
 """What a run logs while it trains: the terminal, metrics.jsonl, TensorBoard and trackers."""
 
-import contextlib
 import errno
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import scalar
 
 from flaxcls.errors import ConfigError, FlaxclsError, Interrupted
 from flaxcls.files import atomic_write
+from flaxcls.runs.tensorboard import TensorBoard
 from flaxcls.runs.trackers import Trackers
 from flaxcls.runtime.output import Guarded, printable_lines
 
@@ -53,7 +49,7 @@ class MetricLog:
         self._live = None
         if workdir and self._console.is_terminal:
             self._live = Live(console=self._console, refresh_per_second=4, transient=True)
-        self._board = _Board(workdir and workdir / "tensorboard")
+        self._board = TensorBoard(workdir and workdir / "tensorboard")
         self._workdir, self._trackers = workdir, None
         self._open(start_step)
         self.begin(start_step)
@@ -202,57 +198,6 @@ class MetricLog:
             self._trackers.close("preempted" if preempted else "failed" if kind else "finished")
 
 
-class _Board:
-    """TensorBoard's files in a folder, or none; what can't be written is dropped.
-
-    A SummaryWriter writes in a thread, which a full disk would end, and the run would wait for it.
-    """
-
-    def __init__(self, folder: Path | None):
-        self._folder, self._writer = folder, None
-
-    def open(self, step: int) -> None:
-        """Starts a file at a step; TensorBoard drops what earlier ones have of it and later."""
-        self.close()
-        if self._folder is None:
-            return
-        with self._trying():
-            self._folder.mkdir(parents=True, exist_ok=True)
-            # Two starts within a second: a name of its own for each.
-            suffix = f".{os.getpid()}.{time.monotonic_ns()}"
-            self._writer = EventsWriter(str(self._folder / "events"), suffix)
-            self._write(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes scalars by name, except those that are NaN, the mean of nothing."""
-        if self._writer is None:
-            self.open(step)
-        if self._writer is not None:
-            known = {name: value for name, value in values.items() if not math.isnan(value)}
-            parts = [part for name, value in known.items() for part in scalar(name, value).value]
-            with self._trying():
-                self._write(Event(step=step, summary=Summary(value=parts)))
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._writer.write_event(event)
-        self._writer.flush()
-
-    @contextlib.contextmanager
-    def _trying(self) -> Iterator[None]:
-        """After a failure the next file begins: what comes after half an event can't be read."""
-        try:
-            yield
-        except OSError:
-            self.close()
-
-    def close(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer:
-            with contextlib.suppress(OSError):
-                writer.close()
-
-
 def _step_of(line: bytes) -> int | None:
     """The step of a row of metrics.jsonl; None if it is none."""
     try:
@@ -271,12 +216,14 @@ def _json(value: Any) -> Any:
 
 
 def describe(row: Mapping[str, float]) -> str:
-    """`accuracy 98.61 % (355 of 360), loss 0.0512`."""
+    """`accuracy 98.61 % (355 of 360), loss 0.0512`, and balanced accuracy where it is there."""
     parts = []
     for name, label in (("accuracy", "accuracy"), ("accuracy_top5", "top-5 accuracy")):
         if name in row:
             right = round(row[name] * row["count"])
             parts.append(f"{label} {100 * row[name]:.2f} % ({right:,} of {row['count']:,})")
+    if "balanced_accuracy" in row:
+        parts.append(f"balanced accuracy {100 * row['balanced_accuracy']:.2f} %")
     if "loss" in row:
         parts.append(f"loss {row['loss']:.4f}")
     return ", ".join(parts)

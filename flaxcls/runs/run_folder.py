@@ -5,6 +5,7 @@ config.json      the resolved config; versions, device, commit, sizes and when t
 metrics.jsonl    a row a log step and an evaluation; tensorboard/ shows the same
 checkpoints/     the newest steps and the best one
 profile/         the trace of config.profile
+autotuning/      the kernels that XLA has chosen on a GPU; see `runtime/autotuning.py`
 code/            the user's own modules that the config names; see `run_code`
 summary.json     how it ended
 """
@@ -32,7 +33,8 @@ from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
 # What may differ between the processes of a run: where the data is and who decodes it.
-OWN_FIELDS = ("data.dir", "data.path", "input.threads", "input.processes", "input.read_ahead")
+OWN_FIELDS = ("data.dir", "data.path", "data.fold_groups")
+OWN_FIELDS += ("input.threads", "input.processes", "input.read_ahead")
 # What a resumed run may change: it changes no number that was computed before.
 FREE_FIELDS = (
     *OWN_FIELDS,
@@ -53,6 +55,7 @@ FREE_FIELDS = (
 )
 # What a run may have left in its folder before it got so far as to write config.json.
 LEFTOVERS = (
+    "autotuning",
     "broken_images*.log",
     "goodput.json",
     "metrics.jsonl",

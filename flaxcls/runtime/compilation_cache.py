@@ -78,6 +78,11 @@ def saved_seconds() -> float:
     return max(0.0, sum(_seconds_saved()))
 
 
+def hits() -> int:
+    """How many programs were read from the cache since this was called first, or `enable`."""
+    return len(_seconds_saved())
+
+
 @functools.cache
 def _seconds_saved() -> list[float]:
     """The time saved by each program read from the cache; listens from the first call on."""

@@ -7,7 +7,6 @@ import numpy as np
 
 from flaxcls import models
 from flaxcls.build import Experiment
-from flaxcls.core.losses import balanced_class_weights
 from flaxcls.data.pipeline import first_images, statistics
 from flaxcls.runtime import sharding
 
@@ -21,6 +20,7 @@ class RunData:
       train, evaluation: the batches.
       mean, std: what images are normalised by, one per channel.
       class_weights: of the loss, one per class; None: all 1.
+      class_counts: training examples of each class, for a loss that has use for them, else None.
       first_images: what a network may use before its first step, uint8 [N, H, W, C].
 
     Args:
@@ -43,10 +43,9 @@ class RunData:
             or experiment.normalization
             or statistics(self.train, experiment.as_evaluated)
         )
-        weights = experiment.loss.class_weights
-        if weights == "balanced":
-            weights = balanced_class_weights(source.labels(), len(source.class_names)).tolist()
-        self.class_weights: list[float] | None = None if weights is None else list(weights)
+        self.class_weights, self.class_counts = experiment.loss.of_labels(
+            source.labels, len(source.class_names)
+        )
         self.evaluation = experiment.evaluation.open(rows=rows)
         count = FIRST_IMAGES if models.needs_images(experiment.network) else 1
         self.first_images: np.ndarray = first_images(self.train, experiment.as_evaluated, count)
@@ -59,10 +58,9 @@ class RunData:
         channels, classes = source.image_shape[-1], len(source.class_names)
         data.train, data.evaluation = experiment.train.unread(), experiment.evaluation.unread()
         data.mean, data.std = experiment.normalization or ([0.5] * channels, [0.25] * channels)
-        weights = experiment.loss.class_weights
-        if weights == "balanced":  # not all 1, which the compiler would see
-            weights = np.linspace(0.5, 1.5, classes)
-        data.class_weights = None if weights is None else list(map(float, weights))
+        # Two examples of every other class: equal weights the compiler would see.
+        labels = np.concatenate([np.arange(classes), np.arange(0, classes, 2)])
+        data.class_weights, data.class_counts = experiment.loss.of_labels(lambda: labels, classes)
         data.first_images = np.zeros((1, *experiment.evaluation.image_shape()), np.uint8)
         return data
 

@@ -92,6 +92,10 @@ def head_only(experiment: Experiment, data: RunData) -> HeadOnly | str | None:
         return "BatchNorm's statistics are those of the batch"
     if experiment.augmentations:
         return "the pictures are augmented"
+    if experiment.tta:
+        return "evaluation takes several views of the pictures"
+    if experiment.adversarial:
+        return "the pictures are attacked"
     if experiment.train.is_changing or experiment.evaluation.image_shape() != shape:
         return "the pictures are cropped at random or have several sizes"
     found = begin_at_head(network, variables, shape)

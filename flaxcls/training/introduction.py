@@ -30,9 +30,10 @@ def _describe(experiment: Experiment, program: Program) -> str:
     length = experiment.length
     epochs = length.total_steps / length.steps_per_epoch
     parameters = models.parameter_count(program.shapes.params)
+    tta = f", by {experiment.tta}'s views of each" if experiment.tta else ""
     return (
         f"data: {train.name}, {len(train):,} images to train on ({train.split}), {len(test):,} to "
-        f"evaluate on ({test.split}), {len(train.class_names)} classes\n"
+        f"evaluate on ({test.split}{tta}), {len(train.class_names)} classes\n"
         f"input: {program.describe_input()}\n"
         f"model: {experiment.config['model']['name']}, {parameters:,} parameters\n"
         f"devices: {sharding.describe(experiment.mesh)}\n"

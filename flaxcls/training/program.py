@@ -6,12 +6,12 @@ from functools import partial
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxcls import augment, models
 from flaxcls.build import Experiment
 from flaxcls.core import metrics
+from flaxcls.core.adversarial import AdversarialTraining
 from flaxcls.core.optim import updates_made
 from flaxcls.core.state import TrainState
 from flaxcls.core.step import (
@@ -30,6 +30,8 @@ from flaxcls.training.data import RunData
 from flaxcls.training.dispatch import automatic, several_steps, stacks
 from flaxcls.training.head_only import HeadOnly, head_only
 
+Compiler = Callable[[jax.stages.Lowered], jax.stages.Compiled]
+
 
 class Program:
     """The functions that the loop calls, compiled; and the data that is on the devices.
@@ -47,7 +49,7 @@ class Program:
 
     def __init__(self, experiment: Experiment, data: RunData):
         mesh, source = experiment.mesh, experiment.train.source
-        self._mesh, self._rate, self._data = mesh, experiment.learning_rate, data
+        self._mesh, self._data = mesh, data
         self._sizes = experiment.train.sizes
         found = head_only(experiment, data)
         self.head_only = found if isinstance(found, HeadOnly) else None
@@ -64,20 +66,25 @@ class Program:
             "mean": data.mean,
             "std": data.std,
             "class_weights": data.class_weights,
+            "class_counts": data.class_counts,
             "fingerprint": source.fingerprint,
         }
 
         # The state: shapes, then shardings; the arrays come with `init` or from a checkpoint.
-        images = jnp.asarray(data.first_images)
-        self._sample = np.asarray(augment.normalize(images, data.mean, data.std))
+        self._first_images = data.first_images
         self._rng = np.asarray(jax.random.key_data(seed_key(experiment.seed)))
-        init = make_init(
+        init_normalized = make_init(
             experiment.network,
             experiment.optimizer,
             num_classes=len(experiment.class_names),
             ema=experiment.ema_decay is not None,
         )
-        self.shapes = jax.eval_shape(init, self._rng, self._sample)
+
+        def init(rng: jax.Array, images: jax.Array, weights: Mapping[str, Any]) -> TrainState:
+            normalized = augment.normalize(images, data.mean, data.std)
+            return init_normalized(rng, normalized, weights)
+
+        self.shapes = jax.eval_shape(init, self._rng, self._first_images, {})
         rules = models.partition_rules(experiment.network)
         self.shardings = sharding.shardings(mesh, self.shapes, rules)
 
@@ -92,6 +99,7 @@ class Program:
         self._train_steps: dict[Any, jax.stages.Compiled] = {}  # by `_kind` of the batch
         self._batches: Iterator[dict[str, jax.Array]] | None = None
         self._take_metrics = jax.jit(take_metrics, donate_argnums=0, out_shardings=(state, None))
+        self._rate = jax.jit(experiment.learning_rate)
         self._is_finite = jax.jit(is_finite, out_shardings=sharding.everywhere(mesh))
         self._reset_skipped = jax.jit(reset_skipped, donate_argnums=0, out_shardings=state)
 
@@ -134,28 +142,30 @@ class Program:
         self._arrays = sharding.replicate(self._mesh, self._input.arrays)
         self._evaluator = self._make_evaluator()
 
-    def compile(self, start: int = 0) -> float:
+    def compile(self, start: int = 0, compiler: Compiler = jax.stages.Lowered.compile) -> float:
         """Compiles the training step for every image size from step `start` on; in seconds.
 
         Also the one of several steps, if they are dispatched together.
         """
         began = time.perf_counter()
         for begin in (start, *(begin for begin in self._sizes.begins if begin > start)):
-            compiled = self.compiled(begin)
+            compiled = self.compiled(begin, compiler=compiler)
         if self._is_automatic:
             self.steps_per_dispatch = automatic(compiled, sharding.platform(self._mesh))
         if self.steps_per_dispatch > 1:
-            self.compiled(start, self.steps_per_dispatch)
+            self.compiled(start, self.steps_per_dispatch, compiler)
         return time.perf_counter() - began
 
-    def compiled(self, step: int = 0, count: int = 1) -> jax.stages.Compiled:
+    def compiled(
+        self, step: int = 0, count: int = 1, compiler: Compiler = jax.stages.Lowered.compile
+    ) -> jax.stages.Compiled:
         """The training step, or `count` of them, for batches as that of a step.
 
-        It is compiled now if it has not been.
+        It is compiled now, by the `compiler`, if it has not been.
         """
         kind = _kind(self.step_arguments(step, count)[2])
         if kind not in self._train_steps:
-            self._train_steps[kind] = self.lower(step, count).compile()
+            self._train_steps[kind] = compiler(self.lower(step, count))
         return self._train_steps[kind]
 
     def lower(self, step: int = 0, count: int = 1) -> jax.stages.Lowered:
@@ -187,7 +197,7 @@ class Program:
 
     def init(self, weights: Mapping[str, Any] = {}) -> TrainState:
         """The state before the first step, with `weights` as in `make_init`, if any."""
-        return self._init(self._rng, self._sample, weights)
+        return self._init(self._rng, self._first_images, weights)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
         """The batch of the update number `step`, counted from 0, on the devices."""
@@ -280,7 +290,9 @@ def _evaluator(experiment: Experiment, data: RunData, only: HeadOnly | None) -> 
         batch_size=experiment.eval_batch_size,
         mean=None if only else data.mean,
         std=None if only else data.std,
-        objective=experiment.loss.objective(data.class_weights),
+        objective=experiment.loss.objective(data.class_weights, data.class_counts),
+        balanced_accuracy=experiment.saving.best_metric == "balanced_accuracy",
+        tta=experiment.tta,
     )
 
 
@@ -298,12 +310,12 @@ def make_update(
     are the arrays of the input on the devices, {} where it is streamed. With `only` the input are
     features.
     """
-    augmentation = augment.build(
-        experiment.augmentations, mean=metadata["mean"], std=metadata["std"]
-    )
+    mean, std = metadata["mean"], metadata["std"]
+    augmentation = augment.build(experiment.augmentations, mean=mean, std=std)
+    method = experiment.adversarial
     train_step = make_train_step(
         only.network if only else experiment.network,
-        experiment.loss.with_weights(metadata["class_weights"]),
+        experiment.loss.with_weights(metadata["class_weights"], metadata["class_counts"]),
         experiment.optimizer,
         (lambda key, batch: batch) if only else augmentation,
         num_classes=len(metadata["class_names"]),
@@ -315,6 +327,7 @@ def make_update(
         max_grad_norm=experiment.divergence.max_grad_norm,
         platform=platform,
         batch_shards=sharding.batch_parts(experiment.mesh),
+        adversarial=AdversarialTraining(method, mean, std) if method else None,
     )
 
     def update(state, data, batch):

@@ -27,7 +27,8 @@ from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.goodput import Goodput
 from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runs.recovery import restore_newest
-from flaxcls.runtime import compilation_cache, processes
+from flaxcls.runtime import compilation_cache, processes, sharding
+from flaxcls.runtime.autotuning import Autotuning
 from flaxcls.runtime.stop_request import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
 from flaxcls.training.due import Due
@@ -177,8 +178,11 @@ class Session:
         self._clock.resume(path, self._progress["seconds"])
 
     def _compile(self, state: TrainState) -> None:
+        platform = sharding.platform(self._experiment.mesh)
+        autotuning = Autotuning(self._workdir / "autotuning", platform)
         with self._clock.spending("compile"):
-            seconds = self._program.compile(self.step)
+            seconds = self._program.compile(self.step, autotuning.compile)
+            autotuning.write()
             self._program.prepare(state)
         self._clock.reach("compiled")
         saved = compilation_cache.saved_seconds()

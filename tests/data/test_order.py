@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from flaxcls.data.order import Order, epoch_order, evaluation_batches
-from flaxcls.errors import ConfigError
+from flaxcls.data.order import ClassOrder, Order, epoch_order, evaluation_batches
+from flaxcls.errors import ConfigError, DataError
 
 SIZES = [(97, 10), (12, 12), (13, 5), (5, 13), (7, 1)]  # (examples, batch size)
 
@@ -124,3 +124,70 @@ def test_evaluation_counts_every_example_once(size, batch_size):
 def test_batch_size_must_be_positive():
     with pytest.raises(ConfigError, match="`batch_size` must be at least 1, got 0"):
         Order(5, batch_size=0, seed=0)
+
+
+COUNTS = (40, 9, 3, 1)  # of the examples of each class, in a mixed order
+CLASS_LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(4), COUNTS))
+
+
+def class_order(power=0.0, batch_size=8, seed=5, repeats=1, labels=CLASS_LABELS):
+    return ClassOrder(
+        len(labels),
+        lambda: labels,
+        4,
+        power=power,
+        batch_size=batch_size,
+        seed=seed,
+        repeats=repeats,
+    )
+
+
+@pytest.mark.parametrize(
+    ("power", "quotas"), [(0.0, (14, 13, 13, 13)), (0.5, (28, 13, 8, 4)), (1.0, COUNTS)]
+)
+def test_every_epoch_draws_the_same_number_of_each_class(power, quotas):
+    index, _ = positions(class_order(power), 60)  # of 53 positions an epoch
+    for epoch in range(60 * 8 // 53):
+        labels = CLASS_LABELS[index[epoch * 53 : (epoch + 1) * 53]]
+        np.testing.assert_array_equal(np.bincount(labels), quotas)
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5])
+def test_no_example_comes_again_before_all_others_of_its_class(power):
+    size = len(CLASS_LABELS)
+    index, turn = positions(class_order(power, batch_size=size), 40)
+    for label, count in enumerate(COUNTS):
+        own = np.flatnonzero(label == CLASS_LABELS)
+        of_class = CLASS_LABELS[index] == label
+        drawn, turns = index[of_class], turn[of_class]
+        np.testing.assert_array_equal(turns, np.arange(len(drawn)) // count)
+        for number in range(len(drawn) // count):
+            np.testing.assert_array_equal(np.sort(drawn[turns == number]), own)
+
+
+def test_class_order_depends_on_seed_and_step_alone():
+    forward = class_order()
+    expected = [forward.batch(step) for step in range(30)]
+    for step in (29, 3, 17, 0, 29):
+        for name, column in class_order().batch(step).items():
+            np.testing.assert_array_equal(column, expected[step][name])
+    assert not np.array_equal(class_order(seed=6).batch(0)["index"], expected[0]["index"])
+    late = class_order().batch(10**8)
+    assert late["index"].shape == (8,) and late["epoch"].min() > 0
+    digest = hashlib.sha256(np.concatenate([b["index"] for b in expected]).astype("<i4").tobytes())
+    assert digest.hexdigest()[:16] == "af23e4d4ce96bdfa"  # the same for ever
+
+
+def test_class_order_of_an_epoch_is_shuffled_and_repeats_in_a_row():
+    index, _ = positions(class_order(), 12)
+    repeated, _ = positions(class_order(repeats=2), 24)
+    np.testing.assert_array_equal(repeated, np.repeat(index, 2))
+    labels = CLASS_LABELS[np.concatenate([class_order().batch(s)["index"] for s in range(200)])]
+    shares = np.bincount(labels[::8], minlength=4) / 200  # of the first of each batch
+    assert np.abs(shares - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 200)
+
+
+def test_class_order_reads_labels_with_the_first_batch_and_needs_all_classes():
+    order = class_order(labels=np.array([0, 1, 3, 3]))
+    with pytest.raises(DataError, match=r"config\.sampling needs examples of every class; 2 has"):
+        order.batch(0)

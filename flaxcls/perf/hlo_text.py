@@ -1,0 +1,89 @@
+"""The instructions of a compiled program, read off its HLO text, and how often a run does each."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+# `%name = TYPE opcode(`, where a TYPE may be a tuple and has layouts such as {1,0:T(8,128)S(1)}.
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation|branch_computations)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_NAME = re.compile(r"%([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+class Instruction(NamedTuple):
+    """A line of the text.
+
+    Attributes:
+      opcode: such as "fusion".
+      shape: of its result, as the text has it; of several in parentheses.
+      operands: the shapes of what it takes.
+      called: the computations that it names.
+      trips: how often these run each time that it does, as far as the compiler knows; else once.
+      rest: all that comes after its opcode.
+    """
+
+    opcode: str
+    shape: str
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    trips: int
+    rest: str
+
+
+class Module:
+    """The computations of `jax.stages.Compiled.as_text()`, each a list of instructions."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, list[Instruction]] = defaultdict(list)
+        self._entry = name = ""
+        shapes: dict[str, str] = {}
+        for line in text.splitlines():
+            if head := _COMPUTATION.match(line):
+                name, shapes = head[2], {}
+                self._entry = name if head[1] else self._entry
+            elif found := _INSTRUCTION.match(line):
+                result, shape, opcode, rest = found.groups()
+                shapes[result] = shape
+                operands = _NAME.findall(rest.partition("), ")[0])
+                trips = _TRIPS.search(rest) if opcode == "while" else None
+                self.computations[name].append(
+                    Instruction(
+                        opcode,
+                        shape,
+                        tuple(shapes.get(operand, "") for operand in operands),
+                        tuple(
+                            part.strip(" %{}")
+                            for names in _CALLED.findall(rest)
+                            for part in names.split(",")
+                        ),
+                        int(trips[1]) if trips else 1,
+                        rest,
+                    )
+                )
+
+    def instructions(
+        self, enters: Callable[[Instruction], bool]
+    ) -> Iterator[tuple[Instruction, int]]:
+        """Each instruction of the program with how often a run does it, in the text's order.
+
+        Those of the computations that are called are among them where `enters` says so of the call;
+        all branches of a conditional count.
+        """
+        times: Counter[str] = Counter()
+
+        def visit(computation: str, number: int) -> None:
+            times[computation] += number
+            for instruction in filter(enters, self.computations[computation]):
+                for called in instruction.called:
+                    visit(called, number * instruction.trips)
+
+        visit(self._entry, 1)
+        for name, instructions in self.computations.items():
+            if times[name]:
+                yield from ((instruction, times[name]) for instruction in instructions)
