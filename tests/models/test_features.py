@@ -103,17 +103,23 @@ def test_maps_and_what_the_head_is_given_are_recorded(name, options, sides):
 
 
 @pytest.mark.parametrize(("name", "options", "sides"), STAGES + BLOCKS)
-def test_logits_depend_on_every_map_so_that_all_networks_have_gradcam(name, options, sides):
+def test_logits_depend_on_every_map_which_gradcam_needs(name, options, sides):
     network = models.build(name, num_classes=5, **options)
     shapes = models.shapes(network, SHAPE), jax.ShapeDtypeStruct((2, *SHAPE), jnp.float32)
     assert [x.shape[1] for x in models.maps(network, *shapes).values()] == sides
-    explain = functools.partial(jax.eval_shape, gradcam(network), *shapes)
+
+
+@pytest.mark.parametrize(("name", "options", "sides"), [STAGES[0], STAGES[5], STAGES[-1], *BLOCKS])
+def test_gradcam_has_the_size_of_the_image_or_says_that_there_is_no_map(name, options, sides):
+    network = models.build(name, num_classes=5, **options)
+    images, labels = jnp.zeros((2, *SHAPE)), jnp.zeros(2, jnp.int32)
+    explain = functools.partial(jax.eval_shape, gradcam(network), models.shapes(network, SHAPE))
     if sides:
-        heat = explain(jax.ShapeDtypeStruct((2,), jnp.int32))
+        heat = explain(images, labels)
         assert (heat.shape, heat.dtype) == ((2, 64, 96), jnp.float32)
     else:
         with pytest.raises(ConfigError, match="gradcam needs a network with maps"):
-            explain(jax.ShapeDtypeStruct((2,), jnp.int32))
+            explain(images, labels)
 
 
 def test_what_is_added_to_a_map_is_seen_there_and_after_it():
