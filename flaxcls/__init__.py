@@ -13,6 +13,7 @@ Importing flaxcls takes no time and changes nothing: what follows is loaded when
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flaxcls.api import Ensemble as Ensemble
     from flaxcls.api import Explanation as Explanation
     from flaxcls.api import FlaxclsError as FlaxclsError
     from flaxcls.api import Interrupted as Interrupted
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from flaxcls.api import StopTraining as StopTraining
     from flaxcls.api import attack as attack
     from flaxcls.api import average as average
+    from flaxcls.api import calibrate as calibrate
     from flaxcls.api import corrupt as corrupt
     from flaxcls.api import cross_validate as cross_validate
     from flaxcls.api import default_config as default_config
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
     from flaxcls.api import search as search
     from flaxcls.api import sweep_recipe as sweep_recipe
     from flaxcls.api import train as train
+    from flaxcls.api import write_report as write_report
 
 __all__ = (
+    "Ensemble",
     "Explanation",
     "FlaxclsError",
     "Interrupted",
@@ -46,6 +50,7 @@ __all__ = (
     "StopTraining",
     "attack",
     "average",
+    "calibrate",
     "corrupt",
     "cross_validate",
     "default_config",
@@ -57,6 +62,7 @@ __all__ = (
     "search",
     "sweep_recipe",
     "train",
+    "write_report",
 )
 
 

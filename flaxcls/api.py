@@ -20,17 +20,22 @@ from flaxcls.errors import FlaxclsError as FlaxclsError
 from flaxcls.errors import Interrupted as Interrupted
 from flaxcls.errors import ParityError as ParityError
 from flaxcls.inference.averaging import average_runs
+from flaxcls.inference.classifier import Prediction as Prediction
+from flaxcls.inference.classifier import is_one_picture
+from flaxcls.inference.ensemble import Ensemble as Ensemble
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.exporter import export_run
-from flaxcls.inference.predictor import Prediction as Prediction
 from flaxcls.inference.predictor import Predictor as Predictor
-from flaxcls.inference.predictor import is_one_picture
+from flaxcls.insight.calibrate import calibrate_run
 from flaxcls.insight.corrupted import corrupt_run
+from flaxcls.insight.detailed import evaluate_in_depth
 from flaxcls.insight.explainer import Explainer
 from flaxcls.insight.explainer import Explanation as Explanation
 from flaxcls.insight.robustness import attack_run
 from flaxcls.insight.search import Neighbor as Neighbor
 from flaxcls.insight.search import index_pictures
+from flaxcls.insight.written import summary
+from flaxcls.report import page
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runtime import compilation_cache
 from flaxcls.runtime.output import printable, say
@@ -171,40 +176,101 @@ def sweep_recipe(
 
 
 def load(
-    run: str | Path,
+    run: str | Path | Sequence[str | Path],
     *,
     checkpoint: str = "last",
     ema: bool | None = None,
     batch_size: int = 64,
+    calibrated: bool = True,
     tta: str | None = None,
-) -> Predictor:
-    """A saved run's network, ready to classify paths, arrays and PIL images; see Predictor."""
+    average: str = "probabilities",
+) -> Predictor | Ensemble:
+    """A saved run's network, ready to classify paths, arrays and PIL images; see Predictor.
+
+    Of several runs it is their Ensemble, whose `average` is of "probabilities" or "logits".
+    """
     compilation_cache.enable()
-    return Predictor(run, checkpoint=checkpoint, ema=ema, batch_size=batch_size, tta=tta)
+    options = {"checkpoint": checkpoint, "ema": ema, "batch_size": batch_size, "tta": tta}
+    if isinstance(run, (str, Path)):
+        return Predictor(run, calibrated=calibrated, **options)
+    return Ensemble(run, average=average, **options)
 
 
 def evaluate(
-    run: str | Path,
+    run: str | Path | Sequence[str | Path],
     *,
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
+    source: str | Path | None = None,
+    classes: str | Path | None = None,
     tta: str | None = None,
+    detailed: bool = False,
+    ema: bool | None = None,
+    average: str = "probabilities",
+    fit_split: str | None = None,
 ) -> dict[str, Any]:
     """The exact metrics of a saved run: {"step", "split", "eval": {"accuracy", ...}, "ema": ...}.
 
     Args:
-      run: its folder.
+      run: its folder; several are an ensemble, of which there is "detailed" alone.
       split: such as "test"; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
       data_dir: where the data is, if it has moved.
+      source, classes: other data, and a CSV of what it calls the classes; see the command.
       tta: the test-time augmentation, such as "flip"; "none"; None: the run's own.
+      detailed: adds "detailed", what metrics.json of the command holds.
+      ema, average, fit_split: of that, see `flaxcls.insight.detailed.evaluate_in_depth`.
     """
     compilation_cache.enable()
-    step, split, results = evaluate_run(
-        Path(run), split=split, checkpoint=checkpoint, data_dir=data_dir, tta=tta
+    asked = {
+        "split": split,
+        "checkpoint": checkpoint,
+        "data_dir": data_dir,
+        "source": source and str(source),
+        "classes": classes and str(classes),
+        "tta": tta,
+    }
+    runs, result = [run] if isinstance(run, (str, Path)) else list(run), {}
+    if len(runs) == 1:
+        step, evaluated, results = evaluate_run(Path(runs[0]), **asked)
+        result = {"step": step, "split": evaluated, **results}
+    if detailed or len(runs) > 1:
+        found = evaluate_in_depth(runs, **asked, ema=ema, average=average, fit_split=fit_split)
+        result["detailed"] = summary(found)
+    return result
+
+
+def calibrate(
+    run: str | Path,
+    *,
+    coverage: float = 0.9,
+    per_class: bool = False,
+    risk: float | None = None,
+    split: str | None = None,
+    checkpoint: str = "last",
+    ema: bool | None = None,
+    tta: str | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Fits what a run's answers are worth and stores it in its folder, for `load` and `export`.
+
+    Returns what calibration.json holds of it, and "measured". The arguments are those of
+    `flaxcls.insight.calibrate.calibrate_run`.
+    """
+    compilation_cache.enable()
+    found = calibrate_run(
+        Path(run),
+        coverage=coverage,
+        per_class=per_class,
+        risk=risk,
+        split=split,
+        checkpoint=checkpoint,
+        ema=ema,
+        tta=tta,
+        data_dir=data_dir,
     )
-    return {"step": step, "split": split, **results}
+    return {**found.calibration.as_json(), "measured": found.measured}
 
 
 def explain(
@@ -426,6 +492,20 @@ def average(
         "members": members,
         **averaged.results,
     }
+
+
+def write_report(
+    runs: Sequence[str | Path], out: str | Path | None = None, *, data_dir: str | None = None
+) -> Path:
+    """Writes a page about a run, or one that compares several; returns its file.
+
+    Args:
+      runs: their folders.
+      out: the file; report.html in the run's folder if not given, comparison.html here for several.
+      data_dir: where the data is, if it has moved.
+    """
+    compilation_cache.enable()
+    return page.write_report(runs, out, data_dir=data_dir)
 
 
 def _as_text(overrides: Overrides) -> Sequence[str]:

@@ -1,10 +1,12 @@
-"""Files that are written atomically, and JSON in them."""
+"""Files that are written atomically, and JSON or CSV in them."""
 
 import contextlib
+import csv
+import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,6 +52,17 @@ def write_json(path: Path, content: Any, *, fsync: bool = False) -> None:
     text = json.dumps(content, indent=2) + "\n"
     with atomic_write(path, "w", fsync=fsync) as file:
         file.write(text)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table in UTF-8, atomically; file names that are in no encoding keep their bytes."""
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(header)
+        table.writerows(rows)
+        text.flush()
+        text.detach()
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -30,6 +30,9 @@ flags.DEFINE_string(
     "recipes, with options, defaults and ranges.",
     flag_values=FLAGS,
 )
+flags.DEFINE_bool(
+    "report", True, "Writes report.html into the folder when the run has ended.", flag_values=FLAGS
+)
 flags.DEFINE_string(
     "coordinator_address",
     None,
@@ -106,6 +109,10 @@ def main(argv: Sequence[str]) -> int:
         f"  resume:    the same command with {shlex.quote(f'--workdir={workdir}')} (this run is "
         "complete)"
     )
+    if FLAGS.report and processes.is_first():
+        from flaxcls.report.page import report_at_the_end
+
+        processes.say(report_at_the_end(workdir))
     return 0
 
 

@@ -1,6 +1,7 @@
 """Classifies pictures by a saved run.
 
     python -m flaxcls.predict --run=DIR FILES-or-FOLDERS... [--topk=5] [--format=table|csv|jsonl]
+    python -m flaxcls.predict --run=A --run=B FILES-or-FOLDERS... [--average=probabilities|logits]
 
 needs the run's folder and the pictures, nothing else. Folders are searched with all that is below
 them, in alphabetical order. Standard output holds the result and nothing else, in the order of the
@@ -10,6 +11,16 @@ files:
   csv    a line for every file, below the names of the columns:
          file,class_1,probability_1,class_2,probability_2,...
   jsonl  a line for every file: {"file": ..., "predictions": [{"class": ..., "probability": ...}]}
+
+After flaxcls.calibrate probabilities are calibrated, and each file has a set of classes that holds
+the right one as often as was promised, and an answer, unless the best class is too uncertain. Then
+
+  table  has "in the set" or nothing behind each probability, and a line "none of these" without a
+         probability above the classes where there is no answer
+  csv    has two columns more: answer, empty for none of these, and set, as JSON has lists
+  jsonl  has "answer", null for none of these, and "set"
+
+Several --run are an ensemble, whose answers are averaged; it has no calibration.
 
 --features=FILE.npz is given the inputs of the network's last layer besides: `features`, float32
 [N, D], and `files`, the N names.
@@ -40,83 +51,113 @@ from flaxcls.files import atomic_write
 from flaxcls.runtime.output import Guarded, printable, say
 
 Ranked = list[tuple[str, float]]  # classes and their probabilities, the best one first
-Write = Callable[[str, Ranked], Any]  # the result of a file
+# The result of a file; the last one is of `flaxcls.inference.classifier`, None if not calibrated.
+Write = Callable[[str, Ranked, Any], Any]
+_NONE, _IN_THE_SET = "none of these", "in the set"
 
 
-def _plain_table(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
-    def write(file: str, ranked: Ranked) -> None:
+def _plain_table(out: Guarded, class_names: Sequence[str], topk: int, calibrated: bool) -> Write:
+    def write(file: str, ranked: Ranked, answer: Any = None) -> None:
+        if answer and answer.none_of_these:
+            out.write(f"{printable(file)}\t{_NONE}\t\t\n")
         for name, probability in ranked:
-            out.write(f"{printable(file)}\t{printable(name)}\t{probability:.4f}\n")
+            row = f"{printable(file)}\t{printable(name)}\t{probability:.4f}"
+            if answer:
+                row += f"\t{_IN_THE_SET if name in answer.classes else ''}"
+            out.write(row + "\n")
 
     return write
 
 
-def _terminal_table(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
+def _terminal_table(
+    out: Guarded, class_names: Sequence[str], topk: int, calibrated: bool = False
+) -> Write:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=out, highlight=False, markup=False, emoji=False)
     width = min(max(len(printable(name)) for name in class_names), console.width // 2)
 
-    def write(file: str, ranked: Ranked) -> None:
+    def write(file: str, ranked: Ranked, answer: Any = None) -> None:
         table = Table.grid(padding=(0, 2), expand=True)  # of its own, as files come one by one
         table.add_column(ratio=1, overflow="fold")
         table.add_column(width=width, overflow="ellipsis", no_wrap=True)
         table.add_column(width=7, justify="right")
+        table.add_column(width=len(_IN_THE_SET) if calibrated else 0)
+        label, is_refused = printable(file), answer and answer.none_of_these
+        if is_refused:
+            table.add_row(label, _NONE, style="bold")
         for rank, (name, probability) in enumerate(ranked):
-            style = "bold" if rank == 0 else "dim"
-            label = "" if rank else printable(file)
-            table.add_row(label, printable(name), f"{probability:.2%}", style=style)
+            style = "dim" if rank or is_refused else "bold"
+            inside = _IN_THE_SET if answer and name in answer.classes else ""
+            row = ("" if rank or is_refused else label, printable(name), f"{probability:.2%}")
+            table.add_row(*row, inside, style=style)
         console.print(table)
 
     return write
 
 
-def _table(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
-    return (_terminal_table if out.isatty() else _plain_table)(out, class_names, topk)
+def _table(out: Guarded, class_names: Sequence[str], topk: int, calibrated: bool) -> Write:
+    return (_terminal_table if out.isatty() else _plain_table)(out, class_names, topk, calibrated)
 
 
-def _csv(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
+def _csv(out: Guarded, class_names: Sequence[str], topk: int, calibrated: bool) -> Write:
     writer = csv.writer(out, lineterminator="\n")
-    ranks = range(1, topk + 1)
-    writer.writerow(["file", *(f"{what}_{n}" for n in ranks for what in ("class", "probability"))])
+    columns = [f"{what}_{n}" for n in range(1, topk + 1) for what in ("class", "probability")]
+    writer.writerow(["file", *columns, *(("answer", "set") if calibrated else ())])
     shown = printable if out.isatty() else str  # a file has the exact names
 
-    def write(file: str, ranked: Ranked) -> None:
+    def write(file: str, ranked: Ranked, answer: Any = None) -> None:
         columns = ((shown(name), probability) for name, probability in ranked)
-        writer.writerow([shown(file), *itertools.chain.from_iterable(columns)])
+        row = [shown(file), *itertools.chain.from_iterable(columns)]
+        if answer:
+            best = "" if answer.none_of_these else shown(answer.classes[0])
+            row += [best, json.dumps(answer.classes)]
+        writer.writerow(row)
 
     return write
 
 
-def _jsonl(out: Guarded, class_names: Sequence[str], topk: int) -> Write:
-    def write(file: str, ranked: Ranked) -> None:
+def _jsonl(out: Guarded, class_names: Sequence[str], topk: int, calibrated: bool) -> Write:
+    def write(file: str, ranked: Ranked, answer: Any = None) -> None:
         predictions = [{"class": name, "probability": share} for name, share in ranked]
-        out.write(json.dumps({"file": file, "predictions": predictions}) + "\n")
+        result = {"file": file, "predictions": predictions}
+        if answer:
+            result["answer"] = None if answer.none_of_these else answer.classes[0]
+            result["set"] = answer.classes
+        out.write(json.dumps(result) + "\n")
 
     return write
 
 
-FORMATS: dict[str, Callable[[Guarded, Sequence[str], int], Write]] = {
+FORMATS: dict[str, Callable[[Guarded, Sequence[str], int, bool], Write]] = {
     "table": _table,
     "csv": _csv,
     "jsonl": _jsonl,
 }
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+flags.DEFINE_multi_string("run", None, "The run's folder; several.", flag_values=FLAGS)
 flags.DEFINE_integer("topk", 5, "How many classes.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_enum("format", "table", FORMATS, "Format of the result.", flag_values=FLAGS)
 flags.DEFINE_string("features", None, "A file for the features, .npz.", flag_values=FLAGS)
 flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
 flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
 flags.DEFINE_string("tta", None, "As of flaxcls.evaluate: flip, none.", flag_values=FLAGS)
+flags.DEFINE_bool("calibrated", True, "Whether to use a calibration.", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "average",
+    "probabilities",
+    ("probabilities", "logits"),
+    "What of several runs is averaged.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> int:
     arguments = cli.parse(FLAGS, argv, __doc__, others=True)
-    if FLAGS.run is None:
+    if not FLAGS.run:
         raise ConfigError("--run=DIR is missing; it is the folder that training made")
     if not arguments:
         raise ConfigError("no pictures are given: name files, or folders that hold them")
@@ -129,20 +170,26 @@ def main(argv: Sequence[str]) -> int:
     if not first:
         raise ConfigError(f"there are no pictures in {', '.join(arguments)}")
 
-    from flaxcls.inference.predictor import Predictor
     from flaxcls.runtime import compilation_cache  # JAX, which takes seconds: not for --help
 
     compilation_cache.enable()
-    predictor = Predictor(
-        FLAGS.run,
-        checkpoint=FLAGS.checkpoint,
-        ema=FLAGS.ema,
-        batch_size=len(first),
-        tta=FLAGS.tta,
-    )
-    say(f"flaxcls: {printable(FLAGS.run)}, {predictor.describe()}", error=True)
-    predict(predictor, itertools.chain(first, files))
+    classifier = _classifier(len(first))
+    runs = ", ".join(map(printable, FLAGS.run))
+    say(f"flaxcls: {runs}, {classifier.describe()}", error=True)
+    predict(classifier, itertools.chain(first, files))
     return 0
+
+
+def _classifier(batch_size: int) -> Any:
+    """Of the run, or the ensemble of the runs, that the flags name."""
+    from flaxcls.inference.ensemble import Ensemble
+    from flaxcls.inference.predictor import Predictor
+
+    options = {name: FLAGS[name].value for name in ("checkpoint", "ema", "tta")}
+    options["batch_size"] = batch_size
+    if len(FLAGS.run) > 1:
+        return Ensemble(FLAGS.run, average=FLAGS.average, **options)
+    return Predictor(FLAGS.run[0], calibrated=FLAGS.calibrated, **options)
 
 
 def predict(predictor: Any, files: Iterable[str]) -> None:
@@ -160,15 +207,16 @@ def predict(predictor: Any, files: Iterable[str]) -> None:
         say(f"flaxcls: {printable(str(error))}", error=True)
 
     out = Guarded(result=True, exact=True)
-    write = FORMATS[FLAGS.format](out, class_names, topk)
+    write = FORMATS[FLAGS.format](out, class_names, topk, predictor.calibration is not None)
     with features_file(FLAGS.features) as add_features:
         for names, predictions in predictor.files(files, report):
             best = np.argsort(-predictions.logits, axis=1, kind="stable")[:, :topk]
             shares = np.take_along_axis(predictions.probabilities, best, axis=1)
-            for name, labels, row in zip(names, best, shares, strict=True):
+            answers = predictor.answers(predictions)
+            for name, labels, row, answer in zip(names, best, shares, answers, strict=True):
                 classes = (class_names[label] for label in labels)
                 probabilities = (float(f"{share:.6g}") for share in row)
-                write(name, list(zip(classes, probabilities, strict=True)))
+                write(name, list(zip(classes, probabilities, strict=True)), answer)
             out.flush()
             add_features(names, predictions.features)
             readable += len(names)

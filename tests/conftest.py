@@ -185,9 +185,14 @@ def start_python():
 
 @pytest.fixture
 def start_main(start_python):
-    """Starts `python -m MODULE ARGUMENTS` in the checkout."""
+    """Starts `python -m MODULE ARGUMENTS` in the checkout.
+
+    A run makes no page, which takes seconds, unless it is asked to by --report.
+    """
 
     def starter(*arguments, module="flaxcls.main", **options):
+        if module == "flaxcls.main" and "--report" not in arguments:
+            arguments = (*arguments, "--noreport")
         return start_python("-m", module, *arguments, **options)
 
     return starter

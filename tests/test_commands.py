@@ -56,7 +56,7 @@ def test_list_that_cannot_be_written_is_an_error():
         ("trian --config=digits_cnn", "'trian' is not a command, did you mean 'train'?"),
         (
             "--config=digits_cnn",
-            "'--config=digits_cnn' is not a command; known: attack, average, bench, ",
+            "'--config=digits_cnn' is not a command; known: attack, audit, average, bench, ",
         ),
         ("data", "a command is missing; known: check, prepare, preview"),
         ("data chek", "'chek' is not a command, did you mean 'check'?"),

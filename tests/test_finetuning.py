@@ -322,9 +322,11 @@ def two_steps(variables, images, labels):
     """Two of the trainer's steps from these variables, by path; the optimizer's are float32."""
     config = build_config()
     network = models.build("cifar_resnet20", num_classes=3).clone(depth=8, dtype=jnp.float64)
-    frozen = build.frozen(config, network, (8, 8, 3))
+    shape = (8, 8, 3)
+    params = models.shapes(network, shape)["params"]
+    frozen = build.frozen(config, network, params)
     config.optimizer.learning_rate, config.schedule.name = 0.01, "constant"
-    optimizer, _ = build.optimizer(config, network, (8, 8, 3), frozen, Length(9, 8, 96))
+    optimizer, _ = build.optimizer(config, network, shape, params, frozen, Length(9, 8, 96))
     step = make_train_step(
         network,
         LossSpec("softmax_cross_entropy", None, {}).with_weights(None),

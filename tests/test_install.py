@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "flaxcls").rglob("*.py")}
+PAGE = {f"flaxcls/report/{name}" for name in ("blocks.html", "page.css", "page.html", "page.js")}
 RECIPES = {f"flaxcls/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
 
 
@@ -89,4 +90,4 @@ def test_wheel_has_every_module_and_recipe_also_when_made_of_an_sdist(source, tm
     for folder, out in ((source, tmp_path / "direct"), (unpacked, tmp_path)):
         with zipfile.ZipFile(build("wheel", folder, out)) as wheel:
             names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-        assert names == MODULES | RECIPES | {"flaxcls/models/zoo.json"}
+        assert names == MODULES | RECIPES | PAGE | {"flaxcls/models/zoo.json"}

@@ -289,12 +289,12 @@ def test_better_weights_are_the_default(results, metric, expected):
         experiment=SimpleNamespace(best_metric=metric),
         ema={"params": {}},
     )
-    assert predictor._choose_weights(trained, "run", None) == expected
-    assert predictor._choose_weights(trained, "run", True) == "ema"
-    assert predictor._choose_weights(trained, "run", False) == "eval"
+    assert predictor.choose_weights(trained, "run", None) == expected
+    assert predictor.choose_weights(trained, "run", True) == "ema"
+    assert predictor.choose_weights(trained, "run", False) == "eval"
     trained.ema = {}
     with pytest.raises(ConfigError, match="run kept no average of its parameters"):
-        predictor._choose_weights(trained, "run", True)
+        predictor.choose_weights(trained, "run", True)
 
 
 def test_which_weights_were_used_is_told(command, pictures):

@@ -141,9 +141,10 @@ def step_in_parts(config, parts, steps=2, max_grad_norm=1e4, platform="cpu"):
     """State and metrics after some steps on one batch that is computed in parts."""
     network = models.build(config.model.name, num_classes=5, **options_given(config, "model"))
     shape = (8, 8, 1)
-    frozen = build.frozen(config, network, shape)
+    params = models.shapes(network, shape)["params"]
+    frozen = build.frozen(config, network, params)
     config.optimizer.learning_rate, config.schedule.name = 0.1, "constant"
-    optimizer, _ = build.optimizer(config, network, shape, frozen, Length(9, 16, 96))
+    optimizer, _ = build.optimizer(config, network, shape, params, frozen, Length(9, 16, 96))
     init = make_init(network, optimizer, num_classes=5, ema=True)
     step = make_train_step(
         network,

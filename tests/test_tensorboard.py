@@ -11,7 +11,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto import event_pb2
 
 from flaxcls.runs.metric_log import MetricLog
-from flaxcls.runs.tensorboard import TensorBoard
+from flaxcls.runs.tensorboard import TensorBoard, read_events
 
 ROW = {"loss": 0.5, "accuracy": 0.75, "learning_rate": 0.1}
 
@@ -110,3 +110,29 @@ def test_folder_that_cannot_be_made_is_no_error(tmp_path):
         board.open(1)
         board.add(1, {"a": 1.0})
         board.close()
+
+
+def test_what_is_written_is_read_again_as_far_as_it_is_whole(tmp_path):
+    board = TensorBoard(tmp_path)
+    board.open(300)
+    board.add(301, {"a/b": 0.5, "größe": -1e30})
+    board.add(2**31, {"a/b": math.inf})
+    board.close()
+    (path,) = tmp_path.iterdir()
+    found = list(read_events(path))
+    assert [(event.step, event.is_start) for event in found] == [
+        (0, False), (300, True), (301, False), (2**31, False),
+    ]  # fmt: skip
+    assert found[2].values == {"a/b": 0.5, "größe": pytest.approx(-1e30)}
+    assert found[3].values == {"a/b": math.inf}
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        cut = list(read_events(path))
+        assert cut == found[: len(cut)] and len(cut) < len(found)
+    random = np.random.default_rng(0)
+    for _ in range(200):  # of whatever else is there nothing is raised
+        damaged = bytearray(whole)
+        damaged[random.integers(len(whole))] = random.integers(256)
+        path.write_bytes(damaged)
+        list(read_events(path))

@@ -166,8 +166,12 @@ def make_experiment(
 
     network = pieces.model(config, mesh, num_classes, (*shapes, evaluation.image_shape()))
     models.check_partition(network, mesh.shape.get("model", 1))
-    frozen = pieces.frozen(config, network, shapes[0])
-    optimizer, parameter_groups = pieces.optimizer(config, network, shapes[0], frozen, run, mesh)
+    variables = models.shapes(network, shapes[0])
+    params = variables["params"]
+    frozen = pieces.frozen(config, network, params)
+    optimizer, parameter_groups = pieces.optimizer(
+        config, network, shapes[0], params, frozen, run, mesh
+    )
     whole = config.copy_and_resolve_references()
     whole.data.long_tail = None
     return Experiment(
@@ -207,7 +211,7 @@ def make_experiment(
             *notes.balanced_twice(config),
             *notes.enlarged(sizes, train_source),
             *notes.ignored(train_source, eval_source),
-            *notes.batch_norm_groups(config, mesh, models.shapes(network, shapes[0])),
+            *notes.batch_norm_groups(config, mesh, variables),
         ),
     )
 

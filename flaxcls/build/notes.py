@@ -37,18 +37,22 @@ def shortened(schedule: Mapping[str, Any], run: Length) -> Iterator[str]:
             )
 
 
+def in_both(first: Source, second: Source, open_split: Callable[[str], Source]) -> int:
+    """How many examples two splits of the same data share; `open_split` opens others of it."""
+    if first.fingerprint == second.fingerprint:
+        return len(second)
+    names = [_names(source) for source in (first, second)]
+    if not names[0] & names[1]:
+        return 0
+    sizes = {name: len(open_split(name)) for name in sorted(names[0] | names[1])}
+    return len(np.intersect1d(_positions(first, sizes), _positions(second, sizes)))
+
+
 def evaluated_twice(
     train: Source, evaluation: Source, open_split: Callable[[str], Source]
 ) -> Iterator[str]:
     """That some images are both trained and evaluated on; `open_split` opens others of the data."""
-    names = [_names(source) for source in (train, evaluation)]
-    both = 0
-    if names[0] & names[1]:
-        sizes = {name: len(open_split(name)) for name in sorted(names[0] | names[1])}
-        both = len(np.intersect1d(_positions(train, sizes), _positions(evaluation, sizes)))
-    if train.fingerprint == evaluation.fingerprint:
-        both = len(evaluation)
-    if both:
+    if both := in_both(train, evaluation, open_split):
         yield (
             f"{both:,} of the {len(evaluation):,} images to evaluate on are trained on as well "
             f"(config.data.train_split = {train.split!r}, eval_split = {evaluation.split!r}): the "

@@ -1,6 +1,6 @@
 """From the config to the pieces of a training step: network, loss, schedule, optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -64,10 +64,11 @@ def model(
         models.check_image_shape(module, shape)
         if is_path(config.model.name):
             models.check_own(module, shape)
-    if len({str(models.shapes(module, shape)) for shape in set(image_shapes)}) > 1:
+    different = set(image_shapes)
+    if len(different) > 1 and len({str(models.shapes(module, shape)) for shape in different}) > 1:
         raise ConfigError(
             f"{config.model.name} has other parameters for images of another size, but "
-            f"config.image_size and config.eval.image_size ask for {sorted(set(image_shapes))}"
+            f"config.image_size and config.eval.image_size ask for {sorted(different)}"
         )
     return module
 
@@ -139,16 +140,14 @@ def learning_rate(
         )
 
 
-def frozen(
-    config: ConfigDict, network: nn.Module, image_shape: tuple[int, int, int]
-) -> frozenset[str]:
+def frozen(config: ConfigDict, network: nn.Module, params: Mapping[str, Any]) -> frozenset[str]:
     """The paths of the parameters that are not trained, by the network's or the config's wish."""
     patterns = {"`frozen` of the network": models.frozen(network)}
     patterns["config.finetune.freeze"] = config.finetune.freeze
     patterns = {field: pattern for field, pattern in patterns.items() if pattern is not None}
     if not patterns:
         return frozenset()
-    paths = optim.paths_of(models.shapes(network, image_shape)["params"])
+    paths = optim.paths_of(params)
     found = set().union(*(optim.found_in(*pattern, paths) for pattern in patterns.items()))
     if len(found) == len(paths):
         field, pattern = patterns.popitem()
@@ -160,17 +159,18 @@ def optimizer(
     config: ConfigDict,
     network: nn.Module,
     image_shape: tuple[int, int, int],
+    params: Mapping[str, Any],
     frozen: frozenset[str],
     run: Length,
     mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, str]:
-    """The optimizer and what it does to which parameters, in words."""
+    """The optimizer of the network's `params`, and what it does to which of them, in words."""
     decay = config.finetune.layer_decay
     return optim.build(
         config.optimizer.name,
         schedule=learning_rate(config, run),
         shortened=partial(learning_rate, config, run),
-        params=models.shapes(network, image_shape)["params"],
+        params=params,
         frozen=frozen,
         layers=None if decay is None else (decay, layers_of(network, image_shape)),
         mesh=mesh,

@@ -7,12 +7,13 @@ import flax.linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls.build import inputs, pieces
-from flaxcls.build.sources import source
+from flaxcls.build import inputs, notes, pieces
+from flaxcls.build.sources import open_other, source
 from flaxcls.build.validate import check
 from flaxcls.core.losses import LossSpec
 from flaxcls.data.folds import parse_fold
-from flaxcls.data.pipeline import InputOptions, Pipeline
+from flaxcls.data.matched import Matched
+from flaxcls.data.pipeline import InputOptions, Pipeline, Sizes
 from flaxcls.data.source import Source, Subset
 from flaxcls.data.transform import Transform
 from flaxcls.errors import DataError
@@ -31,6 +32,10 @@ class SavedExperiment(NamedTuple):
       transform: what becomes of a picture; None where all have the network's size.
       input: how pictures are read.
       evaluation: opens a split, the run's own for None, whose data may be elsewhere now.
+      evaluation_on: opens other data, `source` and `split` as in `open_other`, by the classes of
+        the network, as the third argument says where names differ.
+      in_both: how many examples two splits share, of the run's data; 0 for other data.
+      trained_on: how many examples of a split are in the training split.
     """
 
     network: nn.Module
@@ -42,6 +47,9 @@ class SavedExperiment(NamedTuple):
     transform: Transform | None
     input: InputOptions
     evaluation: Callable[[str | None, str | None], Pipeline]
+    evaluation_on: Callable[[str, str | None, Mapping[str, str] | None], Pipeline]
+    in_both: Callable[[Source, Source], int]
+    trained_on: Callable[[Source], int]
 
 
 def saved_mesh(config: ConfigDict, batch_size: int | None = None) -> Mesh:
@@ -72,6 +80,32 @@ def saved_experiment(
         image_shape=tuple(metadata.get("source_shape", image_shape)),
         fingerprint="",
     )
+    transform = inputs.eval_transform(config, pictures)
+
+    def evaluation_on(
+        name_or_path: str, split: str | None, class_of: Mapping[str, str] | None
+    ) -> Pipeline:
+        matched = Matched(
+            open_other(config, name_or_path, split, image_shape[2]),
+            class_names,
+            class_of,
+            image_shape=None if transform else image_shape,
+            max_pixels=config.input.max_pixels,
+        )
+        sizes = Sizes((0,), (inputs.eval_image_size(config),))
+        return Pipeline(matched, transform, sizes, inputs.input_options(config))
+
+    def open_split(name: str) -> Source:
+        return source(config, name, class_names)
+
+    def in_both(first: Source, second: Source) -> int:
+        if isinstance(first, Matched) or isinstance(second, Matched):
+            return 0
+        return notes.in_both(first, second, open_split)
+
+    def trained_on(split: Source) -> int:
+        return in_both(open_split(config.data.train_split), split)
+
     network = pieces.model(config, mesh, len(class_names), (image_shape,))
     return SavedExperiment(
         network=network,
@@ -80,9 +114,12 @@ def saved_experiment(
         best_metric=config.checkpoint.best_metric,
         eval_batch_size=config.eval.batch_size or config.batch_size,
         tta=pieces.test_time_augmentation(config, network, image_shape),
-        transform=inputs.eval_transform(config, pictures),
+        transform=transform,
         input=inputs.input_options(config),
         evaluation=evaluation,
+        evaluation_on=evaluation_on,
+        in_both=in_both,
+        trained_on=trained_on,
     )
 
 

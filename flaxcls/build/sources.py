@@ -8,11 +8,21 @@ from ml_collections import ConfigDict
 from flaxcls.build import accepted
 from flaxcls.config import options
 from flaxcls.config.fields import options_of
-from flaxcls.data import check_tfds_name, describe_tfds, open_source, open_tfds, opener
+from flaxcls.data import (
+    FILES,
+    check_tfds_name,
+    contents,
+    describe_tfds,
+    open_source,
+    open_tfds,
+    opener,
+)
 from flaxcls.data.described import Described
 from flaxcls.data.folds import Fold, open_fold, parse_fold, whole_split
 from flaxcls.data.long_tail import long_tailed, profile
+from flaxcls.data.naming import name_and_path
 from flaxcls.data.source import Source
+from flaxcls.errors import ConfigError
 
 
 def check_source(config: ConfigDict) -> dict[str, Any]:
@@ -60,6 +70,39 @@ def _long_tail(config: ConfigDict, split: str, whole: Source) -> Source:
     classes = len(whole.class_names)
     left = sum(profile(len(whole) // classes, imbalance, classes))
     return Described(whole.name, split, whole.image_shape, classes, left)
+
+
+def open_other(config: ConfigDict, name_or_path: str, split: str | None, channels: int) -> Source:
+    """A split of other data than the run's, with their own classes, for a network of `channels`.
+
+    Args:
+      config: of the run; its folder of TFDS and its limits are taken.
+      name_or_path: as `name_and_path` reads it.
+      split: None: all pictures of a folder or a list; of other data, which may be those that were
+        trained on, the split of the name that the run was evaluated on.
+
+    ConfigError where the pictures have other channels than the network takes.
+    """
+    named = name_and_path(name_or_path)
+    name, path = named["name"], named.get("path", "")
+    if name in FILES:
+        _, class_names = contents(name, path, needs_train=False)
+        return open_source(
+            name,
+            split or "all",
+            path=path,
+            channels=channels,
+            max_bytes=config.input.max_bytes,
+            class_names=class_names,
+        )
+    options: dict[str, Any] = {"path": path} if path else {}
+    found = open_source(name, split or config.data.eval_split, data_dir=config.data.dir, **options)
+    if found.image_shape[2] != channels:
+        raise ConfigError(
+            f"the pictures of {name} have {found.image_shape[2]} channels, and the network takes "
+            f"{channels}"
+        )
+    return found
 
 
 def source_or_description(

@@ -168,6 +168,14 @@ def evaluated_as(name: str) -> str:
     return getattr(own, "evaluated_as", "softmax_cross_entropy")
 
 
+def outputs_of(name: str) -> str:
+    """What a network that is trained by a loss gives, by the plain loss of its `likelihood`.
+
+    "softmax_cross_entropy", "sigmoid_cross_entropy" or "squared_error".
+    """
+    return _LIKELIHOODS[evaluated_as(name)].__name__
+
+
 class LossSpec(NamedTuple):
     """A loss by its name, without what of it may follow from the data.
 
@@ -227,7 +235,7 @@ class LossSpec(NamedTuple):
         Its negative log-likelihood, without label smoothing, weights and adjustment, which is the
         same for networks that were trained with different ones.
         """
-        return build(_LIKELIHOODS[evaluated_as(self.name)].__name__)
+        return build(outputs_of(self.name))
 
     def objective(
         self, class_weights: Sequence[float] | None, class_counts: Sequence[int] | None = None

@@ -166,16 +166,20 @@ def open_idx(split: str, *, path: str = "") -> Source:
     return Idx(split, _given(path, "the folder of train-images-idx3-ubyte and the others"))
 
 
-def contents(name: str, path: str) -> tuple[list[str], list[str]]:
+def contents(name: str, path: str, needs_train: bool = True) -> tuple[list[str], list[str]]:
     """The splits that a folder or a list of FILES has, and all classes of any; see `open_source`.
 
-    Unlike there, the splits need not have the same classes, nor the classes pictures.
+    Unlike there, the splits need not have the same classes, nor the classes pictures. A folder of
+    splits `needs_train` unless it is only used.
     """
+    path = _given(path, "the folder or the list of pictures")
     if name == "folder":
-        from flaxcls.data.folder import contents as contents_of
-    else:
-        from flaxcls.data.listed import contents as contents_of
-    return contents_of(_given(path, "the folder or the list of pictures"))
+        from flaxcls.data.folder import contents as contents_of_folder
+
+        return contents_of_folder(path, needs_train)
+    from flaxcls.data.listed import contents as contents_of_list
+
+    return contents_of_list(path)
 
 
 def _given(path: str, what: str) -> str:

@@ -185,3 +185,13 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 def _unreadable(where: str, image: bytes) -> DataError:
     return DataError(f"{where} is not a readable image ({len(image)} bytes)")
+
+
+def stretch(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Pixels, uint8 [H, W, C], at another size, for networks whose pictures need no transform."""
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    grey = pixels.shape[2] == 1
+    file = Image.fromarray(pixels[..., 0] if grey else pixels)
+    resized = np.asarray(file.resize((width, height), Image.Resampling.BILINEAR))
+    return resized[..., None] if grey else resized

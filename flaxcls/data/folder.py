@@ -92,14 +92,14 @@ def open_folder(
     )
 
 
-def contents(path: str) -> tuple[list[str], list[str]]:
+def contents(path: str, needs_train: bool = True) -> tuple[list[str], list[str]]:
     """The splits of a folder, and the names of all classes that any of them has, sorted.
 
     The splits need not fit together, as they must for `open_folder`. ConfigError where there is no
     such folder or it has no folders in it, DataError where one can't be listed.
     """
     root = os.path.expanduser(path)
-    folders = _split_folders(root, needs_train=True)
+    folders = _split_folders(root, needs_train)
     inside = [_list_folder(folder).folders for folder in folders.values()]
     names = {class_name(name) for names in inside or [_class_folders(root)] for name in names}
     return list(folders) or ["train", "validation"], sorted(names)

@@ -15,11 +15,10 @@ from flaxcls import augment
 from flaxcls.augment.views import mean_over_views
 from flaxcls.core import metrics
 from flaxcls.core.step import make_eval_step, zero_metrics
-from flaxcls.data.files import FileSource
 from flaxcls.data.pipeline import Input, Pipeline
 from flaxcls.data.resident import gather
 from flaxcls.data.source import Source, some_names
-from flaxcls.inference.restored import RestoredRun, restore
+from flaxcls.inference.restored import RestoredRun, open_evaluation, restore
 from flaxcls.models.onednn import convolutions_for
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import say
@@ -119,24 +118,24 @@ def evaluate_run(
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
+    source: str | None = None,
+    classes: str | None = None,
     tta: str | None = None,
 ) -> tuple[int, str, dict[str, dict[str, float]]]:
     """The metrics of a saved run, which needs its folder and the data only.
 
     Args:
       workdir: the run's folder.
-      split: as in TFDS; None: what the run evaluated on.
       checkpoint: "last", "best" or a step.
-      data_dir: where the data is now, what config.data.path or .dir was; None: as in the run.
+      split, data_dir, source, classes: the examples, see `open_evaluation`.
       tta: as for `restore`.
 
     Returns the step, the split and the metrics: those of the parameters as "eval" and those of
     their average, where the run kept one, as "ema".
     """
     run = restore(workdir, checkpoint, tta=tta)
-    pipeline = run.experiment.evaluation(split, data_dir)
-    if isinstance(pipeline.source, FileSource):  # whose labels are known without reading a picture
-        _say_absent_classes(pipeline.source)
+    pipeline = open_evaluation(run, split, data_dir, source, classes)
+    _say_absent_classes(pipeline.source)
     if run.experiment.tta:
         say(f"note: logits are the mean over the views of {run.experiment.tta}", error=True)
     with contextlib.closing(evaluator_of(run, pipeline)) as evaluator:
@@ -165,7 +164,9 @@ def evaluator_of(run: RestoredRun, pipeline: Pipeline) -> Evaluator:
 
 
 def _say_absent_classes(source: Source) -> None:
-    """Which classes a split has examples of, if that is not all."""
+    """Which classes a split of pictures in files has examples of, if that is not all."""
+    if source.file(0) is None:  # labels might not be known without reading every picture
+        return
     counts = np.bincount(source.labels(), minlength=len(source.class_names))
     there = [source.class_names[label] for label in np.flatnonzero(counts)]
     if len(there) < len(source.class_names):

@@ -1,13 +1,9 @@
 """A saved run as a folder that others read: written, certified, and only then there."""
 
-import contextlib
 import functools
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,10 +17,11 @@ from flaxcls.config import options
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.data.transform import TRANSFORMS, Resize, Transform
-from flaxcls.errors import ConfigError, OutputError
+from flaxcls.errors import ConfigError
 from flaxcls.inference import parity
 from flaxcls.inference.predictor import PROBABILITIES, Predictor
-from flaxcls.runtime.output import printable, say
+from flaxcls.runtime.new_folder import new_folder, written
+from flaxcls.runtime.output import say
 from flaxcls.weights import export_onnx, export_safetensors, export_savedmodel, export_stablehlo
 from flaxcls.weights.exportable import Exportable, Outputs
 from flaxcls.weights.pretrained import PRETRAINED
@@ -85,10 +82,10 @@ def export_run(
             say(f"note: {_ONE_VIEW.format(tta)}", error=True)
         examples = parity.choose(predictor, pictures, count, data_dir)
         model = exportable(predictor, license)
-        with _written(out):
+        with written(out):
             write(model, folder)
         certificate = parity.certify(predictor, model, folder, examples, tolerance)
-        with _written(out):
+        with written(out):
             (folder / "parity.json").write_text(json.dumps(certificate, indent=2) + "\n")
     return certificate
 
@@ -100,12 +97,14 @@ def exportable(predictor: Predictor, license: str | None) -> Exportable:
     if any(field.name == "dtype" for field in fields(network)):
         network = network.clone(dtype=jnp.float32)
     to_probabilities = PROBABILITIES[evaluated_as(experiment.loss.name)]
+    temperature = predictor.calibration.temperature if predictor.calibration else None
 
     def classifier(mean: Sequence[float], std: Sequence[float]) -> Callable[..., Outputs]:
         def classify(variables: Any, images: jax.Array) -> Outputs:
             logits = network.apply(variables, augment.normalize(images, mean, std), train=False)
             logits = logits.astype(jnp.float32)
-            return {"logits": logits, "probabilities": to_probabilities(logits)}
+            tempered = logits / temperature if temperature else logits
+            return {"logits": logits, "probabilities": to_probabilities(tempered)}
 
         return classify
 
@@ -128,6 +127,7 @@ def _metadata(predictor: Predictor, license: str | None) -> dict[str, Any]:
             "formula": "(image / 255 - mean) / std, inside of what computes logits",
         },
         "outputs": evaluated_as(restored.experiment.loss.name),
+        **({"calibration": predictor.calibration.as_json()} if predictor.calibration else {}),
         "network": {k: v for k, v in model.items() if v is not None and k not in own},
         "step": predictor.step,
         "weights": WEIGHTS[predictor.weights],
@@ -149,34 +149,3 @@ def _describe(transform: Transform | None) -> dict[str, Any]:
     kinds = {kind: name for name, kind in TRANSFORMS.items()}
     name = kinds.get(type(transform), f"{type(transform).__module__}:{type(transform).__name__}")
     return {"name": name, **asdict(transform), "reduce_jpeg": True}
-
-
-@contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a folder that becomes `out` when the block ends well, and goes if it does not."""
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError(f"--out={printable(out)} is there already; name a new folder")
-    with _written(out, ConfigError):
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())  # mkdtemp's are private
-        yield folder
-        with _written(out):
-            os.replace(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-@contextlib.contextmanager
-def _written(out: Path, kind: type[Exception] = OutputError) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise kind(f"--out={printable(out)} can't be written: {error.strerror or error}") from error

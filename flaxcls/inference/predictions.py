@@ -8,7 +8,7 @@ import numpy as np
 
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.inference.features import split_features
-from flaxcls.inference.predictor import make_forward
+from flaxcls.inference.predictor import PROBABILITIES, make_forward
 from flaxcls.inference.restored import RestoredRun
 
 
@@ -48,3 +48,8 @@ def predict_split(run: RestoredRun, pipeline: Pipeline, variables: Any) -> Split
         size = experiment.eval_batch_size
         found, labels = split_features(run.mesh, outputs, variables, data, size)
     return SplitPredictions(found[:, 0], found[:, 1], labels)
+
+
+def probabilities_of(logits: np.ndarray, outputs: str) -> np.ndarray:
+    """The probabilities of classes, float32 [N, K]; `outputs` is of `core.losses.outputs_of`."""
+    return np.asarray(PROBABILITIES[outputs](jnp.asarray(logits, jnp.float32)))

@@ -1,11 +1,10 @@
 """A trained network as a function from pictures to probabilities; needs the run's folder only."""
 
 import io
-import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,16 +15,15 @@ from PIL import Image
 from flaxcls import augment, models
 from flaxcls.augment.views import mean_over_views
 from flaxcls.core.losses import evaluated_as
-from flaxcls.core.metrics import WEIGHTS, best_of
-from flaxcls.data.decode import Picture
+from flaxcls.core.metrics import WEIGHTS
+from flaxcls.data.decode import Picture, stretch
 from flaxcls.data.loader import Decoded
 from flaxcls.data.storage import read_picture
-from flaxcls.errors import ConfigError, DataError
-from flaxcls.inference.restored import RestoredRun, restore
+from flaxcls.inference.calibration import checkpoint_of, load
+from flaxcls.inference.classifier import Classifier, Predictions
+from flaxcls.inference.restored import choose_weights, restore
 from flaxcls.runtime import sharding
-from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import printable
-from flaxcls.runtime.read_ahead import in_order
 
 # What a network's outputs say of the classes, by the loss it was trained with. Those trained to the
 # squared error are probabilities already, but for errors that take them out of [0, 1] or their sum
@@ -39,26 +37,7 @@ PROBABILITIES: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class Predictions(NamedTuple):
-    """What a network says of N pictures, float32.
-
-    Rank classes by their logits: probabilities that are rounded to 0 or 1 are equal.
-    """
-
-    logits: np.ndarray  # [N, K]
-    probabilities: np.ndarray  # [N, K]
-    features: np.ndarray  # [N, D], "pooled" of `models.features`
-
-
-class Prediction(NamedTuple):
-    """What a network says of a picture: its best class, and the probability of every class."""
-
-    name: str
-    probability: float
-    probabilities: dict[str, float]  # the best one first
-
-
-class Predictor:
+class Predictor(Classifier):
     """A saved run's network, with all that pictures go through before it.
 
         predictor = Predictor("runs/cats")
@@ -73,6 +52,7 @@ class Predictor:
         of the two was better when the checkpoint was evaluated, by the run's best_metric.
       batch_size: images at a time; rounded up to a multiple of the devices.
       tta: as for `restore`: the views of each picture that logits and features are the mean over.
+      calibrated: whether to use what `calibrate` has fitted to this checkpoint, if it has.
 
     Attributes:
       class_names: of the K classes.
@@ -81,6 +61,7 @@ class Predictor:
       batch_size: images at a time.
       restored: the checkpoint.
       weights, variables: "eval" or "ema", as evaluations name them, and what that means.
+      calibration: what is used of the former, or None; `probabilities` are calibrated then.
 
     Raises ConfigError when there is no such run, checkpoint or average.
     """
@@ -93,6 +74,7 @@ class Predictor:
         ema: bool | None = None,
         batch_size: int = 64,
         tta: str | None = None,
+        calibrated: bool = True,
     ):
         self.restored = restored = restore(Path(run), checkpoint, batch_size, tta)
         experiment, metadata = restored.experiment, restored.metadata
@@ -102,18 +84,22 @@ class Predictor:
         self._transform, self._input = experiment.transform, experiment.input
         self._mesh = restored.mesh
         self.batch_size = sharding.round_up(self._mesh, batch_size)
-        self.weights = _choose_weights(restored, run, ema)
+        self.weights = choose_weights(restored, run, ema)
         self.variables = restored.ema if self.weights == "ema" else restored.variables
-        self._forward = jax.jit(
-            make_forward(
-                experiment.network,
-                experiment.loss.name,
-                metadata["mean"],
-                metadata["std"],
-                experiment.tta,
-            ),
-            out_shardings=sharding.everywhere(self._mesh),
+        self.calibration = None
+        if calibrated:
+            used = checkpoint_of(Path(run), self.step, self.weights, experiment.tta)
+            self.calibration = load(Path(run), used, len(self.class_names))
+        forward = make_forward(
+            experiment.network,
+            experiment.loss.name,
+            metadata["mean"],
+            metadata["std"],
+            experiment.tta,
         )
+        if self.calibration:
+            forward = _scaled(forward, experiment.loss.name, self.calibration.temperature)
+        self._forward = jax.jit(forward, out_shardings=sharding.everywhere(self._mesh))
         self._results = metadata["progress"]["results"]
 
     def read(self, path: str | Path) -> np.ndarray:
@@ -127,38 +113,21 @@ class Predictor:
         picture = Picture(content, channels, where=where, max_pixels=self._input.max_pixels)
         if self._transform:
             return self._transform(picture, height, ())
-        return _stretch(picture.pixels(), height, width)
-
-    def predict(self, pictures: Any) -> Any:
-        """Classifies a picture, or several; returns a Prediction, or a list of them.
-
-        A picture is a file's path, a PIL image or an array, uint8 [H, W] or [H, W, C] with 1, 3 or
-        4 channels, of any size; it becomes what evaluation would show to the network. Raises
-        DataError for a file that can't be read and ValueError for what is no picture.
-        """
-        if is_one_picture(pictures):
-            return self.predict([pictures])[0]
-        images = [self.prepare(picture) for picture in pictures]
-        return self.ranked(self(np.stack(images))) if images else []
-
-    def ranked(self, predictions: Predictions) -> list[Prediction]:
-        """What is said of each picture, with the names of the classes."""
-        results = []
-        order = np.argsort(-predictions.logits, axis=1, kind="stable").tolist()
-        for labels, shares in zip(order, predictions.probabilities.tolist(), strict=True):
-            ranked = {self.class_names[label]: shares[label] for label in labels}
-            results.append(Prediction(*next(iter(ranked.items())), ranked))
-        return results
+        return stretch(picture.pixels(), height, width)
 
     def prepare(self, picture: Any) -> np.ndarray:
-        """A picture, as `predict` takes it, as evaluation would show it: uint8 [H, W, C]."""
+        """A picture as evaluation would show it to the network, uint8 [H, W, C]."""
         if isinstance(picture, (str, os.PathLike)):
             return self.read(picture)
         height, width, channels = self.image_shape
         pixels = _pixels(picture, channels)
         if self._transform:
             return self._transform(Decoded(pixels), height, ())
-        return _stretch(pixels, height, width)
+        return stretch(pixels, height, width)
+
+    def classify(self, images: Sequence[np.ndarray]) -> Predictions:
+        """What is said of one or more images, each as `read` makes it."""
+        return self(np.stack(images))
 
     def __call__(self, images: np.ndarray) -> Predictions:
         """Classifies any number of images, uint8 [N, *image_shape], as `read` makes them."""
@@ -180,45 +149,6 @@ class Predictor:
         predictions = jax.device_get(self._forward(self.variables, placed["image"]))
         return jax.tree.map(lambda array: array[: len(images)], predictions)
 
-    def files(
-        self, files: Iterable[str], report: Callable[[DataError], None]
-    ) -> Iterator[tuple[Sequence[str], Predictions]]:
-        """Classifies files in their order, any number of them: yields names and predictions.
-
-        They are read in threads while the devices compute, some batches ahead of what is yielded.
-        Those that can't be read are skipped, and `report` is called with what was wrong.
-        """
-
-        def classify(batch: list[tuple[str, np.ndarray]]) -> tuple[Sequence[str], Predictions]:
-            names, images = zip(*batch, strict=True)
-            return names, self(np.stack(images))
-
-        yield from in_order(classify, self.batches(files, report), threads=1)
-
-    def batches(
-        self, files: Iterable[str], report: Callable[[DataError], None]
-    ) -> Iterator[list[tuple[str, np.ndarray]]]:
-        """The files' names and pictures as `read` makes them, at most `batch_size` at a time.
-
-        They are read in threads, ahead; those that can't be read are skipped, as in `files`.
-        """
-
-        def read(file: str) -> tuple[str, np.ndarray | DataError]:
-            try:
-                return file, self.read(file)
-            except DataError as error:
-                return file, error
-
-        def pictures() -> Iterator[tuple[str, np.ndarray]]:
-            for file, image in in_order(read, files, available_cores()):
-                if isinstance(image, DataError):
-                    report(image)
-                else:
-                    yield file, image
-
-        readable = pictures()
-        yield from iter(lambda: list(itertools.islice(readable, self.batch_size)), [])
-
     def describe(self) -> str:
         """In words: which weights these are, how good they were, and what is done to pictures."""
         text = f"step {self.step}, {WEIGHTS[self.weights]}"
@@ -226,6 +156,8 @@ class Predictor:
             text += f", accuracy {result['accuracy']:.2%} when they were last evaluated"
         if tta := self.restored.experiment.tta:
             text += f"; logits are the mean over the views of {tta}"
+        if self.calibration:
+            text += f"; calibrated: {self.calibration.describe()}"
         if not self._transform:
             height, width, _ = self.image_shape
             text += f"; pictures that are not {width} x {height} pixels are stretched to it"
@@ -254,21 +186,15 @@ def make_forward(
     return forward
 
 
-def _choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) -> str:
-    """Which of the weights, "eval" or "ema", as in the results of evaluations."""
-    if ema and not restored.ema:
-        raise ConfigError(f"{run} kept no average of its parameters: config.ema_decay was not set")
-    if ema is not None:
-        return "ema" if ema else "eval"
-    results = restored.metadata["progress"]["results"]
-    return best_of(results, restored.experiment.best_metric) if results else "eval"
+def _scaled(forward: Callable, loss_name: str, temperature: float) -> Callable:
+    """`forward` with the probabilities of logits that are divided by a temperature."""
 
+    def scaled(variables: Any, images: jax.Array) -> Predictions:
+        predictions = forward(variables, images)
+        probabilities = PROBABILITIES[evaluated_as(loss_name)](predictions.logits / temperature)
+        return predictions._replace(probabilities=probabilities)
 
-def is_one_picture(value: Any) -> bool:
-    """Whether it is a picture as `Predictor.predict` takes it, and not several of them."""
-    return isinstance(value, (str, os.PathLike, Image.Image, np.ndarray)) and (
-        getattr(value, "ndim", 3) <= 3
-    )
+    return scaled
 
 
 def _pixels(picture: Any, channels: int) -> np.ndarray:
@@ -295,13 +221,3 @@ def _what(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} of shape {value.shape}"
     return type(value).__name__
-
-
-def _stretch(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, C] of another size, for data whose pictures have one and need no transform."""
-    if pixels.shape[:2] == (height, width):
-        return pixels
-    grey = pixels.shape[2] == 1
-    file = Image.fromarray(pixels[..., 0] if grey else pixels)
-    resized = np.asarray(file.resize((width, height), Image.Resampling.BILINEAR))
-    return resized[..., None] if grey else resized

@@ -7,6 +7,10 @@ from jax.sharding import Mesh
 
 from flaxcls import build, models
 from flaxcls.build import SavedExperiment
+from flaxcls.core.metrics import best_of
+from flaxcls.data.matched import read_class_map
+from flaxcls.data.pipeline import Pipeline
+from flaxcls.errors import ConfigError
 from flaxcls.runs import run_code, run_folder
 from flaxcls.runs.checkpoint_reader import CheckpointReader
 from flaxcls.runtime import sharding
@@ -63,3 +67,42 @@ def restore(
     step, (metadata, experiment, state) = checkpoints.read(checkpoint, read)
     ema = state.pop("ema", {})
     return RestoredRun(experiment, step, metadata, mesh, state, ema)
+
+
+def open_evaluation(
+    run: RestoredRun,
+    split: str | None = None,
+    data_dir: str | None = None,
+    source: str | None = None,
+    classes: str | None = None,
+) -> Pipeline:
+    """The examples that a saved run shall be evaluated on, none of them read yet.
+
+    Args:
+      split: as in TFDS; None: what the run evaluated on.
+      data_dir: where the run's data is now, what config.data.path or .dir was; None: as in the run.
+      source: other data, by a name or a path; their classes are matched by name, and may be fewer.
+        Without a `split`: all pictures of a folder or a list.
+      classes: a CSV of name,class for those of its classes that the network calls otherwise.
+    """
+    if source is None:
+        if classes:
+            raise ConfigError("--classes is for --source, whose classes it explains")
+        return run.experiment.evaluation(split, data_dir)
+    if data_dir:
+        raise ConfigError("--data_dir is for the run's own data, and --source for other data")
+    class_of = read_class_map(classes) if classes else None
+    return run.experiment.evaluation_on(source, split, class_of)
+
+
+def choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) -> str:
+    """Which of the weights, "eval" or "ema", as in the results of evaluations.
+
+    None for `ema` is the better ones when the checkpoint was evaluated, by the run's best_metric.
+    """
+    if ema and not restored.ema:
+        raise ConfigError(f"{run} kept no average of its parameters: config.ema_decay was not set")
+    if ema is not None:
+        return "ema" if ema else "eval"
+    results = restored.metadata["progress"]["results"]
+    return best_of(results, restored.experiment.best_metric) if results else "eval"

@@ -12,7 +12,9 @@ from flaxcls.core.metrics import WEIGHTS
 from flaxcls.core.step import seed_key
 from flaxcls.errors import ConfigError
 from flaxcls.insight.corruptions import CORRUPTIONS, SEVERITIES, corrupt
-from flaxcls.insight.victim import load_victim, sample, wilson
+from flaxcls.insight.intervals import wilson
+from flaxcls.insight.victim import load_victim, sample
+from flaxcls.runs import robustness_log
 
 
 def corrupt_run(
@@ -32,7 +34,8 @@ def corrupt_run(
     and cropping. `alive` is told which corruption is next.
 
     Returns {"step", "weights", "split", "size", "count", "clean", "clean_interval", "corruptions":
-    {name: [an accuracy a severity]}, "mean"}; "mean" is the mean corruption accuracy, of all 75.
+    {name: [an accuracy a severity]}, "mean"}; "mean" is the mean corruption accuracy, of all 75. It
+    is kept in the run's folder, for its report.
     """
     if examples < 1:
         raise ConfigError(f"--examples must be at least 1, got {examples}")
@@ -52,7 +55,7 @@ def corrupt_run(
                 found = victim.classify(changed.astype(np.float32) / 255)
                 right += int(np.sum((found == np.asarray(classes))[:count]))
             accuracies.append(right / len(labels))
-    return {
+    found = {
         "step": predictor.step,
         "weights": WEIGHTS[predictor.weights],
         "split": pipeline.source.split,
@@ -63,3 +66,5 @@ def corrupt_run(
         "corruptions": table,
         "mean": float(np.mean([*table.values()])),
     }
+    robustness_log.keep(workdir, found)
+    return found

@@ -10,7 +10,8 @@ from PIL import Image
 
 from flaxcls import augment
 from flaxcls.errors import ConfigError, DataError, did_you_mean
-from flaxcls.inference.predictor import Prediction, Predictor
+from flaxcls.inference.classifier import Prediction
+from flaxcls.inference.predictor import Predictor
 from flaxcls.insight import drawing
 from flaxcls.insight.explanations import METHODS, TOLERANCE, make_completeness_gap
 from flaxcls.runtime import sharding

@@ -16,10 +16,12 @@ from flaxcls.core.metrics import WEIGHTS
 from flaxcls.core.perturbation import NORMS, Ball, distance, parse_eps
 from flaxcls.core.step import seed_key
 from flaxcls.errors import ConfigError, did_you_mean
-from flaxcls.inference.exporter import new_folder
 from flaxcls.insight.attacks import METHODS, Attack, Targets, chain, make_runner
-from flaxcls.insight.victim import Victim, load_victim, sample, wilson
+from flaxcls.insight.intervals import wilson
+from flaxcls.insight.victim import Victim, load_victim, sample
+from flaxcls.runs import robustness_log
 from flaxcls.runtime import sharding
+from flaxcls.runtime.new_folder import new_folder
 
 _COLUMNS = ("index", "class", "clean", "attack", "adversarial", "rounded", "linf", "l2", "file")
 
@@ -132,7 +134,7 @@ def attack_run(
     Returns {"step", "weights", "split", "size", "count", "norm", "eps", "accuracies": {"clean": ..,
     "fgsm": .., ...}, "robust", "interval": (low, high), "clean_interval", "rounded"}: "robust" is
     the accuracy after all attacks, with its 95 % Wilson interval, "rounded" that with the
-    adversarial images rounded to 8 bits.
+    adversarial images rounded to 8 bits. It is kept in the run's folder, for its report.
     """
     for flag, name, known in (("norm", norm, NORMS), ("method", method, METHODS)):
         if name not in known:
@@ -167,7 +169,7 @@ def attack_run(
             _write(folder, names, result, images, labels, indices, eight_bits, rounded)
     count, accuracies = len(labels), result.accuracies
     right = (result.clean == labels) & (result.predicted == labels)
-    return {
+    found = {
         "step": predictor.step,
         "weights": WEIGHTS[predictor.weights],
         "split": pipeline.source.split,
@@ -181,6 +183,8 @@ def attack_run(
         "interval": wilson(int(right.sum()), count),
         "rounded": float(np.mean(rounded == labels)),
     }
+    robustness_log.keep(workdir, found)
+    return found
 
 
 def _write(

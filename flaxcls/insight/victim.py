@@ -1,7 +1,6 @@
 """A saved run as what attacks and corruptions are tried on."""
 
 import contextlib
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,11 +100,3 @@ def sample(
             if done == len(chosen):
                 break
     return images, labels, chosen
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, `right` of `count`, by Wilson's score (1927)."""
-    z, share = 1.959964, right / count
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / count / 2) ** 2)
-    return max(centre - half, 0.0), min(centre + half, 1.0)

@@ -8,6 +8,7 @@ profile/         the trace of config.profile
 autotuning/      the kernels that XLA has chosen on a GPU; see `runtime/autotuning.py`
 code/            the user's own modules that the config names; see `run_code`
 summary.json     how it ended
+report.html      all of it as a page, see flaxcls/report
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""TensorBoard's event files, of scalars alone.
+"""TensorBoard's event files, of scalars alone: written and read.
 
 Such a file is TFRECORDs of protocol buffers of the type Event
 (https://github.com/tensorflow/tensorflow/blob/master/tensorflow/core/util/event.proto). The few
@@ -15,12 +15,13 @@ import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from flaxcls.data.tfrecord import framed
 
 # How a field of a protocol buffer is written.
 _VARINT, _64_BITS, _LENGTH, _32_BITS = 0, 1, 2, 5
+_HEADER, _FOOTER = 12, 4  # bytes around a record
 _START = 1  # of a SessionLog's values of `status`
 
 
@@ -75,6 +76,54 @@ class TensorBoard:
             yield
         except OSError:
             self.close()
+
+
+class Event(NamedTuple):
+    """What is read of an event: its step, whether a process or a rollback begins at it, scalars."""
+
+    step: int
+    is_start: bool
+    values: dict[str, float]
+
+
+def read_events(path: Path) -> Iterator[Event]:
+    """The events of a file, as far as it is whole: what wrote it may have been killed."""
+    content, place = path.read_bytes(), 0
+    while place + _HEADER <= len(content):
+        (length,) = struct.unpack_from("<Q", content, place)
+        begin, place = place + _HEADER, place + _HEADER + length + _FOOTER
+        if place > len(content):
+            return
+        try:
+            event = dict(_fields(content[begin : begin + length]))
+            summary = [dict(_fields(each)) for _, each in _fields(event.get(5, b""))]
+            values = {
+                each[1].decode(): struct.unpack("<f", each[2])[0] for each in summary if 2 in each
+            }
+            yield Event(event.get(2, 0), 7 in event, values)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, struct.error):
+            return
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The fields of a protocol buffer: a number and an int or the bytes of each."""
+    place = 0
+    while place < len(message):
+        number, kind, place = message[place] >> 3, message[place] & 7, place + 1
+        if kind in (_VARINT, _LENGTH):
+            value, shift = 0, 0
+            while True:
+                value |= (message[place] & 127) << shift
+                place, shift = place + 1, shift + 7
+                if message[place - 1] < 128:
+                    break
+            if kind == _VARINT:
+                yield number, value
+                continue
+        else:
+            value = {_64_BITS: 8, _32_BITS: 4}[kind]
+        yield number, message[place : place + value]
+        place += value
 
 
 def _scalar(name: str, value: float) -> bytes:

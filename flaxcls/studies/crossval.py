@@ -8,8 +8,6 @@ DIR/predictions.npz      the same as arrays, with the probability of every class
 
 import contextlib
 import copy
-import csv
-import io
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -25,7 +23,7 @@ from flaxcls.config.recipes import Recipe
 from flaxcls.data.folds import Fold
 from flaxcls.data.source import Source, Subset, some_names
 from flaxcls.errors import ConfigError, DataError, FlaxclsError, Interrupted
-from flaxcls.files import atomic_write, write_json
+from flaxcls.files import atomic_write, write_csv, write_json
 from flaxcls.inference.predictions import predict_split
 from flaxcls.inference.restored import restore
 from flaxcls.runs import run_folder
@@ -197,17 +195,17 @@ def write_predictions(workdir: Path, whole: Source, predictions: OutOfFold) -> N
     """Writes predictions.csv, a row an example of the split, and predictions.npz."""
     has_files = whole.file(0) is not None
     names, chosen = whole.class_names, predictions.logits.argmax(1)
-    with atomic_write(workdir / "predictions.csv") as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
-        table = csv.writer(text, lineterminator="\n")
-        columns = ("fold", "label", "prediction", "probability")
-        table.writerow(("index", *(("file",) if has_files else ()), *columns))
-        for i, (fold, label) in enumerate(zip(predictions.folds, predictions.labels, strict=True)):
-            files = (whole.file(i),) if has_files else ()
-            probability = f"{predictions.probabilities[i, chosen[i]]:.6f}"
-            table.writerow((i, *files, fold, names[label], names[chosen[i]], probability))
-        text.flush()
-        text.detach()
+    columns = ("fold", "label", "prediction", "probability")
+    rows = (
+        (
+            *((i, whole.file(i)) if has_files else (i,)),
+            *(fold, names[label], names[chosen[i]]),
+            f"{predictions.probabilities[i, chosen[i]]:.6f}",
+        )
+        for i, (fold, label) in enumerate(zip(predictions.folds, predictions.labels, strict=True))
+    )
+    header = ("index", *(("file",) if has_files else ()), *columns)
+    write_csv(workdir / "predictions.csv", header, rows)
     with atomic_write(workdir / "predictions.npz") as file:
         np.savez(file, class_names=np.array(names), **predictions._asdict())
 

@@ -5,7 +5,6 @@ DIR/sweep.json       the table, as it grows; DIR/sweep.csv the same
 DIR/optuna.db        what Optuna knows of its trials
 """
 
-import csv
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, Interrupted
-from flaxcls.files import atomic_write, read_json, write_json
+from flaxcls.files import read_json, write_csv, write_json
 from flaxcls.runs import run_folder
 from flaxcls.runtime.gpus import share_gpus
 from flaxcls.runtime.output import Guarded, printable, say
@@ -199,14 +198,18 @@ def _write(workdir: Path, metric: str, ended: Sequence[tuple[Trial, Outcome]]) -
     write_json(workdir / "sweep.json", content)
     fields = list(dict.fromkeys(field for row in rows for field in row["values"]))
     names = list(dict.fromkeys(name for row in rows for name in row["results"]))
-    with atomic_write(workdir / "sweep.csv", "w") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(("name", *fields, "status", "step", *names, "seconds", "exit_code", "why"))
-        for row in rows:
-            values = [row["values"].get(field) for field in fields]
-            results = [row["results"].get(name) for name in names]
-            end = (row["seconds"], row["exit_code"], row["sentence"])
-            table.writerow((row["name"], *values, row["status"], row["step"], *results, *end))
+    header = ("name", *fields, "status", "step", *names, "seconds", "exit_code", "why")
+    cells = (
+        (
+            row["name"],
+            *(row["values"].get(field) for field in fields),
+            *(row["status"], row["step"]),
+            *(row["results"].get(name) for name in names),
+            *(row["seconds"], row["exit_code"], row["sentence"]),
+        )
+        for row in rows
+    )
+    write_csv(workdir / "sweep.csv", header, cells)
     return content
 
 

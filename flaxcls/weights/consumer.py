@@ -195,7 +195,8 @@ def _reference(folder: Path, metadata: dict):
         with torch.no_grad():
             x = (torch.from_numpy(images).float() / 255 - mean) / std
             logits = network(x.permute(0, 3, 1, 2))
-            shares = logits.sigmoid() if activation == "sigmoid" else logits.softmax(1)
+            tempered = logits / metadata.get("calibration", {}).get("temperature", 1)
+            shares = tempered.sigmoid() if activation == "sigmoid" else tempered.softmax(1)
             return logits.numpy(), shares.numpy()
 
     return classify, f"PyTorch {torch.__version__} ({wanted['library']} {wanted['name']})"

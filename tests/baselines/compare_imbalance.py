@@ -8,7 +8,8 @@ prints a line a run and then, of each way, the mean and the standard deviation o
 folder of each class, are divided differently by each:
 
     ... --config=folder --config.init_from=None --config.image_size=32 --config.duration='20 epochs'
-        --config.data.path=ELPV --config.data.split_seed={seed} --config.data.held_out=0.2
+        --config.data.path=ELPV --config.data.channels=1 --config.data.held_out=0.2
+        --config.data.split_seed={seed}
 
 The runs are in --out: the same command resumes what was interrupted and repeats nothing.
 """

@@ -15,7 +15,8 @@ from flaxcls.core.perturbation import Ball, distance
 from flaxcls.errors import ConfigError
 from flaxcls.insight import robustness
 from flaxcls.insight.attacks import Apgd, Targets, chain, make_runner
-from flaxcls.insight.victim import load_victim, sample, wilson
+from flaxcls.insight.intervals import wilson
+from flaxcls.insight.victim import load_victim, sample
 
 RNG = np.random.default_rng(0)
 COUNT, PIXELS, HIDDEN, CLASSES = 40, 27, 16, 6

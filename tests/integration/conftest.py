@@ -84,7 +84,7 @@ def everything(tmp_path_factory):
 def whole(everything):
     """The folder of a run of `everything` that was never interrupted."""
     folder = everything.parent / "whole"
-    command = [sys.executable, "-m", "flaxcls.main", f"--config={everything}"]
+    command = [sys.executable, "-m", "flaxcls.main", "--noreport", f"--config={everything}"]
     subprocess.run([*command, f"--workdir={folder}"], cwd=ROOT, check=True)
     return folder
 

@@ -17,7 +17,7 @@ SHORT = ("--config.duration=20 steps", "--config.checkpoint.keep=3")
 def short(everything, tmp_path_factory):
     """The folder of an undisturbed run of 20 steps, with the checkpoints of the last three."""
     folder = tmp_path_factory.mktemp("short") / "run"
-    command = [sys.executable, "-m", "flaxcls.main", f"--config={everything}", *SHORT]
+    command = [sys.executable, "-m", "flaxcls.main", "--noreport", f"--config={everything}", *SHORT]
     subprocess.run([*command, f"--workdir={folder}"], check=True)
     return folder
 

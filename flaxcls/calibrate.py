@@ -1,0 +1,76 @@
+"""Fits what a saved run's answers are worth, and has predict and export use it.
+
+    python -m flaxcls.calibrate --run=DIR [--coverage=0.9] [--per_class] [--risk=0.05]
+
+fits, to data that was not trained on (the split that the run was evaluated on, or --split or
+--source), and stores in the run's folder as calibration.json
+
+  a temperature  that makes the probabilities as large as the network is right
+  thresholds     of the probabilities: the classes above are a set that holds the right one for
+                 --coverage of the pictures; --per_class: of the pictures of each class
+  a confidence   below which the answer is "none of these", so that no more than --risk of the
+                 answers that are given are wrong
+
+A quarter of the examples is for the temperature, a half for the thresholds and the confidence, and
+what is printed is measured on the last quarter. It holds for pictures like these. Another
+checkpoint needs another calibration: until then predict says so and gives what the network gives.
+"""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from flaxcls import cli
+from flaxcls.errors import ConfigError
+from flaxcls.runtime.output import printable, write_result
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+flags.DEFINE_float("coverage", 0.9, "How often sets hold the right class.", flag_values=FLAGS)
+flags.DEFINE_bool("per_class", False, "Whether for each class.", flag_values=FLAGS)
+flags.DEFINE_float(
+    "risk",
+    None,
+    "Share of wrong answers, at most; 0.05 if there are examples enough to promise that.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_string("split", None, "The split; the run's own if not given.", flag_values=FLAGS)
+flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
+flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
+flags.DEFINE_string("tta", None, "As of flaxcls.evaluate: flip, none.", flag_values=FLAGS)
+flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
+flags.DEFINE_string("source", None, "Other data: a name or a path.", flag_values=FLAGS)
+flags.DEFINE_string("classes", None, "A CSV: what --source calls classes.", flag_values=FLAGS)
+
+
+def main(argv: Sequence[str]) -> None:
+    cli.parse(FLAGS, argv, __doc__)
+    if FLAGS.run is None:
+        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+
+    from flaxcls.insight.calibrate import calibrate_run, describe
+    from flaxcls.runtime import compilation_cache
+
+    compilation_cache.enable()
+    found = calibrate_run(
+        cli.local_folder("run", FLAGS.run),
+        coverage=FLAGS.coverage,
+        per_class=FLAGS.per_class,
+        risk=FLAGS.risk,
+        split=FLAGS.split,
+        checkpoint=FLAGS.checkpoint,
+        ema=FLAGS.ema,
+        tta=FLAGS.tta,
+        data_dir=FLAGS.data_dir,
+        source=FLAGS.source,
+        classes=FLAGS.classes,
+    )
+    checkpoint = found.calibration.checkpoint.describe()
+    write_result(
+        f"{printable(FLAGS.run)}, {checkpoint}, by {describe(found)}\n"
+        f"{printable(FLAGS.run)}/calibration.json is written; predict and export use it"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

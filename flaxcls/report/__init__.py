@@ -1,0 +1,1 @@
+"""What a run was and what came of it, as one page for a browser."""
