@@ -201,9 +201,7 @@ def test_images_are_in_the_ball_judged_as_they_are_and_alone(digits_run):
 
 def test_folder_holds_the_images_and_a_table(digits_run, tmp_path):
     out = tmp_path / "out"
-    result = api.attack(
-        digits_run, norm="l2", eps=1.5, method="pgd", steps=3, examples=50, out=out
-    )
+    result = api.attack(digits_run, norm="l2", eps=1.5, method="pgd", steps=3, examples=50, out=out)
     rows = list(csv.DictReader((out / "attack.csv").open()))
     assert len(rows) == result["count"] == 50
     right = [row["clean"] == row["class"] for row in rows]
