@@ -245,7 +245,7 @@ for name in ("nms", "qnms"):
 """
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_network_of_torchvision_is_certified_as_well(data, tmp_path, monkeypatch):
     import_it = [sys.executable, "-c", "import torchvision"]
     if subprocess.run(import_it, capture_output=True).returncode:

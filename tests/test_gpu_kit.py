@@ -28,12 +28,9 @@ def run_kit(start_python, tmp_path):
 
 @pytest.mark.slow
 def test_kit_times_and_profiles_a_training_step(run_kit):
-    code, results, stdout = run_kit("--only=^about$|^pieces$|^flaxcls_cifar_resnet18_128$")
+    code, results, stdout = run_kit("--only=^about$|^flaxcls_cifar_resnet18_128$")
     assert code == 0, stdout
     assert results["about"]["result"]["platform"] == "cpu"
-    assert {"convolution_flaxcls", "max_pool_flaxcls", "attention_fused", "a3"} <= results[
-        "pieces"
-    ]["result"].keys()
     step = results["flaxcls_cifar_resnet18_128"]["result"]
     assert step["train_milliseconds"] > 0 and len(step["train_rounds"]) == 2
     assert step["forward_images_per_second"] > 0 and len(step["forward_rounds"]) == 2
@@ -41,6 +38,15 @@ def test_kit_times_and_profiles_a_training_step(run_kit):
     total = sum(milliseconds for milliseconds, _ in kernels["kinds"].values())
     assert total == pytest.approx(kernels["milliseconds"]) and kernels["launches"] > 10
     assert "flaxcls_cifar_resnet18_128 [ok" in stdout and " kernels a step" in stdout
+
+
+@pytest.mark.torture
+def test_kit_times_pieces(run_kit):
+    code, results, stdout = run_kit("--only=^pieces$")
+    assert code == 0, stdout
+    assert {"convolution_flaxcls", "max_pool_flaxcls", "attention_fused", "a3"} <= results[
+        "pieces"
+    ]["result"].keys()
 
 
 def test_part_that_takes_too_long_is_stopped_and_fails_the_kit(run_kit):

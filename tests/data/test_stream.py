@@ -487,9 +487,9 @@ def test_memory_of_batches_that_nobody_takes_is_used_again(processes):
 
 
 def test_process_that_dies_is_replaced_and_no_batch_is_lost(folder, capsys):
-    expected = take(make(folder, broken=BrokenImages(SIZE, 1, str)), 0, 11)
+    expected = take(make(folder, broken=BrokenImages(SIZE, 1, str)), 0, 60)
     stream = in_processes(folder)
-    batches = stream.batches(0, 11)
+    batches = stream.batches(0, 60)
     taken = [next(batches)]
     pids, names = pids_and_memory(stream)
     assert len(pids) == 2 and all(map(is_running, pids))

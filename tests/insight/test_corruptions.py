@@ -223,7 +223,7 @@ def test_run_is_judged_under_all_of_them(digits_run, monkeypatch):
         flaxcls.corrupt(digits_run, examples=0)
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_command_prints_all_fifteen_of_grey_images(digits_run, run_main):
     arguments = (f"--run={digits_run}", "--corruptions", "--examples=30")
     result = run_main(*arguments, module="flaxcls.attack")

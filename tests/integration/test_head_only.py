@@ -72,7 +72,7 @@ def test_a_probe_that_is_killed_ends_bitwise_the_same(
     assert_same_arrays(saved_arrays(killed.folder, 24), saved_arrays(whole.folder, 24))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_two_processes_probe_as_one(tmp_path, probe, run_main, run_folder):
     arguments = ("--config.checkpoint.every=24 steps", f"--config={probe}")
     one = run_main(*arguments, f"--workdir={tmp_path / 'one'}", "--config.mesh.cpu_devices=4")

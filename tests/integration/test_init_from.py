@@ -79,7 +79,7 @@ def test_network_that_came_from_a_run_stays_when_that_run_is_gone(
     assert "resumed from step 2 of 4" in result.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_killed_run_resumes_bitwise_and_needs_the_weights_until_its_first_checkpoint_only(
     tmp_path,
     everything,

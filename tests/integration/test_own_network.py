@@ -74,7 +74,7 @@ def test_own_network_survives_sigkill_and_the_loss_of_its_folder(
     )
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_two_processes_train_an_own_network(tmp_path, command, start_main, run_main, run_folder):
     two, one = run_folder(tmp_path / "two"), run_folder(tmp_path / "one")
     changes = ("--config.duration=10 steps", "--config.checkpoint.every=10 steps")

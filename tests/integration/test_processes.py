@@ -29,7 +29,7 @@ def start_processes(start_main):
 
     def start(*arguments, count=2, heartbeat=60):
         own = ("-n", count, f"--heartbeat_timeout={heartbeat}", "--")
-        return start_main(*own, *arguments, module="launch.local")
+        return start_main(*own, *arguments, "--noreport", module="launch.local")
 
     return start
 

@@ -89,7 +89,7 @@ def test_killed_stream_ends_bitwise_the_same(
     assert (whole / "metrics.jsonl").read_bytes() == (killed / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_processes_give_the_same_run_as_threads(
     tmp_path, streamed, run_main, saved_arrays, assert_same_arrays
 ):
