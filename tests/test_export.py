@@ -214,7 +214,7 @@ def test_runs_on_grey_images_of_one_size_stretch_pictures(tiny_config, pictures,
         assert row["pixel"] == 0 and certificate["pictures"] == (len(files) or 20)
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_weights_by_torch_names_are_read_as_those_of_pytorch(data, tmp_path):
     changes = {"model__name": "densenet_bc", "model__depth": 10, "model__growth": 4}
     run = make_run(data, tmp_path / "run", model__widths=None, duration="2 steps", **changes)

@@ -162,7 +162,7 @@ def test_layer_decay_scales_the_first_update_of_each_layer(cnn_config):
     )
 
 
-SLOW = pytest.mark.slow
+TORTURE = pytest.mark.torture
 FAMILIES = {
     "digits_cnn": (8, {}),
     "cifar_resnet20": (8, {}),
@@ -177,7 +177,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=SLOW if "mobile" in name else ()) for name in FAMILIES]
+    "name", [pytest.param(name, marks=TORTURE if "mobile" in name else ()) for name in FAMILIES]
 )
 def test_batch_norm_of_all_networks_can_be_as_in_evaluation(name):
     size, options = FAMILIES[name]

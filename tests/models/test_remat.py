@@ -23,7 +23,10 @@ NETWORKS = [
     ("wrn", {"depth": 10, "width": 1, "dropout": 0.3}, 0.4),
     (DENSENET, {"block_sizes": (6,), "growth": 8, "stem_width": 8, "dropout": 0.2}, 0.7),
     ("efficientnet_lite0", {}, 0.3),
-    ("convnext", {"depths": (2,), "width": 8, "drop_path": 0.3}, 0.3),
+    pytest.param(
+        *("convnext", {"depths": (2,), "width": 8, "drop_path": 0.3}, 0.3),
+        marks=pytest.mark.torture,
+    ),
     ("swin", {"depths": (2,), "width": 16, "head_width": 8, "drop_path": 0.3}, 0.3),
     ("vit", {"depth": 2, "width": 32, "heads": 2, "patch": 8, "dropout": 0.1}, 0.3),
     ("mixer", {"depth": 2, "width": 32, "patch": 8, "dropout": 0.1}, 0.3),
