@@ -43,8 +43,7 @@ flags.DEFINE_string("out", None, "The folder to make, for images and table.", fl
 
 def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
-    if FLAGS.run is None:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    cli.check_run(FLAGS.run)
 
     if FLAGS.corruptions and FLAGS.out:
         raise ConfigError("--out is for adversarial images; --corruptions writes none")

@@ -34,8 +34,7 @@ flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", fla
 
 def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
-    if not FLAGS.run:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    cli.check_run(FLAGS.run)
     if FLAGS.out is None:
         raise ConfigError("--out=DIR is missing; it will be made")
     if FLAGS.split is not None and not FLAGS.greedy:

@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from flaxcls import cli
-from flaxcls.errors import ConfigError
 from flaxcls.runtime.output import printable, write_result
 
 FLAGS = flags.FlagValues()
@@ -45,8 +44,7 @@ flags.DEFINE_string("classes", None, "A CSV: what --source calls classes.", flag
 
 def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
-    if FLAGS.run is None:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    cli.check_run(FLAGS.run)
 
     from flaxcls.insight.calibrate import calibrate_run, describe
     from flaxcls.runtime import compilation_cache

@@ -114,6 +114,20 @@ def check_folder(flag: str, path: str | Path) -> None:
         raise ConfigError(f"--{flag}={output.printable(path)} is in a folder that does not exist")
 
 
+def check_run(runs: str | Sequence[str] | None) -> None:
+    """ConfigError if --run, which may be given several times, is missing."""
+    if runs is None or runs == []:
+        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+
+
+def check_pictures(paths: Sequence[str]) -> None:
+    """ConfigError unless pictures are named behind the flags, one of which is there."""
+    if not paths:
+        raise ConfigError("no pictures are given: name files, or folders that hold them")
+    if not any(map(os.path.exists, paths)):
+        raise ConfigError(f"there is no file {paths[0]}")
+
+
 def find_pictures(paths: Iterable[str]) -> Iterator[str]:
     """The files among the paths, and all pictures in and below the folders, sorted."""
     for path in paths:

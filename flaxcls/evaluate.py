@@ -72,8 +72,7 @@ flags.DEFINE_string(
 
 def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
-    if not FLAGS.run:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    cli.check_run(FLAGS.run)
     in_depth = FLAGS.detailed or FLAGS.out or len(FLAGS.run) > 1
     if FLAGS.knn is not None and (in_depth or FLAGS.source):
         raise ConfigError("--knn is of one run and its own data, and has no details")

@@ -21,7 +21,6 @@ be read are named on standard error and skipped; the exit code is 45 then.
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -51,12 +50,8 @@ flags.DEFINE_integer("batch_size", 16, "Images per batch.", lower_bound=1, flag_
 
 def main(argv: Sequence[str]) -> None:
     arguments = cli.parse(FLAGS, argv, __doc__, others=True)
-    if FLAGS.run is None:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
-    if not arguments:
-        raise ConfigError("no pictures are given: name files, or folders that hold them")
-    if not any(map(os.path.exists, arguments)):
-        raise ConfigError(f"there is no file {arguments[0]}")
+    cli.check_run(FLAGS.run)
+    cli.check_pictures(arguments)
     files = cli.find_pictures(arguments)
     first = list(itertools.islice(files, FLAGS.batch_size))
     if not first:

@@ -53,8 +53,7 @@ flags.DEFINE_float(
 
 def main(argv: Sequence[str]) -> None:
     arguments = cli.parse(FLAGS, argv, __doc__, others=True)
-    if FLAGS.run is None:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    cli.check_run(FLAGS.run)
     if FLAGS.format is None:
         raise ConfigError(f"--format=FORMAT is missing, one of {', '.join(FORMATS)}")
     if FLAGS.out is None:

@@ -34,7 +34,6 @@ import contextlib
 import csv
 import itertools
 import json
-import os
 import shutil
 import tempfile
 import zipfile
@@ -157,12 +156,8 @@ flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_
 
 def main(argv: Sequence[str]) -> int:
     arguments = cli.parse(FLAGS, argv, __doc__, others=True)
-    if not FLAGS.run:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
-    if not arguments:
-        raise ConfigError("no pictures are given: name files, or folders that hold them")
-    if not any(map(os.path.exists, arguments)):
-        raise ConfigError(f"there is no file {arguments[0]}")
+    cli.check_run(FLAGS.run)
+    cli.check_pictures(arguments)
     if FLAGS.features:
         cli.check_folder("features", FLAGS.features)
     files = cli.find_pictures(arguments)

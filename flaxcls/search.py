@@ -36,16 +36,12 @@ _DRAWN = 20  # pictures that are asked for, with their neighbors
 
 def main(argv: Sequence[str]) -> None:
     arguments = cli.parse(FLAGS, argv, __doc__, others=True)
-    if FLAGS.run is None:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    cli.check_run(FLAGS.run)
     if FLAGS.index is None:
         raise ConfigError("--index=FOLDER is missing; it is the folder to search")
     if not os.path.isdir(FLAGS.index):
         raise ConfigError(f"--index={printable(FLAGS.index)} is not a folder")
-    if not arguments:
-        raise ConfigError("no pictures are given: name files, or folders that hold them")
-    if not any(map(os.path.exists, arguments)):
-        raise ConfigError(f"there is no file {arguments[0]}")
+    cli.check_pictures(arguments)
     if FLAGS.out:
         cli.check_folder("out", FLAGS.out)
     if FLAGS.out and not FLAGS.out.lower().endswith(".png"):

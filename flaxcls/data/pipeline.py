@@ -142,13 +142,18 @@ class Pipeline:
 
     def sample(self, count: int) -> np.ndarray:
         """Some images, uint8 [N, H, W, C], evenly spaced over the split; N is at most `count`."""
+        unheard = BrokenImages(len(self.source), 1.0, lambda sentence: None)
+        return self.images(np.array(evenly_spaced(len(self.source), count)), unheard)
+
+    def images(self, examples: np.ndarray, broken: BrokenImages | None = None) -> np.ndarray:
+        """Some examples, by their indices, as the network is shown them: uint8 [N, H, W, C]."""
         images, _ = materialize(
             self.source,
             self.transform,
             self.sizes(0),
-            indices=np.array(evenly_spaced(len(self.source), count)),
+            indices=examples,
             max_pixels=self.options.max_pixels,
-            broken=BrokenImages(len(self.source), 1.0, lambda sentence: None),
+            broken=broken,
         )
         return images
 

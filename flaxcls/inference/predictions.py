@@ -8,7 +8,7 @@ import numpy as np
 
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.inference.features import split_features
-from flaxcls.inference.predictor import PROBABILITIES, make_forward
+from flaxcls.inference.predictor import PROBABILITIES, forward_of
 from flaxcls.inference.restored import RestoredRun
 
 
@@ -31,21 +31,14 @@ def predict_split(run: RestoredRun, pipeline: Pipeline, variables: Any) -> Split
       pipeline: by `run.experiment.evaluation(split, data_dir)`.
       variables: `run.variables`, or `run.ema` where that is not {}.
     """
-    experiment, metadata = run.experiment, run.metadata
-    forward = make_forward(
-        experiment.network,
-        experiment.loss.name,
-        metadata["mean"],
-        metadata["std"],
-        experiment.tta,
-    )
+    forward = forward_of(run)
 
     def outputs(variables, images):
         predictions = forward(variables, images)
         return jnp.stack([predictions.logits, predictions.probabilities], axis=1)
 
     with contextlib.closing(pipeline.open()) as data:
-        size = experiment.eval_batch_size
+        size = run.experiment.eval_batch_size
         found, labels = split_features(run.mesh, outputs, variables, data, size)
     return SplitPredictions(found[:, 0], found[:, 1], labels)
 

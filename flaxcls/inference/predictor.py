@@ -21,7 +21,7 @@ from flaxcls.data.loader import Decoded
 from flaxcls.data.storage import read_picture
 from flaxcls.inference.calibration import checkpoint_of, load
 from flaxcls.inference.classifier import Classifier, Predictions
-from flaxcls.inference.restored import choose_weights, restore
+from flaxcls.inference.restored import RestoredRun, choose_weights, restore
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable
 
@@ -90,13 +90,7 @@ class Predictor(Classifier):
         if calibrated:
             used = checkpoint_of(Path(run), self.step, self.weights, experiment.tta)
             self.calibration = load(Path(run), used, len(self.class_names))
-        forward = make_forward(
-            experiment.network,
-            experiment.loss.name,
-            metadata["mean"],
-            metadata["std"],
-            experiment.tta,
-        )
+        forward = forward_of(restored)
         if self.calibration:
             forward = _scaled(forward, experiment.loss.name, self.calibration.temperature)
         self._forward = jax.jit(forward, out_shardings=sharding.everywhere(self._mesh))
@@ -162,6 +156,18 @@ class Predictor(Classifier):
             height, width, _ = self.image_shape
             text += f"; pictures that are not {width} x {height} pixels are stretched to it"
         return text
+
+
+def forward_of(run: RestoredRun) -> Callable[[Any, jax.Array], Predictions]:
+    """`make_forward` of a saved run, with its normalisation and test-time augmentation."""
+    experiment, metadata = run.experiment, run.metadata
+    return make_forward(
+        experiment.network,
+        experiment.loss.name,
+        metadata["mean"],
+        metadata["std"],
+        experiment.tta,
+    )
 
 
 def make_forward(

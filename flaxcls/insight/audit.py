@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcls import augment, models
-from flaxcls.data.loader import materialize
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, DataError
@@ -207,16 +206,7 @@ def _write_page(out: Path, found: Found, train: Pipeline, test: Pipeline | None)
 
     def pictures(pipeline: Pipeline, indices: Any) -> list[bytes]:
         some = np.asarray(indices, int)[:_SHOWN]
-        if not len(some):
-            return []
-        images, _ = materialize(
-            pipeline.source,
-            pipeline.transform,
-            pipeline.sizes(0),
-            indices=some,
-            max_pixels=pipeline.options.max_pixels,
-        )
-        return [*map(png, images)]
+        return [*map(png, pipeline.images(some))] if len(some) else []
 
     def cards(indices: Any, texts: list[str]) -> list[audit_page.Card]:
         shown = zip(pictures(train, indices), texts, indices, strict=False)

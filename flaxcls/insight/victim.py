@@ -83,7 +83,7 @@ def sample(
     size = len(pipeline.source)
     chosen = np.random.default_rng(seed).permutation(size)[:examples]
     chosen = np.sort(chosen).astype(np.int32)
-    images, labels = np.empty((len(chosen), *pipeline.image_shape()), np.uint8), []
+    images = np.empty((len(chosen), *pipeline.image_shape()), np.uint8)
     labels, done = np.empty(len(chosen), np.int32), 0
     with contextlib.closing(pipeline.open()) as data:
         for batch in data.evaluation_batches(64):

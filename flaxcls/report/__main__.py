@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from flaxcls import cli
-from flaxcls.errors import ConfigError
 from flaxcls.runtime.output import printable, write_result
 
 FLAGS = flags.FlagValues()
@@ -27,8 +26,7 @@ flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", fla
 
 def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
-    if not FLAGS.run:
-        raise ConfigError("--run=DIR is missing; it is the folder that training made")
+    cli.check_run(FLAGS.run)
     if FLAGS.out:
         cli.check_folder("out", FLAGS.out)
     runs = [cli.local_folder("run", run) for run in FLAGS.run]

@@ -13,7 +13,7 @@ from flaxcls.data.pipeline import Pipeline
 from flaxcls.inference.predictions import predict_split
 from flaxcls.inference.restored import RestoredRun, restore
 from flaxcls.insight.scores import Judged, judge
-from flaxcls.report.pictures import data_uri, images_of, with_heat
+from flaxcls.report.pictures import data_uri, with_heat
 
 _MISTAKES = 24  # that are shown
 _EXPLAINED = 4  # answers that are wrong, and as many that are right
@@ -87,7 +87,7 @@ def _mistakes(pipeline: Pipeline, judged: Judged) -> list[Example]:
     wrong = surest[judged.rank[surest] > 0][:_MISTAKES]
     if not len(wrong):
         return []
-    return _examples(pipeline, judged, wrong, images_of(pipeline, wrong))
+    return _examples(pipeline, judged, wrong, pipeline.images(wrong))
 
 
 def _explained(answers: Answers, run: RestoredRun, variables: Any, pipeline: Pipeline) -> Answers:
@@ -98,7 +98,7 @@ def _explained(answers: Answers, run: RestoredRun, variables: Any, pipeline: Pip
     wrong, right = surest[~is_right][:_EXPLAINED], surest[is_right]
     _, of_each_class = np.unique(judged.best[right], return_index=True)
     examples = np.concatenate([wrong, right[np.sort(of_each_class)][:_EXPLAINED]])
-    images = images_of(pipeline, examples)
+    images = pipeline.images(examples)
     method, pictures = with_heat(run, variables, images, judged.best[examples])
     explained = _examples(pipeline, judged, examples, pictures)
     return answers._replace(explained=explained, method=method)

@@ -9,8 +9,6 @@ import numpy as np
 from PIL import Image
 
 from flaxcls import augment
-from flaxcls.data.loader import materialize
-from flaxcls.data.pipeline import Pipeline
 from flaxcls.errors import ConfigError
 from flaxcls.inference.restored import RestoredRun
 from flaxcls.insight.drawing import overlay
@@ -19,18 +17,6 @@ from flaxcls.runtime import sharding
 
 _HEIGHT = 160  # pixels, of a picture on the page
 _SMALL = 64  # up to this height, pictures are kept as they are, as PNG
-
-
-def images_of(pipeline: Pipeline, examples: np.ndarray) -> np.ndarray:
-    """Some examples of a split as the network is shown them, uint8 [N, H, W, C]."""
-    images, _ = materialize(
-        pipeline.source,
-        pipeline.transform,
-        pipeline.sizes(0),
-        indices=examples,
-        max_pixels=pipeline.options.max_pixels,
-    )
-    return images
 
 
 def with_heat(
