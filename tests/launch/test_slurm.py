@@ -72,6 +72,17 @@ def test_sigterm_is_forwarded_waited_for_and_the_job_left_to_slurm(job):
     assert requeued() == []
 
 
+def test_sigterm_is_forwarded_to_a_step_that_has_only_just_begun(job):
+    script = Path("job").read_text()
+    assert script.count("\nstep=$!\n") == 1
+    Path("job").write_text(script.replace("\nstep=$!\n", "\nsleep 1\nstep=$!\n"))
+    process = job(SAVES="yes")
+    tell_when_ready(process)
+    process.communicate(timeout=30)
+    assert process.returncode == 42
+    assert Path("srun.log").read_text().endswith("saved\n")
+
+
 def test_step_told_by_slurm_alone_is_queued_again(job):
     process = job(SAVES="yes")
     wait_until_ready()
