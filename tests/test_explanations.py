@@ -185,7 +185,7 @@ def small_vit(**options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"fused_attention": True, "remat": True, "registers": 2}, {"pool": "average"}],
+    [{}, {"remat": True, "registers": 2}, {"pool": "average"}],
 )
 def test_rollout_is_the_product_of_the_attention_of_all_blocks(options):
     network, variables = small_vit(**options)

@@ -44,7 +44,7 @@ def test_kit_times_and_profiles_a_training_step(run_kit):
 def test_kit_times_pieces(run_kit):
     code, results, stdout = run_kit("--only=^pieces$")
     assert code == 0, stdout
-    assert {"convolution_flaxcls", "max_pool_flaxcls", "attention_fused", "a3"} <= results[
+    assert {"convolution_flaxcls", "max_pool_flaxcls", "attention_flaxcls", "a3"} <= results[
         "pieces"
     ]["result"].keys()
 

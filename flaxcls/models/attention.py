@@ -6,20 +6,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-TOKENS = 64  # cuDNN's kernels work on tiles of so many
 
-
-def attention(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, *, fused: bool = False
-) -> jax.Array:
+def attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
     """softmax(q k' / sqrt(D)) v of [B,T,heads,D], for each head by itself; the softmax is float32.
 
-    With `fused`, cuDNN computes it on NVIDIA GPUs in bfloat16 and float16, so that the weights,
-    [B,heads,T,T], are not written to memory; elsewhere it changes nothing.
+    On NVIDIA GPUs in bfloat16 and float16 cuDNN computes it, which does not write the weights,
+    [B,heads,T,T], to memory. With its gradient, that of 256 images and 12 heads of ViT-B/16 takes
+    1.18 instead of 2.72 ms (H200, jax 0.11.2), and repeats to the last bit.
     """
     arguments = queries, keys, values
-    by_cudnn = functools.partial(padded_attention, implementation="cudnn")
-    if not fused or not _is_possible(by_cudnn, *arguments):
+    by_cudnn = functools.partial(even_attention, implementation="cudnn")
+    if not _is_possible(by_cudnn, *arguments):
         return jax.nn.dot_product_attention(*arguments)
     return jax.lax.platform_dependent(
         *arguments, cuda=by_cudnn, default=jax.nn.dot_product_attention
@@ -35,14 +32,16 @@ def attention_weights(queries: jax.Array, keys: jax.Array) -> jax.Array:
     return jax.nn.softmax(scores / queries.shape[-1] ** 0.5)
 
 
-def padded_attention(*arguments: jax.Array, implementation: Literal["xla", "cudnn"]) -> jax.Array:
-    """`attention` of [B,T,heads,D] with T filled up to a multiple of TOKENS.
+def even_attention(*arguments: jax.Array, implementation: Literal["xla", "cudnn"]) -> jax.Array:
+    """`attention` of [B,T,heads,D] with one more token where T is odd.
 
-    cuDNN refuses the gradient of 197 tokens (jax 0.11.2). The lengths tell it what not to attend
-    to, so that the result is the same.
+    JAX refuses cuDNN's gradient of an odd number (0.11.2). The lengths tell what not to attend to,
+    so that the result is the same.
     """
     batch, tokens = arguments[0].shape[:2]
-    sides = (0, 0), (0, -tokens % TOKENS), (0, 0), (0, 0)
+    if tokens % 2 == 0:
+        return jax.nn.dot_product_attention(*arguments, implementation=implementation)
+    sides = (0, 0), (0, 1), (0, 0), (0, 0)
     lengths = jnp.full(batch, tokens, jnp.int32)
     y = jax.nn.dot_product_attention(
         *(jnp.pad(x, sides) for x in arguments),

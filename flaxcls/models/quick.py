@@ -20,6 +20,7 @@ from flaxcls.models.layers import (
     torch_bias_init,
     torch_kernel_init,
 )
+from flaxcls.models.layers import gelu as exact_gelu
 from flaxcls.models.pooling import max_pool
 
 
@@ -55,7 +56,7 @@ class Quick(nn.Module, kw_only=True):
             batch_norm(train, self.dtype, self.batch_norm_momentum, self.batch_norm_epsilon),
             use_scale=False,
         )
-        gelu = functools.partial(nn.gelu, approximate=self.gelu == "tanh")
+        gelu = exact_gelu if self.gelu == "exact" else nn.gelu
         whitening = FixedConv(
             8 * x.shape[-1],
             (2, 2),

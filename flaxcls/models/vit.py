@@ -50,17 +50,16 @@ class Attention(nn.Module):
 
     heads: int
     dtype: jnp.dtype
-    fused: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, width = x.shape
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
-        qkv = dense(3 * width, name="qkv")(x).reshape(batch, tokens, 3, self.heads, -1)
-        queries, keys, values = jnp.moveaxis(qkv, 2, 0)
+        qkv = jnp.split(dense(3 * width, name="qkv")(x), 3, axis=-1)
+        queries, keys, values = (y.reshape(batch, tokens, self.heads, -1) for y in qkv)
         if self.is_mutable_collection("attention") and not self.is_initializing():
             self.put_variable("attention", "weights", attention_weights(queries, keys))
-        y = attention(queries, keys, values, fused=self.fused)
+        y = attention(queries, keys, values)
         return dense(width, name="proj")(y.reshape(x.shape))
 
 
@@ -84,11 +83,10 @@ class Block(nn.Module):
     norm: Callable[..., nn.Module]
     dtype: jnp.dtype
     train: bool
-    fused_attention: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        attend = Attention(self.heads, self.dtype, self.fused_attention, name="attn")
+        attend = Attention(self.heads, self.dtype, name="attn")
         y = attend(self.norm(name="norm1")(x))
         y = nn.Dropout(self.dropout, deterministic=not self.train)(y)
         x = x + self._branch(y, "ls1")
@@ -115,8 +113,7 @@ class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
     Touvron et al. 2022, arXiv:2204.07118: 1e-4 in its code, 1e-6 in timm). `drop_path` is the last
     block's rate, or every block's with `drop_path_uniform`, as in DeiT III. `pre_logits` puts a
     tanh layer before the head, as big_vision's `rep_size`. `remat` computes blocks again in the
-    backward pass: less memory, a third more time. `fused_attention` is cuDNN's, on NVIDIA GPUs in
-    bfloat16: no memory for the attention's weights. It has not run on a GPU yet.
+    backward pass: less memory, a third more time.
 
     Initial values are timm's; big_vision's differ, its head starts at zero.
     """
@@ -136,7 +133,6 @@ class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
     drop_path: BelowOne = 0.0
     drop_path_uniform: bool = False
     pre_logits: bool = False
-    fused_attention: bool = False
     remat: bool = False
 
     torch_names = (  # timm's
@@ -191,7 +187,6 @@ class VisionTransformer(PatchEmbedding, nn.Module, kw_only=True):
                 norm=norm,
                 dtype=self.dtype,
                 train=train,
-                fused_attention=self.fused_attention,
                 name=f"block{i + 1}",
             )(x)
             x = record(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from flaxcls.models import layers, pooling
 from flaxcls.models.convolution import _convolve_blocks
@@ -217,3 +218,16 @@ def test_drop_path_drops_whole_examples_and_scales_up_the_others():
 def test_drop_path_rates_rise_linearly():
     np.testing.assert_allclose(layers.drop_path_rates(0.2, 5), [0, 0.05, 0.1, 0.15, 0.2])
     assert layers.drop_path_rates(0.2, 1) == [0.0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gelu_is_x_times_the_normal_distribution_and_so_is_its_gradient(dtype):
+    x = jnp.linspace(-9, 9, 1801).astype(dtype)
+    y, pullback = jax.vjp(layers.gelu, x)
+    exact = np.asarray(x, np.float64)
+    below, density = stats.norm.cdf(exact), stats.norm.pdf(exact)
+    tolerance = {"rtol": float(jnp.finfo(dtype).eps), "atol": 1e-6}
+    assert y.dtype == dtype
+    np.testing.assert_allclose(np.float64(y), exact * below, **tolerance)
+    (gradient,) = pullback(jnp.ones_like(x))
+    np.testing.assert_allclose(np.float64(gradient), below + exact * density, **tolerance)
