@@ -114,6 +114,13 @@ def check_folder(flag: str, path: str | Path) -> None:
         raise ConfigError(f"--{flag}={output.printable(path)} is in a folder that does not exist")
 
 
+def check_png(flag: str, path: str | Path) -> None:
+    """ConfigError unless a flag names a PNG in a folder that is there."""
+    check_folder(flag, path)
+    if not str(path).lower().endswith(".png"):
+        raise ConfigError(f"--{flag}={output.printable(path)} must end in .png")
+
+
 def check_run(runs: str | Sequence[str] | None) -> None:
     """ConfigError if --run, which may be given several times, is missing."""
     if runs is None or runs == []:
@@ -135,6 +142,14 @@ def find_pictures(paths: Iterable[str]) -> Iterator[str]:
             yield from _pictures_below(path, ())
         else:
             yield path
+
+
+def all_pictures(paths: Iterable[str]) -> list[str]:
+    """What `find_pictures` finds; ConfigError if that is nothing."""
+    paths = list(paths)
+    if not (found := list(find_pictures(paths))):
+        raise ConfigError(f"there are no pictures in {', '.join(paths)}")
+    return found
 
 
 def _pictures_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:

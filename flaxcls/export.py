@@ -58,9 +58,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--format=FORMAT is missing, one of {', '.join(FORMATS)}")
     if FLAGS.out is None:
         raise ConfigError("--out=FOLDER is missing; it will be made")
-    pictures = list(cli.find_pictures(arguments))
-    if arguments and not pictures:
-        raise ConfigError(f"there are no pictures in {', '.join(arguments)}")
+    pictures = cli.all_pictures(arguments) if arguments else FLAGS.pictures
 
     from flaxcls.inference import exporter, parity
     from flaxcls.runtime import compilation_cache
@@ -75,7 +73,6 @@ def main(argv: Sequence[str]) -> None:
         names=FLAGS.names,
         license=FLAGS.license,
         pictures=pictures,
-        count=FLAGS.pictures,
         data_dir=FLAGS.data_dir,
         tolerance=FLAGS.tolerance,
     )

@@ -31,8 +31,6 @@ flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", fl
 flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
-_DRAWN = 20  # pictures that are asked for, with their neighbors
-
 
 def main(argv: Sequence[str]) -> None:
     arguments = cli.parse(FLAGS, argv, __doc__, others=True)
@@ -43,9 +41,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--index={printable(FLAGS.index)} is not a folder")
     cli.check_pictures(arguments)
     if FLAGS.out:
-        cli.check_folder("out", FLAGS.out)
-    if FLAGS.out and not FLAGS.out.lower().endswith(".png"):
-        raise ConfigError(f"--out={printable(FLAGS.out)} must end in .png")
+        cli.check_png("out", FLAGS.out)
 
     from flaxcls.insight.search import draw, search
     from flaxcls.runtime import compilation_cache  # JAX, which takes seconds: not for --help
@@ -75,9 +71,7 @@ def main(argv: Sequence[str]) -> None:
             write_result("\t".join((*columns, printable(neighbor.file))))
         drawn.append((file, neighbors))
     if FLAGS.out and drawn:
-        draw(predictor, drawn[:_DRAWN], Path(FLAGS.out))
-        if len(drawn) > _DRAWN:
-            say(f"note: {printable(FLAGS.out)} has the first {_DRAWN} of them", error=True)
+        draw(predictor, drawn, Path(FLAGS.out))
     if unreadable:
         raise DataError(f"{len(unreadable):,} files could not be read; they are named above")
 

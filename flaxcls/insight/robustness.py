@@ -103,7 +103,7 @@ def _run(
 
 
 def attack_run(
-    workdir: Path,
+    run: str | Path,
     *,
     norm: str = "linf",
     eps: str | float = "8/255",
@@ -116,13 +116,13 @@ def attack_run(
     checkpoint: str = "last",
     ema: bool | None = None,
     data_dir: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     alive: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Attacks a saved run on some examples of a split.
 
     Args:
-      workdir, checkpoint, ema: as in `Predictor`.
+      run, checkpoint, ema: as in `Predictor`.
       norm, eps: the ball, in units of [0, 1]; "8/255".
       method: of METHODS, which contains those before it.
       steps: of PGD and APGD; None: 20 and 100.
@@ -144,10 +144,10 @@ def attack_run(
     for flag, number in (("steps", steps), ("restarts", restarts), ("examples", examples)):
         if number is not None and number < 1:
             raise ConfigError(f"--{flag} must be at least 1, got {number}")
-    ball = Ball(norm, parse_eps("--eps", eps))
+    run, ball = Path(run).expanduser(), Ball(norm, parse_eps("--eps", eps))
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(new_folder(out)) if out else None
-        predictor, victim = load_victim(workdir, checkpoint, ema)
+        folder = stack.enter_context(new_folder(Path(out).expanduser())) if out else None
+        predictor, victim = load_victim(run, checkpoint, ema)
         pipeline = predictor.restored.experiment.evaluation(split, data_dir)
         pixels, labels, indices = sample(pipeline, examples, seed)
         images = pixels.astype(np.float32) / 255
@@ -183,7 +183,7 @@ def attack_run(
         "interval": wilson(int(right.sum()), count),
         "rounded": float(np.mean(rounded == labels)),
     }
-    robustness_log.keep(workdir, found)
+    robustness_log.keep(run, found)
     return found
 
 

@@ -11,7 +11,6 @@ import scipy.stats
 from PIL import Image
 
 import flaxcls
-from flaxcls import api
 from flaxcls.core.perturbation import Ball, distance
 from flaxcls.errors import ConfigError
 from flaxcls.insight import robustness
@@ -201,7 +200,9 @@ def test_images_are_in_the_ball_judged_as_they_are_and_alone(digits_run):
 
 def test_folder_holds_the_images_and_a_table(digits_run, tmp_path):
     out = tmp_path / "out"
-    result = api.attack(digits_run, norm="l2", eps=1.5, method="pgd", steps=3, examples=50, out=out)
+    result = flaxcls.attack(
+        digits_run, norm="l2", eps=1.5, method="pgd", steps=3, examples=50, out=out
+    )
     rows = list(csv.DictReader((out / "attack.csv").open()))
     assert len(rows) == result["count"] == 50
     right = [row["clean"] == row["class"] for row in rows]
@@ -223,7 +224,7 @@ def test_folder_holds_the_images_and_a_table(digits_run, tmp_path):
     assert rounded == pytest.approx(result["rounded"], abs=0.02)
     assert all(float(row["l2"]) <= 1.5 and row["attack"] != "apgd-ce" for row in rows)
     with pytest.raises(ConfigError, match="is there already; name a new folder"):
-        api.attack(digits_run, out=out)
+        flaxcls.attack(digits_run, out=out)
 
 
 @pytest.mark.parametrize(
