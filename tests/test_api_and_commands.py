@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pickle
 import pkgutil
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -95,6 +96,19 @@ def test_package_is_pickled_by_its_name():
     """As modules are by cloudpickle, with a user's function that uses flaxcls."""
     function = eval("lambda: flaxcls", {"flaxcls": flaxcls})
     assert pickle.loads(cloudpickle.dumps(function))() is flaxcls
+
+
+def test_page_has_a_line_for_every_function():
+    page = (Path(__file__).parent.parent / "docs" / "python.md").read_text()
+    lines = re.findall(r"^\| `(\w+)\((.*?)\)` \| .{20,} \| (?:`(.*?)` )?\|$", page, re.MULTILINE)
+    functions = [name for name in flaxcls.__all__ if inspect.isfunction(getattr(flaxcls, name))]
+    assert sorted(name for name, _, _ in lines) == functions
+    for name, arguments, command in lines:
+        given = [text.partition("=")[0] for text in arguments.split(", ") if text]
+        assert {*given} <= inspect.signature(getattr(flaxcls, name)).parameters.keys()
+        assert not command or name in FUNCTIONS[command.split()[0]]
+    others = {*flaxcls.__all__} - {*functions}
+    assert all(f"`{name}`" in page for name in others)
 
 
 def test_type_checkers_are_told_where_everything_is():
