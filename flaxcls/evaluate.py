@@ -26,13 +26,8 @@ from absl import flags
 from flaxcls import cli
 from flaxcls.runtime.output import printable, write_result
 
-FLAGS = flags.FlagValues()
+FLAGS = cli.common_flags("split", "checkpoint", "data_dir", "source", "classes", "average", "tta")
 flags.DEFINE_multi_string("run", None, "The run's folder; several.", flag_values=FLAGS)
-flags.DEFINE_string("split", None, "The split; the run's own if not given.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
-flags.DEFINE_string("source", None, "Other data: a name or a path.", flag_values=FLAGS)
-flags.DEFINE_string("classes", None, "A CSV: what --source calls classes.", flag_values=FLAGS)
 flags.DEFINE_bool("detailed", False, "Whether to say more than a line.", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "A folder to make, for everything.", flag_values=FLAGS)
 flags.DEFINE_bool(
@@ -44,28 +39,12 @@ flags.DEFINE_string(
     "What the temperature is fitted on; one half of what is evaluated, measured on the other.",
     flag_values=FLAGS,
 )
-flags.DEFINE_enum(
-    "average",
-    "probabilities",
-    ("probabilities", "logits"),
-    "What of several runs is averaged.",
-    flag_values=FLAGS,
-)
 flags.DEFINE_integer(
     "knn",
     None,
     "Classify by so many nearest neighbors in the training split instead of by the head.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string(
-    "tta",
-    None,
-    "Test-time augmentation, such as flip, or none; the run's own if not given.",
-    flag_values=FLAGS,
-)
-
-ASKED = ("split", "checkpoint", "data_dir", "source", "classes", "tta", "knn", "detailed")
-ASKED += ("ema", "average", "fit_split")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -80,10 +59,9 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    asked = {name: FLAGS[name].value for name in ASKED}
     runs = [cli.local_folder("run", run) for run in FLAGS.run]
     out = cli.local_folder("out", FLAGS.out) if FLAGS.out else None
-    found = evaluate_runs(runs, out=out, **asked)
+    found = evaluate_runs(runs, out=out, **cli.arguments(FLAGS, "run", "out"))
     source = f"{printable(FLAGS.source)}, " if FLAGS.source else ""
     for name, row in found.results.items():
         of = f"{printable(FLAGS.run[0])}, step {found.step}, {source}{found.split}"

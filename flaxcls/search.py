@@ -22,13 +22,10 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.runtime.output import printable, say, write_result
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+FLAGS = cli.common_flags("run", "checkpoint", "ema")
 flags.DEFINE_string("index", None, "The folder to search, with all below it.", flag_values=FLAGS)
 flags.DEFINE_integer("neighbors", 8, "How many for each.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "A file for the picture, such as grid.png.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
 
@@ -58,11 +55,8 @@ def main(argv: Sequence[str]) -> None:
         FLAGS.index,
         indexed=cli.find_pictures([FLAGS.index]),
         asked=cli.find_pictures(arguments),
-        neighbors=FLAGS.neighbors,
         report=report,
-        checkpoint=FLAGS.checkpoint,
-        ema=FLAGS.ema,
-        batch_size=FLAGS.batch_size,
+        **cli.arguments(FLAGS, "run", "index", "out"),
     )
     drawn = []
     for file, neighbors in found:
