@@ -71,8 +71,10 @@ def attack_images(
         for restart in range(restarts):
             key = jax.random.fold_in(jax.random.fold_in(seed_key(seed), place), restart)
             for rank in range(1, ranks + 1):
-                alive(f"{attack.name}: {np.sum(predicted == labels):,} images are withstood")
                 left = np.flatnonzero(predicted == labels)
+                if not len(left):
+                    continue
+                alive(f"{attack.name}: {len(left):,} images are withstood")
                 tried = _run(victim, run, key, rank, images[left], labels[left], indices[left])
                 tried = attack.ball.inside(images[left], tried)
                 classes = victim.classify(tried)

@@ -174,6 +174,11 @@ def test_stronger_attack_is_never_withstood_by_more(digits_run):
     assert results["apgd"]["robust"] == accuracies[-1]
 
 
+def test_network_that_withstands_nothing_is_not_attacked_further(digits_run):
+    result = robustness.attack_run(digits_run, eps=1.0, method="apgd", steps=2, examples=20)
+    assert result["robust"] == 0 and len(result["accuracies"]) == 5
+
+
 def test_images_are_in_the_ball_judged_as_they_are_and_alone(digits_run):
     predictor, victim = load_victim(digits_run, "last", None)
     pipeline = predictor.restored.experiment.evaluation(None, None)
