@@ -1,11 +1,12 @@
 """Whether flaxcls computes on the accelerator what it should; nothing here needs data.
 
-    python benchmarks/gpu/correctness.py commands|against_cpu|resume [--tiny] [--folder=DIR]
-        [--setting=NAME]
+    python benchmarks/gpu/correctness.py commands|against_cpu|attention|resume [--tiny]
+        [--folder=DIR] [--setting=NAME]
 
 commands     the commands that a user starts with: train digits_cnn, evaluate, predict.
 against_cpu  one update of ResNet-20, computed here and on the CPU from the same state: how far the
              parameters' change is from the CPU's in float32, relative, in several precisions.
+attention    that of a ViT in bfloat16 against float32's, relative, and whether it repeats bitwise.
 resume       a run that is killed and then resumed, against one that is left alone: whether every
              array of the last checkpoint is bitwise the same.
 
@@ -64,7 +65,7 @@ TINY = ("--config.data.image_shape=(16, 16, 3)", "--config.model.width=4")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("commands", "against_cpu", "resume"))
+    parser.add_argument("what", choices=("commands", "against_cpu", "attention", "resume"))
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--folder", type=Path, default=None)
     parser.add_argument("--setting", choices=SETTINGS, default="cache")
@@ -75,6 +76,8 @@ def main() -> None:
         result = commands(folder, options.tiny)
     elif options.what == "against_cpu":
         result = against_cpu(options.tiny)
+    elif options.what == "attention":
+        result = attention(options.tiny)
     else:
         result = resume(folder, options.setting, options.tiny)
     print(json.dumps(result))
@@ -155,6 +158,33 @@ def against_cpu(tiny: bool) -> dict[str, Any]:
         distance = _norm(params, reference) / _norm(reference, before.params)
         distances[f"{dtype}_{precision}"] = {"update": distance, "loss": loss}
     return distances
+
+
+def attention(tiny: bool) -> dict[str, Any]:
+    """Of output and gradients ||bfloat16 - float32|| / ||float32||, and whether they repeat."""
+    import jax
+    import jax.numpy as jnp
+    import recipes
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (2 if tiny else 64, 197, 12, 64)
+    inputs = [2 * jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+
+    @jax.jit
+    def both(*inputs: jax.Array) -> list[jax.Array]:
+        output, pullback = jax.vjp(recipes.attention, *inputs[:3])
+        return [output, *pullback(inputs[3])]
+
+    with jax.default_matmul_precision("highest"):
+        exact = both(*(x.astype(jnp.float32) for x in inputs))
+    first, *others = ([jax.device_get(y) for y in both(*inputs)] for _ in range(8))
+    return {
+        "distances": [_norm(y, x) / _norm(x, 0 * x) for x, y in zip(exact, first, strict=True)],
+        "repeats": all(
+            (x == y).all() for again in others for x, y in zip(first, again, strict=True)
+        ),
+        "by_cudnn": "cudnn" in both.lower(*inputs).as_text(),
+    }
 
 
 def _norm(first: Any, second: Any) -> float:

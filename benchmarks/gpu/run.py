@@ -92,6 +92,7 @@ def parts(options: argparse.Namespace) -> Iterator[Part]:
     yield Part("about", script("about"), 60, alone=False)
     yield Part("commands", script("correctness", "commands"), 200, alone=False)
     yield Part("against_cpu", script("correctness", "against_cpu"), 300, alone=False)
+    yield Part("attention", script("correctness", "attention"), 60, alone=False)
     for setting in SETTINGS:
         folder = f"--folder={options.out / 'runs' / setting}"
         command = script("correctness", "resume", f"--setting={setting}", folder)
