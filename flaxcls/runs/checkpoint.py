@@ -173,9 +173,10 @@ class Checkpoints(CheckpointReader):
             if self._manager:
                 self._manager.wait_until_finished()
         except Exception as error:
-            self._failure = _not_saved(self._saving, cause_of(error))
-            self._failure.__cause__ = error
+            failure = _not_saved(self._saving, cause_of(error))
+            failure.__cause__ = error
             self.reload()
+            self._failure = failure
 
     def _take_failure(self) -> CheckpointError | None:
         self._finish()

@@ -102,8 +102,12 @@ class _LeaseFile:
         return found is not None and found.token == holder.token
 
     def create(self, new: Holder) -> bool:
-        """Whether the lease was free and is now that of `new`."""
-        return _create(self._path, new)
+        """Whether the lease was free and is now that of `new`; makes the folder."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _create(self._path, new)
+        except FileNotFoundError:  # another job has made the folder, and taken it away again
+            return False
 
     def replace(self, old: Holder, new: Holder) -> bool:
         """Whether the lease was that of `old` and is now that of `new`."""
@@ -221,7 +225,6 @@ def hold(folder: Path | None, say: Callable[[str], None]) -> Iterator[Lease]:
     lease, new = NO_LEASE, list[Path]()
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
         lease = _take(_LeaseFile(folder), folder, say)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
