@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -31,7 +32,7 @@ def quick(monkeypatch):
 
 def write(folder, name="lease.json", **changes):
     """A lease of this process, which it does not hold, but for the changes; its token."""
-    content = {**lease.Holder.this(time.time())._asdict(), **changes}
+    content = {**lease.Holder.this(folder, time.time())._asdict(), **changes}
     del content["renewed"]
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(json.dumps(content))
@@ -110,6 +111,17 @@ def test_process_of_another_machine_that_renews_its_lease_is_alive(tmp_path, mon
         monkeypatch.setattr(machine, "identity", lambda: "another")
         with pytest.raises(RunTakenError), lease.hold(tmp_path, lambda text: None):
             pass
+
+
+def test_copied_folder_is_not_that_of_the_job_which_trains_in_the_first_one(tmp_path):
+    said = []
+    with lease.hold(tmp_path / "run", never):
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        (tmp_path / "link").symlink_to(tmp_path / "run")
+        with pytest.raises(RunTakenError):
+            lease.hold(tmp_path / "link", never).__enter__()
+        with lease.hold(tmp_path / "copy", said.append):
+            assert said[-1].startswith("no sign of life")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"token": "../x"}', "[" * 10**5, None])

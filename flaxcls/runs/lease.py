@@ -54,16 +54,17 @@ class Holder(NamedTuple):
     pid: int
     machine: str  # where the process has this number
     began: int | None  # as `machine.began` has it: another process may get the number
+    folder: str  # of the run, on that machine: a lease may have been copied with the folder
     since: float  # seconds since 1970, by the clock of the host
     is_ending: bool = False  # it was asked to end, and is saving
     renewed: int = 0
 
     @classmethod
-    def this(cls, since: float, is_ending: bool = False) -> "Holder":
+    def this(cls, folder: Path, since: float, is_ending: bool = False) -> "Holder":
         """A new one for this process."""
         pid = os.getpid()
-        place = (socket.gethostname(), pid, machine.identity(), machine.began(pid))
-        return cls(secrets.token_hex(16), *place, since, is_ending)
+        process = (socket.gethostname(), pid, machine.identity(), machine.began(pid))
+        return cls(secrets.token_hex(16), *process, str(folder.resolve()), since, is_ending)
 
     def __str__(self) -> str:
         if not self.pid:
@@ -73,7 +74,7 @@ class Holder(NamedTuple):
 
     @property
     def state(self) -> str:
-        """As `machine.state_of`; "unknown" on another machine."""
+        """As `machine.state_of`; "unknown" on another machine, and of a copied lease."""
         if self.machine != machine.identity():
             return "unknown"
         if (self.pid, self.began) == (os.getpid(), machine.began(os.getpid())):
@@ -173,7 +174,7 @@ class Lease:
         """Says that the run was asked to end: who wants to resume it waits until it is saved."""
         if self._file is None:
             return
-        new = Holder.this(self._holder.since, is_ending=True)
+        new = Holder.this(Path(self._holder.folder), self._holder.since, is_ending=True)
         _held.add(new.token)
         with self._lock, contextlib.suppress(OSError):
             if self._file.replace(self._holder, new):
@@ -189,7 +190,8 @@ class Lease:
         """Ends it, if it is still held: the next job need not wait."""
         self._ended.set()
         if self._file:
-            self._thread.join()
+            if self._thread.is_alive():
+                self._thread.join()
             with contextlib.suppress(OSError):
                 if self._file.holds(self._holder):
                     self._file.remove()
@@ -241,7 +243,7 @@ def hold(folder: Path | None, say: Callable[[str], None]) -> Iterator[Lease]:
 
 def _take(file: _LeaseFile, folder: Path, say: Callable[[str], None]) -> Lease:
     """Takes the lease where it is free or its holder dead."""
-    mine = Holder.this(time.time())
+    mine = Holder.this(folder, time.time())
     _held.add(mine.token)
     try:
         while True:
@@ -325,16 +327,18 @@ def _read(path: Path) -> Holder | None:
     except FileNotFoundError:
         return None
     try:
-        return _holder(json.loads(content))._replace(renewed=renewed)
+        holder = _holder(json.loads(content))._replace(renewed=renewed)
+        is_copy = holder.folder != str(path.parent.resolve())
+        return holder._replace(machine="") if is_copy else holder
     except (ValueError, TypeError, RecursionError):
         token = hashlib.sha256(content).hexdigest()[:32]
-        return Holder(token, "", 0, "", None, 0.0, renewed=renewed)
+        return Holder(token, "", 0, "", None, "", 0.0, renewed=renewed)
 
 
 def _holder(content: Any) -> Holder:
     """Raises ValueError or TypeError if it is none."""
     holder = Holder(**content)
-    kinds = (str, str, int, str, int | None, float, bool)
+    kinds = (str, str, int, str, int | None, str, float, bool)
     if not all(map(options.fits, holder, kinds)) or holder.pid < 1:
         raise ValueError
     if not 0 <= holder.since < 1e11:  # more than 3,000 years
