@@ -14,7 +14,9 @@ import pytest
 
 from flaxcls.errors import ConfigError, FlaxclsError, RunTakenError
 from flaxcls.runs import lease
+from flaxcls.runs.broken_images import broken_images_log
 from flaxcls.runs.checkpoint import UNFINISHED, Checkpoints
+from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runtime import machine
 from flaxcls.training.hooks import Hooks
 from flaxcls.training.train import train_config
@@ -248,6 +250,23 @@ def test_run_that_has_lost_its_folder_writes_nothing_more(tmp_path, tiny_config,
         train_config(tiny_config(), tmp_path / "run", hooks=Hooks(**{moment: lose}))
     assert seen == [contents(tmp_path / "run")]
     assert "not saved" not in capsys.readouterr().out
+
+
+def test_logs_of_a_job_that_has_lost_its_folder_stay_as_they_are(tmp_path):
+    row = {"loss": 1.0, "accuracy": 0.5, "count": 8}
+    with lease.hold(tmp_path, never) as held:
+        report = broken_images_log(tmp_path, held)
+        with pytest.raises(RunTakenError), MetricLog(tmp_path, 0, 9, 8, held.check) as log:
+            report("a.png is broken")
+            log.evaluation(1, 0.1, {"eval": row})
+            write(tmp_path, pid=77)
+            before = contents(tmp_path)
+            report("b.png is broken")
+            with pytest.raises(RunTakenError):
+                log.cut(0)
+            log.evaluation(2, 0.2, {"eval": row})
+    assert contents(tmp_path) == before
+    assert (tmp_path / "broken_images.log").read_text() == "a.png is broken\n"
 
 
 def test_checkpoint_of_a_job_that_has_lost_its_folder_is_not_committed(tmp_path):

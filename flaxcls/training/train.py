@@ -72,9 +72,9 @@ def train_config(
 ) -> dict[str, Any]:
     """Trains what a config means; returns what summary.json holds, and raises, as `train` does.
 
-    Another job that trains in `workdir` is RunTakenError, before any device is used. A run that has
-    finished, and is not to be longer now, is left as it is. `age` are the seconds
-    that the process has taken so far; a run that is `watched` ends the process if it hangs.
+    Where another job trains in `workdir` that is RunTakenError, before any device is used. A run
+    that has finished, and is not to be longer now, is left as it is. `age` are the seconds that the
+    process has taken so far; a run that is `watched` ends the process if it hangs.
     """
     clock = Goodput(age)
     if said := complete(config, workdir):

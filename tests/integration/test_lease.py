@@ -23,7 +23,7 @@ machine.identity = lambda: "another"
 lease.SILENT_SECONDS = 1.0
 cli.run(main.main)
 """
-STEPS = 3000
+STEPS = 2000
 ARGUMENTS = (
     "--config=digits_mlp",
     f"--config.duration={STEPS} steps",
