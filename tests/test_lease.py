@@ -206,10 +206,19 @@ def test_file_that_can_not_be_read_for_a_moment_does_not_end_the_job(tmp_path, m
         with monkeypatch.context() as patch:
             patch.setattr(lease, "_read", fail)
             held.check()
-            with pytest.raises(ConfigError, match=r"lease\.json can't be read: Input"):
+            with pytest.raises(FlaxclsError, match=r"lease\.json can't be read: Input"):
                 lease.hold(tmp_path, never).__enter__()
         held.check()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_wait_for_a_file_that_can_not_be_read_any_more_ends_with_a_sentence(tmp_path, monkeypatch):
+    def fail(text):
+        monkeypatch.setattr(lease, "_read", lambda path: os.stat(f"{path}/below"))
+
+    write(tmp_path, machine="another")
+    with pytest.raises(FlaxclsError, match=r"lease\.json can't be read: Not a directory"):
+        lease.hold(tmp_path, fail).__enter__()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])

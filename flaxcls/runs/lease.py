@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flaxcls.config import options
-from flaxcls.errors import ConfigError, FlaxclsError, RunTakenError
+from flaxcls.errors import FlaxclsError, RunTakenError
 from flaxcls.runtime import machine
 from flaxcls.runtime.output import printable
 
@@ -42,6 +42,8 @@ SILENT_SECONDS = 60.0  # without renewal, after which the holder is dead
 ENDING_SECONDS = 120.0  # that a holder which was asked to end has to save; launchers give as much
 _POLL_SECONDS = 0.5
 _UNKNOWN = "an unknown process"
+# Where nobody can make a file, so that nobody trains: read-only, forbidden, a file instead.
+_NO_FOLDER = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 _held = set[str]()  # tokens of this process, which may have several jobs: in threads, notebooks
 
@@ -93,9 +95,12 @@ class _LeaseFile:
         self._path = folder / FILE
 
     def read(self) -> Holder | None:
-        """The holder, or who is about to be it."""
-        found = _read(self._path)
-        return found and (_read(self._next(found)) or found)
+        """The holder, or who is about to be it; FlaxclsError if that can't be known."""
+        try:
+            found = _read(self._path)
+            return found and (_read(self._next(found)) or found)
+        except OSError as error:
+            raise FlaxclsError(f"{self._path} can't be read: {error.strerror}") from error
 
     def holds(self, holder: Holder) -> bool:
         """Whether the file still says so."""
@@ -217,8 +222,8 @@ def hold(folder: Path | None, say: Callable[[str], None]) -> Iterator[Lease]:
       say: gets a sentence where the lease may be that of a dead job, which takes SILENT_SECONDS to
         find out; at the longest, for one that is ending, ENDING_SECONDS more.
 
-    Raises RunTakenError if another job holds it, and FlaxclsError where the disk is full. Where the
-    folder can't be written there is no lease: a run that has finished needs none there, and any
+    Raises RunTakenError if another job holds it, and FlaxclsError where the disk fails or is full.
+    Where nobody may write there is no lease: a run that has finished needs none there, and any
     other one ends when it begins to write.
     """
     if folder is None:
@@ -229,7 +234,7 @@ def hold(folder: Path | None, say: Callable[[str], None]) -> Iterator[Lease]:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         lease = _take(_LeaseFile(folder), folder, say)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _NO_FOLDER:
             raise FlaxclsError(f"{folder / FILE} can't be written: {error.strerror}") from error
     try:
         lease.begin()
@@ -247,10 +252,7 @@ def _take(file: _LeaseFile, folder: Path, say: Callable[[str], None]) -> Lease:
     _held.add(mine.token)
     try:
         while True:
-            try:
-                found = file.read()
-            except OSError as error:
-                raise ConfigError(f"{folder / FILE} can't be read: {error.strerror}") from error
+            found = file.read()
             if found is None:
                 if file.create(mine):
                     return Lease(file, mine)
