@@ -256,7 +256,9 @@ def test_run_that_has_lost_its_folder_writes_nothing_more(tmp_path, tiny_config,
         seen.append(contents(tmp_path / "run"))
 
     with pytest.raises(RunTakenError, match="process 77"):
-        train_config(tiny_config(), tmp_path / "run", hooks=Hooks(**{moment: lose}))
+        # Nothing is saved in the background at that moment.
+        config = tiny_config(checkpoint__every="12 steps")
+        train_config(config, tmp_path / "run", hooks=Hooks(**{moment: lose}))
     assert seen == [contents(tmp_path / "run")]
     assert "not saved" not in capsys.readouterr().out
 
@@ -318,9 +320,7 @@ for folder in sys.stdin:
 
 
 def test_one_of_many_who_want_a_run_gets_it(tmp_path, start_python):
-    script = tmp_path / "taker.py"
-    script.write_text(TAKER)
-    takers = [start_python(script, stdin=subprocess.PIPE) for _ in range(TAKERS)]
+    takers = [start_python("-c", TAKER, stdin=subprocess.PIPE) for _ in range(TAKERS)]
 
     def each(text):
         for taker in takers:

@@ -187,6 +187,7 @@ class Checkpoints(CheckpointReader):
         """Orbax calls this in the first process, when all have written, before the renaming."""
         self.check()
         self._bytes = manifest.write(self._unfinished(self._saving), WRITTEN_LAST)
+        self.check()  # that may have taken minutes
 
     def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
         """Why `state` can't be saved now."""

@@ -42,8 +42,9 @@ SILENT_SECONDS = 60.0  # without renewal, after which the holder is dead
 ENDING_SECONDS = 120.0  # that a holder which was asked to end has to save; launchers give as much
 _POLL_SECONDS = 0.5
 _UNKNOWN = "an unknown process"
-# Where nobody can make a file, so that nobody trains: read-only, forbidden, a file instead.
-_NO_FOLDER = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+# Where nobody can make a file, so that nobody trains: read-only, forbidden, no folder at all.
+_NO_FOLDER = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
+_NO_FOLDER += (errno.ENAMETOOLONG,)
 
 _held = set[str]()  # tokens of this process, which may have several jobs: in threads, notebooks
 
@@ -326,7 +327,7 @@ def _read(path: Path) -> Holder | None:
     try:
         with path.open("rb") as file:  # opening asks a file server anew
             content, renewed = file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
         holder = _holder(json.loads(content))._replace(renewed=renewed)
