@@ -24,8 +24,7 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError
 from flaxcls.runtime.output import printable, say, write_result
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+FLAGS = cli.common_flags("run", "split", "checkpoint", "ema", "data_dir")
 flags.DEFINE_string("method", "apgd", "The attack: fgsm, pgd or apgd.", flag_values=FLAGS)
 flags.DEFINE_string("norm", "linf", "Of the change of an image: linf or l2.", flag_values=FLAGS)
 flags.DEFINE_string("eps", "8/255", "The largest change, in units of [0, 1].", flag_values=FLAGS)
@@ -34,11 +33,8 @@ flags.DEFINE_integer("restarts", 1, "From other random images.", flag_values=FLA
 flags.DEFINE_bool("corruptions", False, "Corrupt images, not attack.", flag_values=FLAGS)
 flags.DEFINE_integer("examples", 1000, "How many of the split, at random.", flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "Of all that is random.", flag_values=FLAGS)
-flags.DEFINE_string("split", None, "The split; the run's own if not given.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
-flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "The folder to make, for images and table.", flag_values=FLAGS)
+OF_ATTACKS = ("norm", "eps", "method", "steps", "restarts")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,28 +49,18 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    common = {
-        "examples": FLAGS.examples,
-        "seed": FLAGS.seed,
-        "split": FLAGS.split,
-        "checkpoint": FLAGS.checkpoint,
-        "ema": FLAGS.ema,
-        "data_dir": FLAGS.data_dir,
-        "alive": partial(say, error=True),
-    }
-    run = cli.local_folder("run", FLAGS.run)
+    run, alive = cli.local_folder("run", FLAGS.run), partial(say, error=True)
+    others = ("run", "out", "corruptions")
     if FLAGS.corruptions:
-        write_result(f"{printable(FLAGS.run)}, {describe_corruptions(corrupt_run(run, **common))}")
+        given = cli.arguments(FLAGS, *others, *OF_ATTACKS)
+        result = corrupt_run(run, alive=alive, **given)
+        write_result(f"{printable(FLAGS.run)}, {describe_corruptions(result)}")
         return
     result = attack_run(
         run,
-        norm=FLAGS.norm,
-        eps=FLAGS.eps,
-        method=FLAGS.method,
-        steps=FLAGS.steps,
-        restarts=FLAGS.restarts,
         out=FLAGS.out and cli.local_folder("out", FLAGS.out),
-        **common,
+        alive=alive,
+        **cli.arguments(FLAGS, *others),
     )
     write_result(f"{printable(FLAGS.run)}, {describe(result)}")
     if FLAGS.out:

@@ -18,7 +18,7 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError
 from flaxcls.runtime.output import printable, write_result
 
-FLAGS = flags.FlagValues()
+FLAGS = cli.common_flags("data_dir")
 flags.DEFINE_multi_string("run", [], "The folder of a run; several times.", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "The folder of the new run.", flag_values=FLAGS)
 flags.DEFINE_string(
@@ -29,7 +29,6 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("greedy", False, "Take only what does not make it worse.", flag_values=FLAGS)
 flags.DEFINE_string("split", None, "The split held out for --greedy.", flag_values=FLAGS)
-flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -48,10 +47,7 @@ def main(argv: Sequence[str]) -> None:
     averaged = average_runs(
         [cli.local_folder("run", run) for run in FLAGS.run],
         cli.local_folder("out", FLAGS.out),
-        checkpoint=FLAGS.checkpoint,
-        greedy=FLAGS.greedy,
-        split=FLAGS.split,
-        data_dir=FLAGS.data_dir,
+        **cli.arguments(FLAGS, "run", "out"),
     )
     write_result(
         f"the mean of {len(averaged.members)}: {', '.join(map(str, averaged.members))}\n"

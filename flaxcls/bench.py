@@ -31,8 +31,7 @@ from absl import flags
 from flaxcls import cli
 from flaxcls.errors import ConfigError, did_you_mean
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
+FLAGS = cli.common_flags("config")
 flags.DEFINE_integer("steps", 20, "Steps per round.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("rounds", 5, "Measured rounds.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_float("busy", 0.8, "Speed of the model over the input's.", flag_values=FLAGS)

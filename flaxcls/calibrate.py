@@ -23,8 +23,9 @@ from absl import flags
 from flaxcls import cli
 from flaxcls.runtime.output import printable, write_result
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+FLAGS = cli.common_flags(
+    "run", "split", "checkpoint", "ema", "tta", "data_dir", "source", "classes"
+)
 flags.DEFINE_float("coverage", 0.9, "How often sets hold the right class.", flag_values=FLAGS)
 flags.DEFINE_bool("per_class", False, "Whether for each class.", flag_values=FLAGS)
 flags.DEFINE_float(
@@ -33,13 +34,6 @@ flags.DEFINE_float(
     "Share of wrong answers, at most; 0.05 if there are examples enough to promise that.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("split", None, "The split; the run's own if not given.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
-flags.DEFINE_string("tta", None, "As of flaxcls.evaluate: flip, none.", flag_values=FLAGS)
-flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
-flags.DEFINE_string("source", None, "Other data: a name or a path.", flag_values=FLAGS)
-flags.DEFINE_string("classes", None, "A CSV: what --source calls classes.", flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,19 +44,7 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    found = calibrate_run(
-        cli.local_folder("run", FLAGS.run),
-        coverage=FLAGS.coverage,
-        per_class=FLAGS.per_class,
-        risk=FLAGS.risk,
-        split=FLAGS.split,
-        checkpoint=FLAGS.checkpoint,
-        ema=FLAGS.ema,
-        tta=FLAGS.tta,
-        data_dir=FLAGS.data_dir,
-        source=FLAGS.source,
-        classes=FLAGS.classes,
-    )
+    found = calibrate_run(cli.local_folder("run", FLAGS.run), **cli.arguments(FLAGS, "run"))
     checkpoint = found.calibration.checkpoint.describe()
     write_result(
         f"{printable(FLAGS.run)}, {checkpoint}, by {describe(found)}\n"

@@ -7,6 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -44,6 +45,42 @@ COMMANDS = {
     "bench": "flaxcls.bench",
     "plan": "flaxcls.plan",
 }
+
+flags.disclaim_key_flags()  # what is defined here --help lists among those of the command itself
+
+# Flags that are the same in several commands: how each is defined, its default, what it is.
+COMMON: dict[str, tuple[Any, ...]] = {
+    "config": (flags.DEFINE_string, None, "The recipe, such as configs/digits_cnn.py."),
+    "run": (flags.DEFINE_string, None, "The run's folder."),
+    "split": (flags.DEFINE_string, None, "The split; the run's own if not given."),
+    "checkpoint": (flags.DEFINE_string, "last", "Which one: last, best or a step."),
+    "ema": (flags.DEFINE_bool, None, "Averaged parameters, or not; the better ones."),
+    "data_dir": (flags.DEFINE_string, None, "Where the data is, if it has moved."),
+    "source": (flags.DEFINE_string, None, "Other data: a name or a path."),
+    "classes": (flags.DEFINE_string, None, "A CSV: what --source calls classes."),
+    "tta": (
+        *(flags.DEFINE_string, None),
+        "Test-time augmentation, such as flip, or none; the run's own if not given.",
+    ),
+    "average": (
+        *(flags.DEFINE_enum, "probabilities", ("probabilities", "logits")),
+        "What of several runs is averaged.",
+    ),
+}
+
+
+def common_flags(*names: str) -> flags.FlagValues:
+    """The flags of a command, those of COMMON so far; it defines its own besides."""
+    flag_values = flags.FlagValues()
+    for name in names:
+        define, *arguments = COMMON[name]
+        define(name, *arguments, flag_values=flag_values)
+    return flag_values
+
+
+def arguments(flag_values: flags.FlagValues, *others: str) -> dict[str, Any]:
+    """The values of all flags but some: what the library's function takes by the same names."""
+    return {name: flag_values[name].value for name in flag_values if name not in others}
 
 
 def dispatch(argv: Sequence[str], group: str = "") -> int | None:
@@ -114,6 +151,13 @@ def check_folder(flag: str, path: str | Path) -> None:
         raise ConfigError(f"--{flag}={output.printable(path)} is in a folder that does not exist")
 
 
+def check_png(flag: str, path: str | Path) -> None:
+    """ConfigError unless a flag names a PNG in a folder that is there."""
+    check_folder(flag, path)
+    if not str(path).lower().endswith(".png"):
+        raise ConfigError(f"--{flag}={output.printable(path)} must end in .png")
+
+
 def check_run(runs: str | Sequence[str] | None) -> None:
     """ConfigError if --run, which may be given several times, is missing."""
     if runs is None or runs == []:
@@ -135,6 +179,14 @@ def find_pictures(paths: Iterable[str]) -> Iterator[str]:
             yield from _pictures_below(path, ())
         else:
             yield path
+
+
+def all_pictures(paths: Iterable[str]) -> list[str]:
+    """What `find_pictures` finds; ConfigError if that is nothing."""
+    paths = list(paths)
+    if not (found := list(find_pictures(paths))):
+        raise ConfigError(f"there are no pictures in {', '.join(paths)}")
+    return found
 
 
 def _pictures_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:

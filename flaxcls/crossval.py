@@ -17,8 +17,7 @@ from flaxcls.errors import ConfigError
 from flaxcls.runs import run_code
 from flaxcls.runtime.output import printable, write_result
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=FLAGS)
+FLAGS = cli.common_flags("config")
 flags.DEFINE_string(
     "workdir", None, "The study's folder; runs/crossval-NAME-<date-time>.", flag_values=FLAGS
 )

@@ -38,13 +38,10 @@ METHODS = (
     "occlusion",
     "attention_rollout",
 )
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+FLAGS = cli.common_flags("run", "checkpoint", "ema")
 flags.DEFINE_enum("method", "gradcam", METHODS, "How.", flag_values=FLAGS)
 flags.DEFINE_string("class", None, "The class to explain.", flag_values=FLAGS)
 flags.DEFINE_string("out", "explanations", "The folder for the PNGs.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 16, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
 
@@ -70,13 +67,11 @@ def main(argv: Sequence[str]) -> None:
     explained = explain_files(
         cli.local_folder("run", FLAGS.run),
         itertools.chain(first, files),
-        method=FLAGS.method,
         class_name=FLAGS["class"].value,
         out=cli.local_folder("out", FLAGS.out),
         report=report,
-        checkpoint=FLAGS.checkpoint,
-        ema=FLAGS.ema,
         batch_size=len(first),
+        **cli.arguments(FLAGS, "run", "class", "out", "batch_size"),
     )
     count = 0
     for file, explanation, png in explained:

@@ -28,12 +28,9 @@ from flaxcls.errors import ConfigError
 from flaxcls.runtime.output import printable, write_result
 
 FORMATS = ("safetensors", "stablehlo", "onnx", "savedmodel")
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+FLAGS = cli.common_flags("run", "checkpoint", "ema", "data_dir")
 flags.DEFINE_enum("format", None, FORMATS, "Format of the export.", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "The folder to make.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
 flags.DEFINE_enum(
     "names", "flaxcls", ("flaxcls", "torch"), "Of weights in safetensors.", flag_values=FLAGS
 )
@@ -41,7 +38,6 @@ flags.DEFINE_string("license", None, "A line about the weights' licence.", flag_
 flags.DEFINE_integer(
     "pictures", 256, "How many of the split to certify with.", lower_bound=1, flag_values=FLAGS
 )
-flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
 flags.DEFINE_float(
     "tolerance",
     None,
@@ -58,9 +54,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--format=FORMAT is missing, one of {', '.join(FORMATS)}")
     if FLAGS.out is None:
         raise ConfigError("--out=FOLDER is missing; it will be made")
-    pictures = list(cli.find_pictures(arguments))
-    if arguments and not pictures:
-        raise ConfigError(f"there are no pictures in {', '.join(arguments)}")
+    pictures = cli.all_pictures(arguments) if arguments else FLAGS.pictures
 
     from flaxcls.inference import exporter, parity
     from flaxcls.runtime import compilation_cache
@@ -68,16 +62,9 @@ def main(argv: Sequence[str]) -> None:
     compilation_cache.enable()
     certificate = exporter.export_run(
         cli.local_folder("run", FLAGS.run),
-        format=FLAGS.format,
-        out=cli.local_folder("out", FLAGS.out),
-        checkpoint=FLAGS.checkpoint,
-        ema=FLAGS.ema,
-        names=FLAGS.names,
-        license=FLAGS.license,
+        cli.local_folder("out", FLAGS.out),
         pictures=pictures,
-        count=FLAGS.pictures,
-        data_dir=FLAGS.data_dir,
-        tolerance=FLAGS.tolerance,
+        **cli.arguments(FLAGS, "run", "out", "pictures"),
     )
     write_result(f"{parity.describe(certificate)}\n{printable(FLAGS.out)} is written")
 

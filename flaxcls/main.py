@@ -18,8 +18,7 @@ from flaxcls.runs import run_code
 from flaxcls.runtime import cluster
 from flaxcls.runtime.output import printable
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=FLAGS)
+FLAGS = cli.common_flags("config")
 flags.DEFINE_string(
     "workdir", None, "The run's folder; runs/NAME-<date-time> if not given.", flag_values=FLAGS
 )

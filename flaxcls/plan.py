@@ -23,8 +23,7 @@ from absl import flags
 from flaxcls import cli
 from flaxcls.errors import ConfigError
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "The recipe.", flag_values=FLAGS)
+FLAGS = cli.common_flags("config")
 flags.DEFINE_multi_string("topology", None, "Slices, such as v5e:2x2, or local.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "batch_per_chip", None, "Images a chip, not the recipe's.", lower_bound=1, flag_values=FLAGS

@@ -135,22 +135,12 @@ FORMATS: dict[str, Callable[[Guarded, Sequence[str], int, bool], Write]] = {
     "jsonl": _jsonl,
 }
 
-FLAGS = flags.FlagValues()
+FLAGS = cli.common_flags("checkpoint", "ema", "tta", "average")
 flags.DEFINE_multi_string("run", None, "The run's folder; several.", flag_values=FLAGS)
 flags.DEFINE_integer("topk", 5, "How many classes.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_enum("format", "table", FORMATS, "Format of the result.", flag_values=FLAGS)
 flags.DEFINE_string("features", None, "A file for the features, .npz.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
-flags.DEFINE_string("tta", None, "As of flaxcls.evaluate: flip, none.", flag_values=FLAGS)
 flags.DEFINE_bool("calibrated", True, "Whether to use a calibration.", flag_values=FLAGS)
-flags.DEFINE_enum(
-    "average",
-    "probabilities",
-    ("probabilities", "logits"),
-    "What of several runs is averaged.",
-    flag_values=FLAGS,
-)
 flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
 
 

@@ -22,16 +22,11 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.runtime.output import printable, say, write_result
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("run", None, "The run's folder.", flag_values=FLAGS)
+FLAGS = cli.common_flags("run", "checkpoint", "ema")
 flags.DEFINE_string("index", None, "The folder to search, with all below it.", flag_values=FLAGS)
 flags.DEFINE_integer("neighbors", 8, "How many for each.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_string("out", None, "A file for the picture, such as grid.png.", flag_values=FLAGS)
-flags.DEFINE_string("checkpoint", "last", "Which one: last, best or a step.", flag_values=FLAGS)
-flags.DEFINE_bool("ema", None, "Averaged parameters, or not; the better ones.", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 64, "Images per batch.", lower_bound=1, flag_values=FLAGS)
-
-_DRAWN = 20  # pictures that are asked for, with their neighbors
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,9 +38,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--index={printable(FLAGS.index)} is not a folder")
     cli.check_pictures(arguments)
     if FLAGS.out:
-        cli.check_folder("out", FLAGS.out)
-    if FLAGS.out and not FLAGS.out.lower().endswith(".png"):
-        raise ConfigError(f"--out={printable(FLAGS.out)} must end in .png")
+        cli.check_png("out", FLAGS.out)
 
     from flaxcls.insight.search import draw, search
     from flaxcls.runtime import compilation_cache  # JAX, which takes seconds: not for --help
@@ -62,11 +55,8 @@ def main(argv: Sequence[str]) -> None:
         FLAGS.index,
         indexed=cli.find_pictures([FLAGS.index]),
         asked=cli.find_pictures(arguments),
-        neighbors=FLAGS.neighbors,
         report=report,
-        checkpoint=FLAGS.checkpoint,
-        ema=FLAGS.ema,
-        batch_size=FLAGS.batch_size,
+        **cli.arguments(FLAGS, "run", "index", "out"),
     )
     drawn = []
     for file, neighbors in found:
@@ -75,9 +65,7 @@ def main(argv: Sequence[str]) -> None:
             write_result("\t".join((*columns, printable(neighbor.file))))
         drawn.append((file, neighbors))
     if FLAGS.out and drawn:
-        draw(predictor, drawn[:_DRAWN], Path(FLAGS.out))
-        if len(drawn) > _DRAWN:
-            say(f"note: {printable(FLAGS.out)} has the first {_DRAWN} of them", error=True)
+        draw(predictor, drawn, Path(FLAGS.out))
     if unreadable:
         raise DataError(f"{len(unreadable):,} files could not be read; they are named above")
 

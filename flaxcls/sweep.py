@@ -20,8 +20,7 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError
 from flaxcls.runtime.output import printable, write_result
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=FLAGS)
+FLAGS = cli.common_flags("config")
 flags.DEFINE_multi_string(
     "grid", [], "FIELD=VALUE,VALUE,...; once for each field.", flag_values=FLAGS
 )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxcls import api
+import flaxcls
 from flaxcls.errors import ConfigError, DataError, FlaxclsError
 
 ROOT = Path(__file__).parent.parent
@@ -75,11 +75,11 @@ def run(tmp_path_factory):
     """A short run on small made-up pictures."""
     folder = tmp_path_factory.mktemp("api") / "run"
     config = fake_config()
-    return folder, api.train(config, folder)
+    return folder, flaxcls.train(config, folder)
 
 
 def fake_config():
-    config = api.default_config()
+    config = flaxcls.default_config()
     config.batch_size, config.duration, config.log_every = 16, "12 steps", "3 steps"
     config.eval.every = config.checkpoint.every = "6 steps"
     config.data.name, config.data.image_shape, config.data.num_classes = "fake", (8, 10, 3), 4
@@ -90,7 +90,7 @@ def fake_config():
 
 def test_second_call_returns_the_summary_and_a_third_makes_it_longer(run):
     folder, summary = run
-    assert api.train(fake_config(), folder) == summary
+    assert flaxcls.train(fake_config(), folder) == summary
     assert summary["workdir"] == str(folder)
     saved = json.loads((folder / "summary.json").read_text())
     assert saved == {name: value for name, value in summary.items() if name != "workdir"}
@@ -98,7 +98,7 @@ def test_second_call_returns_the_summary_and_a_third_makes_it_longer(run):
 
 def test_evaluate_gives_the_metrics_of_the_summary(run):
     folder, summary = run
-    results = api.evaluate(folder)
+    results = flaxcls.evaluate(folder)
     assert results == {"step": 12, "split": "test", "eval": summary["eval"]}
 
 
@@ -115,7 +115,7 @@ def test_evaluate_gives_the_metrics_of_the_summary(run):
 def test_paths_arrays_and_pil_images_are_the_same_picture(run, tmp_path, make):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "p.png")
-    predictor = api.load(run[0])
+    predictor = flaxcls.load(run[0])
     expected = predictor(pixels[None])
     prediction = predictor.predict(make(pixels, tmp_path))
     best = int(expected.logits[0].argmax())
@@ -128,7 +128,7 @@ def test_paths_arrays_and_pil_images_are_the_same_picture(run, tmp_path, make):
 
 
 def test_pictures_of_any_size_shape_and_mode_are_taken(run):
-    predictor = api.load(run[0], batch_size=3)
+    predictor = flaxcls.load(run[0], batch_size=3)
     grey = np.zeros((30, 20), np.uint8)
     pictures = [grey, grey[..., None], np.zeros((5, 5, 4), np.uint8)]
     pictures += [Image.new(mode, (9, 7)) for mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LA")]
@@ -142,19 +142,19 @@ def test_pictures_of_any_size_shape_and_mode_are_taken(run):
 )
 def test_what_is_no_picture_is_refused(run, picture):
     with pytest.raises(ValueError, match="a picture must be a path, a PIL image or a uint8 array"):
-        api.load(run[0]).predict([picture])
+        flaxcls.load(run[0]).predict([picture])
 
 
 def test_file_that_can_not_be_read_is_named(run, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(DataError, match="broken.jpg"):
-        api.load(run[0]).predict(tmp_path / "broken.jpg")
+        flaxcls.load(run[0]).predict(tmp_path / "broken.jpg")
 
 
 def test_hooks_see_every_row(tmp_path):
     logged, evaluated = [], []
     config = fake_config()
-    api.train(config, tmp_path / "run", on_log=logged.append, on_evaluation=evaluated.append)
+    flaxcls.train(config, tmp_path / "run", on_log=logged.append, on_evaluation=evaluated.append)
     rows = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
     rows = list(rows)
     trained = [row for row in rows if "train" in row]
@@ -168,13 +168,13 @@ def test_hooks_see_every_row(tmp_path):
 def test_hook_stops_a_run_that_the_next_call_resumes_bitwise(tmp_path):
     def stop(row):
         if row["step"] == 6:
-            raise api.StopTraining
+            raise flaxcls.StopTraining
 
-    summary = api.train(fake_config(), tmp_path / "run", on_log=stop)
+    summary = flaxcls.train(fake_config(), tmp_path / "run", on_log=stop)
     assert not summary["finished"] and summary["step"] == 6
-    resumed = api.train(fake_config(), tmp_path / "run")
+    resumed = flaxcls.train(fake_config(), tmp_path / "run")
     assert resumed["finished"] and resumed["step"] == 12
-    api.train(fake_config(), tmp_path / "whole")
+    flaxcls.train(fake_config(), tmp_path / "whole")
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("run", "whole")]
     assert metrics[0] == metrics[1]
 
@@ -185,18 +185,18 @@ def test_error_of_a_hook_is_the_users_and_comes_after_saving(tmp_path, hook):
         raise ZeroDivisionError(row["step"])
 
     with pytest.raises(ZeroDivisionError) as error:
-        api.train(fake_config(), tmp_path / "run", **{hook: fail})
+        flaxcls.train(fake_config(), tmp_path / "run", **{hook: fail})
     step = {"on_log": 3, "on_evaluation": 6}[hook]
     assert error.value.args == (step,)
     assert (tmp_path / "run/checkpoints" / str(step)).is_dir()
-    assert api.train(fake_config(), tmp_path / "run")["finished"]
+    assert flaxcls.train(fake_config(), tmp_path / "run")["finished"]
 
 
 def test_training_in_a_thread_works(tmp_path):
     """As in notebooks and servers; there Python takes no handlers of signals."""
     results = []
     thread = threading.Thread(
-        target=lambda: results.append(api.train(fake_config(), tmp_path / "run"))
+        target=lambda: results.append(flaxcls.train(fake_config(), tmp_path / "run"))
     )
     thread.start()
     thread.join(120)
@@ -207,13 +207,13 @@ def test_errors_are_exceptions_with_a_sentence(tmp_path):
     config = fake_config()
     config.model.widht = 3
     with pytest.raises(ConfigError, match="config.model.widht is not used by dense, did you mean"):
-        api.train(config, tmp_path)
+        flaxcls.train(config, tmp_path)
     with pytest.raises(ConfigError, match="`overrides` are for a recipe"):
-        api.train(fake_config(), tmp_path, overrides={"seed": 1})
+        flaxcls.train(fake_config(), tmp_path, overrides={"seed": 1})
     with pytest.raises(FlaxclsError, match="there is no config file digits_cn, did you mean"):
-        api.train("digits_cn", tmp_path)
+        flaxcls.train("digits_cn", tmp_path)
     with pytest.raises(ConfigError, match="there is no run in"):
-        api.load(tmp_path / "nothing")
+        flaxcls.load(tmp_path / "nothing")
 
 
 def test_overrides_are_those_of_the_command_line():
@@ -221,10 +221,10 @@ def test_overrides_are_those_of_the_command_line():
         {"batch_size": 32, "optimizer.learning_rate": 0.25, "duration": "3 epochs"},
         ["batch_size=32", "optimizer.learning_rate=0.25", "duration=3 epochs"],
     ):
-        config = api.load_config("digits_mlp", overrides)
+        config = flaxcls.load_config("digits_mlp", overrides)
         assert (config.batch_size, config.duration) == (32, "3 epochs")
         assert config.optimizer.learning_rate == 0.25
-    assert api.load_config() == api.default_config()
+    assert flaxcls.load_config() == flaxcls.default_config()
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from flaxcls import api, augment
+import flaxcls
+from flaxcls import augment
 from flaxcls.config import default
 from flaxcls.data.loader import materialize
 from flaxcls.errors import ConfigError
@@ -58,22 +59,22 @@ def test_mean_of_the_kept_checkpoints_is_a_run(runs, tmp_path, saved_arrays):
     assert json.loads((tmp_path / "mean/summary.json").read_text())["eval"]["count"] == 100
     content = json.loads((tmp_path / "mean/config.json").read_text())
     assert content["averaged"] == [[str(run), step] for step in (8, 16, 24)]
-    classifier = api.load(tmp_path / "mean")
-    assert classifier.class_names == api.load(run).class_names
+    classifier = flaxcls.load(tmp_path / "mean")
+    assert classifier.class_names == flaxcls.load(run).class_names
     again = config_of(init_from=str(tmp_path / "mean"), duration="0 steps", ema_decay=None)
     summary = train_config(again, tmp_path / "again")
     assert summary["eval"]["accuracy"] == averaged.results["eval"]["accuracy"]
 
 
 def test_mean_of_several_runs_is_of_their_last_checkpoints(runs, tmp_path, saved_arrays):
-    found = api.average(list(runs), tmp_path / "mean")
+    found = flaxcls.average(list(runs), tmp_path / "mean")
     assert found["members"] == [(str(runs[0]), 24), (str(runs[1]), 16)]
     name = "params/head/kernel"
     expected = (saved_arrays(runs[0], 24)[name] + saved_arrays(runs[1], 16)[name]) / 2
     np.testing.assert_allclose(saved_arrays(tmp_path / "mean", 24)[name], expected, rtol=1e-5)
-    some = api.average(runs[0], tmp_path / "some", checkpoint="8,last")["members"]
+    some = flaxcls.average(runs[0], tmp_path / "some", checkpoint="8,last")["members"]
     assert [step for _, step in some] == [8, 24]
-    best = api.average(runs, tmp_path / "best", checkpoint="best")["members"]
+    best = flaxcls.average(runs, tmp_path / "best", checkpoint="best")["members"]
     assert best[0][1] == json.loads((runs[0] / "summary.json").read_text())["best"]["step"]
 
 

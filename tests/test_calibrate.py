@@ -272,7 +272,7 @@ def test_what_can_not_be_calibrated_is_refused(digits_run, options, sentence):
 def test_export_has_the_temperature_inside_and_is_certified(calibrated, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     run, found = calibrated
-    certificate = exporter.export_run(run, format="onnx", out=tmp_path / "out", count=32)
+    certificate = exporter.export_run(run, format="onnx", out=tmp_path / "out", pictures=32)
     assert certificate["evaluate"]["top1_identical"] == 32
     session = runtime.InferenceSession(tmp_path / "out/model.onnx")
     stored = json.loads(session.get_modelmeta().custom_metadata_map["calibration"])

@@ -1,6 +1,7 @@
 """`python -m flaxcls`: what there is, and each command as its own module has it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,8 @@ def test_help_answers_at_once_and_imports_nothing_heavy(start_python, command):
     known = LIGHT | OF_PICTURES if command.startswith(("data", "predict")) else LIGHT
     assert imported - {*sys.stdlib_module_names} <= known
     assert "    python -m flaxcls" in stdout or command == "data"
+    groups = re.findall(r"^(\S+):$", stdout.partition("\nFlags:\n")[2], re.MULTILINE)
+    assert not groups or len(groups) == 2 and groups[1] == "absl.flags"  # after all of its own
     quickest = min(cpu_seconds(sys.executable, "-m", "flaxcls", *words) for _ in range(3))
     assert quickest < 0.5
 

@@ -181,6 +181,33 @@ def test_enlarging_pictures_many_times_is_said(tiny_config):
     assert not notes_of(tiny_config(image_size=32))
 
 
+@pytest.mark.parametrize(
+    ("grey", "channels", "said"), [(True, 3, True), (True, 1, False), (False, 3, False)]
+)
+def test_grey_pictures_in_three_channels_are_said(tiny_config, tmp_path, grey, channels, said):
+    for index in range(8):
+        path = tmp_path / "train" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.full((8, 8) if grey else (8, 8, 3), 100 + index, np.uint8)
+        cv2.imwrite(str(path), pixels)
+    config = tiny_config(
+        data__name="folder",
+        data__path=str(tmp_path),
+        data__train_split="train",
+        data__eval_split="train",
+        data__channels=channels,
+        data__image_shape=None,
+        data__num_classes=None,
+        data__num_examples=None,
+        batch_size=8,
+        image_size=8,
+        crop__name="resize",
+    )
+    notes = [note for note in notes_of(config) if "grey" in note]
+    assert len(notes) == said
+    assert not said or "--config.data.channels=1 reads one" in notes[0]
+
+
 def test_groups_of_batch_norm_that_change_nothing_or_make_devices_wait_are_reported(tiny_config):
     def notes(group, name="digits_cnn", **changes):
         changes = {"model__name": name, "model__batch_norm_group": group, **changes}

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxcls import api, models
+import flaxcls
+from flaxcls import models
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.inference.predictor import Predictor
 from flaxcls.insight import drawing, explanations
@@ -18,7 +19,7 @@ from flaxcls.insight.explainer import Explainer
 from flaxcls.insight.explanations import METHODS
 from flaxcls.models.layers import record
 
-explain = importlib.import_module("flaxcls.explain")  # flaxcls.explain is also a function
+explain = importlib.import_module("flaxcls.explain")  # flaxcls.explain is the function
 RANDOM = np.random.default_rng(0)
 GRADIENTS = ("saliency", "smoothgrad", "integrated_gradients")
 
@@ -348,13 +349,13 @@ def test_command_and_library_know_the_same_methods():
 
 
 def test_python_function_explains_paths_and_arrays(digits_run, files):
-    one = api.explain(digits_run, files[0], method="saliency")
-    also = api.explain(digits_run, [digits(3)[0], files[0]], method="saliency")
+    one = flaxcls.explain(digits_run, files[0], method="saliency")
+    also = flaxcls.explain(digits_run, [digits(3)[0], files[0]], method="saliency")
     np.testing.assert_allclose(one.heat, also[1].heat, rtol=1e-4, atol=1e-6)
     assert one.heat.shape == (8, 8) and one.class_name == one.prediction.name
-    assert api.explain(digits_run, []) == []
+    assert flaxcls.explain(digits_run, []) == []
     with pytest.raises(ConfigError, match="no method 'gradcm', did you mean 'gradcam'"):
-        api.explain(digits_run, files[0], method="gradcm")
+        flaxcls.explain(digits_run, files[0], method="gradcm")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import flaxcls
 from flaxcls import config as configs
 from flaxcls import models
 from flaxcls.data.decode import Picture
@@ -166,11 +167,18 @@ def test_export_agrees_and_says_what_it_is(run, tmp_path, format, ema):
 
 
 def test_pictures_given_are_certified_with(run, pictures, tmp_path):
-    files = sorted(map(str, pictures.iterdir()))
-    certificate = exporter.export_run(run, format="stablehlo", out=tmp_path / "out", pictures=files)
+    certificate = flaxcls.export(run, tmp_path / "out", format="stablehlo", pictures=[pictures])
     (row,) = certificate["agreement"].values()
     assert certificate["of"] == "10 pictures given"
     assert (row["top1_identical"], row["pixel"]) == (10, 0)
+
+
+def test_no_pictures_to_certify_with_are_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match=f"there are no pictures in {tmp_path}$"):
+        flaxcls.export(run, tmp_path / "out", format="onnx", pictures=[tmp_path])
+    with pytest.raises(ConfigError, match="--pictures must be at least 1"):
+        flaxcls.export(run, tmp_path / "out", format="onnx", pictures=0)
+    assert os.listdir(tmp_path) == []
 
 
 def test_stablehlo_is_for_all_platforms_and_batches(run, tmp_path):
@@ -205,13 +213,14 @@ def test_runs_of_all_kinds_can_be_exported(data, tmp_path, changes):
 
 def test_runs_on_grey_images_of_one_size_stretch_pictures(tiny_config, pictures, tmp_path):
     train(tiny_config(), tmp_path / "run")
-    for files in ((), sorted(map(str, pictures.iterdir()))):
-        out = tmp_path / f"out{len(files)}"
+    files = sorted(map(str, pictures.iterdir()))
+    for given, count in ((20, 20), (files, len(files))):
+        out = tmp_path / f"out{count}"
         certificate = exporter.export_run(
-            tmp_path / "run", format="stablehlo", out=out, pictures=files, count=20
+            tmp_path / "run", format="stablehlo", out=out, pictures=given
         )
         (row,) = certificate["agreement"].values()
-        assert row["pixel"] == 0 and certificate["pictures"] == (len(files) or 20)
+        assert row["pixel"] == 0 and certificate["pictures"] == count
 
 
 @pytest.mark.torture

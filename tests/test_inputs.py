@@ -444,7 +444,7 @@ def test_first_images_are_some_of_those_that_evaluation_would_see(make_input, mo
 def test_survey_tells_number_classes_and_middle_size():
     source = Pictures(VARIED, broken=(1,))
     sides = [min(p.shape[:2]) for index, p in enumerate(source.pixels) if index != 1]
-    assert pipeline.summarize(source) == (COUNT, 2, int(np.median(sides)))
+    assert pipeline.summarize(source) == (COUNT, 2, int(np.median(sides)), False)
     with pytest.raises(DataError, match="none of the images of pictures that were tried can be"):
         pipeline.summarize(Pictures(VARIED, broken=range(COUNT)))
 

@@ -7,8 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
-from flaxcls import audit as command
+import flaxcls
 from flaxcls import config as configs
+from flaxcls.audit import main
 from flaxcls.data import open_source
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.insight.audit import audit, write_picture
@@ -162,7 +163,7 @@ def rows(path):
 
 def test_audit_writes_what_it_finds_and_a_list_that_trains(study, tmp_path):
     folder, data = study
-    found = audit(folder, tmp_path / "out")
+    found = flaxcls.audit(str(folder), str(tmp_path / "out"))
     out = tmp_path / "out"
     assert (found["examples"], found["label_issues"], found["duplicates"]) == (16, 1, 1)
     twin = str(data / "train" / "dog" / "5.png")
@@ -181,7 +182,7 @@ def test_audit_writes_what_it_finds_and_a_list_that_trains(study, tmp_path):
 
 
 def test_page_is_one_file_whose_text_is_escaped(study, tmp_path, capsys):
-    command.main(["audit", f"--run={study[0]}", f"--out={tmp_path}/out"])
+    main(["audit", f"--run={study[0]}", f"--out={tmp_path}/out"])
     assert "16 examples: 1 labels are probably wrong" in capsys.readouterr().out
     page = (tmp_path / "out" / "index.html").read_text()
     assert "dog → &lt;b&gt;cat &amp; co<" in page and "<b>" not in page

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+import flaxcls
 from flaxcls import build
 from flaxcls.core.metrics import rank_of_label
 from flaxcls.errors import ConfigError
@@ -102,6 +103,7 @@ def test_a_run_is_evaluated_by_neighbors(digits, capfd):
     step, split, results = knn_run(digits, 5)
     assert (step, split, set(results)) == (12, "test[:100]", {"eval", "ema"})
     assert results["eval"]["accuracy"] > 0.6 and results["eval"]["count"] == 100
+    assert flaxcls.evaluate(digits, knn=5) == {"step": step, "split": split, **results}
     assert "note" not in capfd.readouterr().err
     _, _, own = knn_run(digits, 1, split="train[:300]")
     assert own["eval"] == {"accuracy": 1.0, "count": 300}
@@ -112,6 +114,22 @@ def test_a_run_is_evaluated_by_neighbors(digits, capfd):
 def test_more_neighbors_than_there_are_is_refused(digits, neighbors):
     with pytest.raises(ConfigError, match=r"--knn must be from 1 to 300, .*'train\[:300\]', got"):
         knn_run(digits, neighbors)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"detailed": True}, "--knn is of one run and its own data, and has no details"),
+        ({"out": "folder"}, "--knn is of one run and its own data, and has no details"),
+        ({"source": "digits"}, "--knn is of one run and its own data, and has no details"),
+        ({"tta": "flip"}, "--tta averages logits, of which --knn has none"),
+    ],
+)
+def test_what_neighbors_do_not_tell_is_refused(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        flaxcls.evaluate("run", knn=3, **options)
+    with pytest.raises(ConfigError, match="--knn is of one run"):
+        flaxcls.evaluate(["run", "other"], knn=3)
 
 
 @pytest.mark.slow

@@ -102,6 +102,17 @@ def test_calibration_error_is_the_sum_over_bins_that_its_definition_names(bins):
     )
 
 
+def test_confidence_at_the_edge_of_two_bins_is_in_the_lower_one():
+    """0.25, 0.5 and 0.75 are edges that floating point has exactly; of fifteenths it has none."""
+    probabilities = np.float32([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0, 0], [0.75, 0.25, 0, 0]])
+    logits = np.log(probabilities + np.float32(1e-9))
+    judged = judge(SplitPredictions(logits, probabilities, np.int32([0, 0, 1])), SOFTMAX)
+    found = reliability(judged, bins=4)
+    assert found.count.tolist() == [1, 1, 1, 0]
+    assert found.confidence.tolist() == [0.25, 0.5, 0.75, 0]
+    assert found.error == pytest.approx((0.75 + 0.5 + 0.75) / 3)
+
+
 def test_calibration_error_of_certain_answers_is_their_share_of_mistakes():
     certain = np.float32(1e3) * np.eye(4, dtype=np.float32)[[0, 1, 2, 3]]
     labels = np.array([0, 1, 2, 0])

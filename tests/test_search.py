@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flaxcls import api
+import flaxcls
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.inference.predictor import Predictor
 from flaxcls.insight.search import index_pictures
 
-command_module = importlib.import_module("flaxcls.search")  # flaxcls.search is also a function
+command_module = importlib.import_module("flaxcls.search")  # flaxcls.search is the function
 
 
 @pytest.fixture(scope="module")
@@ -197,13 +197,18 @@ def test_wrong_arguments_are_one_sentence(command, folder, tmp_path, arguments, 
         command(*(text.format(folder=folder, empty=tmp_path / "empty") for text in arguments))
 
 
-def test_python_function_takes_paths_and_arrays(run, folder):
+def test_python_function_takes_paths_and_arrays_and_draws_them(run, folder, tmp_path):
     path = folder / "0" / "03.png"
     pixels = np.asarray(Image.open(path))
-    by_path = api.search(run, folder, path, neighbors=2)
-    itself, *others = api.search(run, folder, [pixels, path], neighbors=3)[0]
+    by_path = flaxcls.search(run, folder, path, neighbors=2)
+    grid = tmp_path / "grid.png"
+    itself, *others = flaxcls.search(run, folder, [pixels, path], neighbors=3, out=grid)[0]
     assert itself.file == str(path) and itself.similarity == pytest.approx(1, abs=1e-5)
     assert [n.file for n in others] == [n.file for n in by_path] and len(by_path) == 2
+    with Image.open(grid) as drawn:
+        assert drawn.size == (4 * (224 + 8) + 8, 2 * (224 + 2 * 18 + 8) + 8)
+    with pytest.raises(ConfigError, match="--out=grid.jpg must end in .png"):
+        flaxcls.search("nowhere", folder, path, out="grid.jpg")
 
 
 @pytest.mark.slow

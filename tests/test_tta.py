@@ -125,7 +125,7 @@ def test_command_overrides_the_runs_own(flipped, evaluate):
 def test_export_is_of_the_network_alone_and_says_so(flipped, tmp_path, capsys):
     pytest.importorskip("safetensors")
     out = tmp_path / "out"
-    certificate = export_run(flipped[0], out=out, format="safetensors", count=20)
+    certificate = export_run(flipped[0], out=out, format="safetensors", pictures=20)
     assert certificate["evaluate"]["top1_identical"] == 20 and (out / "parity.json").is_file()
     assert "without the run's test-time augmentation flip" in capsys.readouterr().err
 

@@ -210,6 +210,7 @@ def make_experiment(
             *notes.evaluated_twice(train_source, eval_source, partial(open_split, whole)),
             *notes.balanced_twice(config),
             *notes.enlarged(sizes, train_source),
+            *notes.grey(config, train_source),
             *notes.ignored(train_source, eval_source),
             *notes.batch_norm_groups(config, mesh, variables),
         ),

@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from flaxcls.build.accepted import SECTIONS
 from flaxcls.build.length import Length
 from flaxcls.build.pieces import batch_norm_group
 from flaxcls.core import schedules
@@ -104,6 +105,18 @@ def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:
         yield (
             f"config.image_size = {largest} enlarges pictures of {short_side} pixels "
             f"{largest / short_side:.0f} times: that costs time and adds nothing to see"
+        )
+
+
+def grey(config: ConfigDict, train: Source) -> Iterator[str]:
+    """That grey pictures are read in three channels, which are equal."""
+    may_be_grey = train.image_shape[2] == 3 and train.is_readable and not config.init_from
+    if not may_be_grey or "channels" not in SECTIONS["data"].options(config.data.name):
+        return
+    if summarize(train, count=20).grey:
+        yield (
+            "the pictures are grey, and are read in three equal channels: "
+            "--config.data.channels=1 reads one"
         )
 
 

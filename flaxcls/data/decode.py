@@ -92,6 +92,7 @@ class Picture:
     Attributes:
       header: what the file says of itself.
       height, width: as a viewer shows the picture.
+      is_grey: whether the file has no colours, rather than equal ones.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Picture:
         self._file = _open(image, where)
         self.header = _header(self._file)
         self.height, self.width = self.header.height, self.header.width
+        self.is_grey = self.header.mode in ("1", "L", "LA") or self.header.mode.startswith("I")
         if self.height * self.width > max_pixels:
             raise DataError(
                 f"{where} has {self.width} x {self.height} pixels, more than the "

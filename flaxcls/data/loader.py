@@ -155,6 +155,7 @@ class Decoded:
         set_up()
         self._pixels = pixels
         self.height, self.width = pixels.shape[:2]
+        self.is_grey = pixels.shape[2] == 1
 
     def pixels(self, reduction: int = 1) -> np.ndarray:
         return self._pixels

@@ -196,17 +196,19 @@ class DatasetSummary(NamedTuple):
     images: int
     classes: int
     short_side: int  # the median of the pictures' shorter sides, in pixels
+    grey: bool  # whether their files say that all of those tried are
 
 
 def summarize(source: Source, count: int = 300) -> DatasetSummary:
     """Reads the headers of some pictures; for the recipes that adapt to their data."""
-    loader, sides = Loader(source), []
+    loader, sides, grey = Loader(source), [], True
     for index in evenly_spaced(len(source), count):
         try:
             picture = loader.picture(source[index].image, index)
         except DataError:  # reported when it is read
             continue
         sides.append(min(picture.height, picture.width))
+        grey &= picture.is_grey
     if not sides:
         raise DataError(f"none of the images of {source.name} that were tried can be read")
-    return DatasetSummary(len(source), len(source.class_names), int(np.median(sides)))
+    return DatasetSummary(len(source), len(source.class_names), int(np.median(sides)), grey)

@@ -62,8 +62,8 @@ class Averaged(NamedTuple):
 
 
 def average_runs(
-    runs: Sequence[Path],
-    out: Path,
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path,
     *,
     checkpoint: str | None = None,
     greedy: bool = False,
@@ -75,7 +75,7 @@ def average_runs(
     BatchNorm's statistics are estimated anew, on the whole training split as evaluation sees it.
 
     Args:
-      runs: folders of runs of one network, with the same classes.
+      runs: folders of one run or several, of one network, with the same classes.
       out: a folder that is not there yet, or empty.
       checkpoint: which of each run, "last", "best", a step, several such as "800,1000", or "all"
         that are kept; None: all of a single run, the last of each of several.
@@ -86,9 +86,10 @@ def average_runs(
 
     Raises ConfigError for runs that can't be averaged, and a split that must not choose.
     """
+    out = Path(out).expanduser()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={printable(out)} is there already; name a new folder")
-    members = _members(runs, checkpoint)
+    members = _members(run_folder.folders(runs), checkpoint)
     _check_alike(members)
     run = restore(members[-1].run, str(members[-1].step))
     soup = _Soup(run, data_dir)

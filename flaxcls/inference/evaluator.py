@@ -118,8 +118,8 @@ def evaluate_run(
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
-    source: str | None = None,
-    classes: str | None = None,
+    source: str | Path | None = None,
+    classes: str | Path | None = None,
     tta: str | None = None,
 ) -> tuple[int, str, dict[str, dict[str, float]]]:
     """The metrics of a saved run, which needs its folder and the data only.

@@ -39,16 +39,15 @@ _ONE_VIEW = (
 
 
 def export_run(
-    run: Path,
+    run: str | Path,
+    out: str | Path,
     *,
     format: str,
-    out: Path,
     checkpoint: str = "last",
     ema: bool | None = None,
     names: str = "flaxcls",
     license: str | None = None,
-    pictures: Sequence[str] = (),
-    count: int = 256,
+    pictures: int | Sequence[str | Path] = 256,
     data_dir: str | None = None,
     tolerance: float | None = None,
 ) -> dict[str, Any]:
@@ -56,12 +55,12 @@ def export_run(
 
     Args:
       run, checkpoint, ema: as for Predictor.
-      format: one of FORMATS.
       out: a folder that is not there yet, or empty.
+      format: one of FORMATS.
       names: of the weights in safetensors.
       license: a line about the weights' licence; None: that of the weights it was fine-tuned
         from, if flaxcls knows them.
-      pictures: files to certify with; none: `count` of the run's evaluation split.
+      pictures: files to certify with, or how many of the run's evaluation split.
       data_dir: where the data is, if it has moved.
       tolerance: the largest difference of a probability, and of a logit as a share of the largest
         one; None: what the arithmetic allows, see `parity.allowed`.
@@ -76,11 +75,15 @@ def export_run(
         raise ConfigError(f"--names={names} is for --format=safetensors, not for {format}")
     if format == "safetensors":
         write = functools.partial(write, names=names)
+    count, files = (pictures, []) if isinstance(pictures, int) else (0, [*map(str, pictures)])
+    if not count and not files:
+        raise ConfigError("--pictures must be at least 1, or pictures be named: got none")
+    out = Path(out).expanduser()
     with new_folder(out) as folder:
         predictor = Predictor(run, checkpoint=checkpoint, ema=ema, tta="none")
         if tta := predictor.restored.metadata["config"]["eval"].get("tta"):
             say(f"note: {_ONE_VIEW.format(tta)}", error=True)
-        examples = parity.choose(predictor, pictures, count, data_dir)
+        examples = parity.choose(predictor, files, count, data_dir)
         model = exportable(predictor, license)
         with written(out):
             write(model, folder)

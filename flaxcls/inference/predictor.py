@@ -76,7 +76,8 @@ class Predictor(Classifier):
         tta: str | None = None,
         calibrated: bool = True,
     ):
-        self.restored = restored = restore(Path(run), checkpoint, batch_size, tta)
+        folder = Path(run).expanduser()
+        self.restored = restored = restore(folder, checkpoint, batch_size, tta)
         experiment, metadata = restored.experiment, restored.metadata
         self.class_names: list[str] = metadata["class_names"]
         self.image_shape: tuple[int, int, int] = tuple(metadata["image_shape"])
@@ -88,8 +89,8 @@ class Predictor(Classifier):
         self.variables = restored.ema if self.weights == "ema" else restored.variables
         self.calibration = None
         if calibrated:
-            used = checkpoint_of(Path(run), self.step, self.weights, experiment.tta)
-            self.calibration = load(Path(run), used, len(self.class_names))
+            used = checkpoint_of(folder, self.step, self.weights, experiment.tta)
+            self.calibration = load(folder, used, len(self.class_names))
         forward = forward_of(restored)
         if self.calibration:
             forward = _scaled(forward, experiment.loss.name, self.calibration.temperature)

@@ -73,8 +73,8 @@ def open_evaluation(
     run: RestoredRun,
     split: str | None = None,
     data_dir: str | None = None,
-    source: str | None = None,
-    classes: str | None = None,
+    source: str | Path | None = None,
+    classes: str | Path | None = None,
 ) -> Pipeline:
     """The examples that a saved run shall be evaluated on, none of them read yet.
 
@@ -91,8 +91,8 @@ def open_evaluation(
         return run.experiment.evaluation(split, data_dir)
     if data_dir:
         raise ConfigError("--data_dir is for the run's own data, and --source for other data")
-    class_of = read_class_map(classes) if classes else None
-    return run.experiment.evaluation_on(source, split, class_of)
+    class_of = read_class_map(str(classes)) if classes else None
+    return run.experiment.evaluation_on(str(source), split, class_of)
 
 
 def choose_weights(restored: RestoredRun, run: str | Path, ema: bool | None) -> str:

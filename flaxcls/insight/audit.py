@@ -58,7 +58,7 @@ class Found(NamedTuple):
     outliers: np.ndarray
 
 
-def audit(study: Path, out: Path | None = None) -> dict[str, Any]:
+def audit(study: str | Path, out: str | Path | None = None) -> dict[str, Any]:
     """Audits the data of a cross-validation, and writes what is found into a folder.
 
     Args:
@@ -67,7 +67,8 @@ def audit(study: Path, out: Path | None = None) -> dict[str, Any]:
 
     Returns {"examples", "label_issues", "duplicates", "out", ...}: how many there are.
     """
-    out = out or study / "audit"
+    study = Path(study).expanduser()
+    out = Path(out).expanduser() if out else study / "audit"
     content = read_json(study / "crossval.json")
     if content is None:
         raise ConfigError(

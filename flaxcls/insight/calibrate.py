@@ -51,7 +51,7 @@ class Calibrated(NamedTuple):
 
 
 def calibrate_run(
-    run: Path,
+    run: str | Path,
     *,
     coverage: float = 0.9,
     per_class: bool = False,
@@ -59,8 +59,8 @@ def calibrate_run(
     split: str | None = None,
     checkpoint: str = "last",
     data_dir: str | None = None,
-    source: str | None = None,
-    classes: str | None = None,
+    source: str | Path | None = None,
+    classes: str | Path | None = None,
     tta: str | None = None,
     ema: bool | None = None,
     seed: int = 0,
@@ -86,6 +86,7 @@ def calibrate_run(
     for name, value in (("coverage", coverage), ("risk", RISK if risk is None else risk)):
         if not 0 < value < 1:
             raise ConfigError(f"--{name} must be between 0 and 1, got {value:g}")
+    run = Path(run).expanduser()
     restored = restore(run, checkpoint, tta=tta)
     weights = choose_weights(restored, run, ema)
     pipeline = open_evaluation(restored, split, data_dir, source, classes)

@@ -18,7 +18,7 @@ from flaxcls.runs import robustness_log
 
 
 def corrupt_run(
-    workdir: Path,
+    run: str | Path,
     *,
     examples: int = 1000,
     seed: int = 0,
@@ -39,7 +39,8 @@ def corrupt_run(
     """
     if examples < 1:
         raise ConfigError(f"--examples must be at least 1, got {examples}")
-    predictor, victim = load_victim(workdir, checkpoint, ema)
+    run = Path(run).expanduser()
+    predictor, victim = load_victim(run, checkpoint, ema)
     pipeline = predictor.restored.experiment.evaluation(split, data_dir)
     images, labels, indices = sample(pipeline, examples, seed)
     clean = victim.classify(images.astype(np.float32) / 255)
@@ -66,5 +67,5 @@ def corrupt_run(
         "corruptions": table,
         "mean": float(np.mean([*table.values()])),
     }
-    robustness_log.keep(workdir, found)
+    robustness_log.keep(run, found)
     return found

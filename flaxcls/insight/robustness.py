@@ -71,8 +71,10 @@ def attack_images(
         for restart in range(restarts):
             key = jax.random.fold_in(jax.random.fold_in(seed_key(seed), place), restart)
             for rank in range(1, ranks + 1):
-                alive(f"{attack.name}: {np.sum(predicted == labels):,} images are withstood")
                 left = np.flatnonzero(predicted == labels)
+                if not len(left):
+                    continue
+                alive(f"{attack.name}: {len(left):,} images are withstood")
                 tried = _run(victim, run, key, rank, images[left], labels[left], indices[left])
                 tried = attack.ball.inside(images[left], tried)
                 classes = victim.classify(tried)
@@ -103,7 +105,7 @@ def _run(
 
 
 def attack_run(
-    workdir: Path,
+    run: str | Path,
     *,
     norm: str = "linf",
     eps: str | float = "8/255",
@@ -116,13 +118,13 @@ def attack_run(
     checkpoint: str = "last",
     ema: bool | None = None,
     data_dir: str | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     alive: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Attacks a saved run on some examples of a split.
 
     Args:
-      workdir, checkpoint, ema: as in `Predictor`.
+      run, checkpoint, ema: as in `Predictor`.
       norm, eps: the ball, in units of [0, 1]; "8/255".
       method: of METHODS, which contains those before it.
       steps: of PGD and APGD; None: 20 and 100.
@@ -144,10 +146,10 @@ def attack_run(
     for flag, number in (("steps", steps), ("restarts", restarts), ("examples", examples)):
         if number is not None and number < 1:
             raise ConfigError(f"--{flag} must be at least 1, got {number}")
-    ball = Ball(norm, parse_eps("--eps", eps))
+    run, ball = Path(run).expanduser(), Ball(norm, parse_eps("--eps", eps))
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(new_folder(out)) if out else None
-        predictor, victim = load_victim(workdir, checkpoint, ema)
+        folder = stack.enter_context(new_folder(Path(out).expanduser())) if out else None
+        predictor, victim = load_victim(run, checkpoint, ema)
         pipeline = predictor.restored.experiment.evaluation(split, data_dir)
         pixels, labels, indices = sample(pipeline, examples, seed)
         images = pixels.astype(np.float32) / 255
@@ -183,7 +185,7 @@ def attack_run(
         "interval": wilson(int(right.sum()), count),
         "rounded": float(np.mean(rounded == labels)),
     }
-    robustness_log.keep(workdir, found)
+    robustness_log.keep(run, found)
     return found
 
 

@@ -6,7 +6,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,6 +18,8 @@ from flaxcls.inference.neighbors import nearest, unit
 from flaxcls.inference.predictor import Predictor
 from flaxcls.insight import drawing
 from flaxcls.runtime.output import printable, say
+
+_DRAWN = 20  # pictures that are asked for, with their neighbours
 
 
 class Neighbor(NamedTuple):
@@ -198,16 +200,23 @@ def search(
     return predictor, found()
 
 
-def draw(predictor: Predictor, found: Sequence[tuple[str, Sequence[Neighbor]]], path: Path) -> None:
-    """Writes a PNG with a row for each file: what the network is shown of it and its neighbours."""
+def draw(predictor: Predictor, found: Sequence[tuple[Any, Sequence[Neighbor]]], path: Path) -> None:
+    """Writes a PNG with a row a picture: what the network is shown of it and of its neighbours.
+
+    Pictures are what `Predictor.predict` takes; those after the first 20 are left out, and told.
+    """
+    if len(found) > _DRAWN:
+        found = found[:_DRAWN]
+        say(f"note: {printable(path)} has the first {_DRAWN} of them", error=True)
     columns = 1 + max(len(neighbors) for _, neighbors in found)
     blank = np.full(predictor.image_shape, 255, np.uint8)
     images, captions = [], []
-    for file, neighbors in found:
-        row = [(file, "asked for"), *((n.file, f"{n.similarity:.3f}") for n in neighbors)]
-        for name, said in row:
-            images.append(predictor.read(name))
-            captions.append((os.path.basename(name), said))
+    for asked, neighbors in found:
+        row = [(asked, "asked for"), *((n.file, f"{n.similarity:.3f}") for n in neighbors)]
+        for picture, said in row:
+            images.append(predictor.prepare(picture))
+            is_file = isinstance(picture, (str, Path))
+            captions.append((os.path.basename(picture) if is_file else "", said))
         images += [blank] * (columns - len(row))
         captions += [()] * (columns - len(row))
     drawing.save_png(drawing.side_by_side(images, captions, columns=columns), path, "out")

@@ -13,7 +13,7 @@ from absl import flags
 from flaxcls import cli
 from flaxcls.runtime.output import printable, write_result
 
-FLAGS = flags.FlagValues()
+FLAGS = cli.common_flags("data_dir")
 flags.DEFINE_multi_string("run", None, "The run's folder; several are compared.", flag_values=FLAGS)
 flags.DEFINE_string(
     "out",
@@ -21,7 +21,6 @@ flags.DEFINE_string(
     "The page; report.html in the run's folder if not given, comparison.html here for several.",
     flag_values=FLAGS,
 )
-flags.DEFINE_string("data_dir", None, "Where the data is, if it has moved.", flag_values=FLAGS)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from flaxcls.report.blocks import Block, Section
 from flaxcls.report.figures import share
 from flaxcls.report.run_data import RunData, load_run
 from flaxcls.report.run_files import RunFiles, number_in, read_run
+from flaxcls.runs import run_folder
 from flaxcls.runtime import processes
 from flaxcls.runtime.output import printable, printable_lines
 
@@ -54,7 +55,7 @@ _HERE = Path(__file__).parent
 
 
 def write_report(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
     data_dir: str | None = None,
@@ -63,14 +64,14 @@ def write_report(
     """Writes a page about a run, or one that compares several; returns its file.
 
     Args:
-      runs: their folders.
+      runs: the folder of a run, or those of several.
       out: the file; None: report.html in the run's folder, comparison.html here for several.
       data_dir: where the data of a run is, if it has moved.
       max_seconds: how long predictions for the evaluation split of a run may take, see `load_run`.
 
     Raises ConfigError where there is no run, and OutputError where the page can't be written.
     """
-    folders = [Path(run).expanduser() for run in runs]
+    folders = run_folder.folders(runs)
     if len(folders) == 1:
         run = load_run(folders[0], data_dir=data_dir, max_seconds=max_seconds)
         sections = [make(run) for make in OF_A_RUN]

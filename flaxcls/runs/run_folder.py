@@ -34,6 +34,7 @@ from flaxcls.runs.run_code import PACKAGES
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
+Folder = str | Path
 # What may differ between the processes of a run: where the data is and who decodes it.
 OWN_FIELDS = ("data.dir", "data.path", "data.fold_groups")
 OWN_FIELDS += ("input.threads", "input.processes", "input.read_ahead")
@@ -70,6 +71,12 @@ LEFTOVERS = (
     "trackers.json",
     ".*",
 )
+
+
+def folders(runs: Folder | Sequence[Folder]) -> list[Path]:
+    """Where a run, or each of several, is."""
+    several = [runs] if isinstance(runs, Folder) else runs
+    return [Path(run).expanduser() for run in several]
 
 
 def new_folder(recipe: str) -> Path:

@@ -11,7 +11,6 @@ import scipy.stats
 from PIL import Image
 
 import flaxcls
-from flaxcls import api
 from flaxcls.core.perturbation import Ball, distance
 from flaxcls.errors import ConfigError
 from flaxcls.insight import robustness
@@ -175,6 +174,11 @@ def test_stronger_attack_is_never_withstood_by_more(digits_run):
     assert results["apgd"]["robust"] == accuracies[-1]
 
 
+def test_network_that_withstands_nothing_is_not_attacked_further(digits_run):
+    result = robustness.attack_run(digits_run, eps=1.0, method="apgd", steps=2, examples=20)
+    assert result["robust"] == 0 and len(result["accuracies"]) == 5
+
+
 def test_images_are_in_the_ball_judged_as_they_are_and_alone(digits_run):
     predictor, victim = load_victim(digits_run, "last", None)
     pipeline = predictor.restored.experiment.evaluation(None, None)
@@ -201,7 +205,9 @@ def test_images_are_in_the_ball_judged_as_they_are_and_alone(digits_run):
 
 def test_folder_holds_the_images_and_a_table(digits_run, tmp_path):
     out = tmp_path / "out"
-    result = api.attack(digits_run, norm="l2", eps=1.5, method="pgd", steps=3, examples=50, out=out)
+    result = flaxcls.attack(
+        digits_run, norm="l2", eps=1.5, method="pgd", steps=3, examples=50, out=out
+    )
     rows = list(csv.DictReader((out / "attack.csv").open()))
     assert len(rows) == result["count"] == 50
     right = [row["clean"] == row["class"] for row in rows]
@@ -223,7 +229,7 @@ def test_folder_holds_the_images_and_a_table(digits_run, tmp_path):
     assert rounded == pytest.approx(result["rounded"], abs=0.02)
     assert all(float(row["l2"]) <= 1.5 and row["attack"] != "apgd-ce" for row in rows)
     with pytest.raises(ConfigError, match="is there already; name a new folder"):
-        api.attack(digits_run, out=out)
+        flaxcls.attack(digits_run, out=out)
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,7 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError
 from flaxcls.runtime import output
 
-FLAGS = flags.FlagValues()
-flags.DEFINE_string("config", None, "The recipe, such as configs/digits_cnn.py.", flag_values=FLAGS)
+FLAGS = cli.common_flags("config")
 flags.DEFINE_string("out", None, "The picture's file, such as grid.png.", flag_values=FLAGS)
 flags.DEFINE_integer("count", 8, "How many examples.", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("step", 0, "Which batch.", lower_bound=0, flag_values=FLAGS)

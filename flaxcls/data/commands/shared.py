@@ -9,6 +9,8 @@ from flaxcls.config.recipes import load_recipe
 from flaxcls.data.naming import name_and_path
 from flaxcls.errors import ConfigError
 
+flags.disclaim_key_flags()  # --help lists them among those of the command itself
+
 
 def define_flags() -> flags.FlagValues:
     """The flags that say which data, and by how many threads they are read."""
