@@ -306,6 +306,7 @@ from flaxcls.errors import RunTakenError
 from flaxcls.runs import lease
 from pathlib import Path
 
+lease._POLL_SECONDS = 0.02
 for folder in sys.stdin:
     try:
         with lease.hold(Path(folder.strip()), print) as held:
