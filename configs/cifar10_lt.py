@@ -13,7 +13,9 @@ against the imbalance, one at a time:
     --config.loss.name=focal
     --config.sampling=balanced                      or square_root
 
-Not run to its end yet; `tests/baselines/compare_imbalance.py` compares them all.
+Balanced accuracy as it is 58.36 % (n = 3, s.d. 0.54), with the logit-adjusted loss 73.22 %
+(n = 3, s.d. 0.04) on a CIFAR-10 re-encoded as JPEG; all of them: docs/knowing.md, by
+`tests/baselines/compare_imbalance.py`. November 2026, 2 cores (AMD EPYC), about two minutes a run.
 """
 
 from flaxcls.config import default
