@@ -64,7 +64,7 @@ def adapt(config):
 
     build.source(config, config.data.eval_split)  # if it is wrong, before steps are timed
     source = build.source(config, config.data.train_split)
-    images, classes, short_side = pipeline.summarize(source)
+    images, classes, short_side, _ = pipeline.summarize(source)
     if config.batch_size is None:  # at least some 20 updates an epoch, for small sets too
         batch = max(b for b in (16, 32, 64, 128, 256) if b == 16 or 20 * b <= images)
         config.batch_size = -(-batch // processes.count()) * processes.count()

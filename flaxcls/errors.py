@@ -27,6 +27,17 @@ class ConfigError(FlaxclsError):
     exit_code = 2
 
 
+class RunTakenError(FlaxclsError):
+    """The run's folder belongs to another job: it trains there, or has taken this one's place.
+
+    The exit code is that of a mistake, with which launchers don't start the command again: it would
+    be refused for as long as the other job trains, and be one too many afterwards. That other job
+    has a launcher of its own.
+    """
+
+    exit_code = 2
+
+
 class Interrupted(FlaxclsError):
     """A signal asked the run to end, and it has saved itself; `exit_code` says which."""
 

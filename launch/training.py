@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 DONE = 0
 PREEMPTED = 42  # saved; to be started again, as often as it takes
 STOP = {  # starting it again would only end in the same way
-    2: "the config or the command line is wrong",
+    2: "the config or the command line is wrong, or another job has the run",
     43: "the training diverged",
     45: "the data are broken",
     130: "somebody pressed Ctrl-C",

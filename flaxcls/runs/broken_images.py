@@ -4,10 +4,11 @@ import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
+from flaxcls.runs.lease import NO_LEASE, Lease
 from flaxcls.runtime import output, processes
 
 
-def broken_images_log(workdir: Path) -> Callable[[str], None]:
+def broken_images_log(workdir: Path, lease: Lease = NO_LEASE) -> Callable[[str], None]:
     """Notes a sentence about a broken image in broken_images.log and on standard error.
 
     Every process notes those that it meets itself, but 0 in a file with its number.
@@ -16,6 +17,8 @@ def broken_images_log(workdir: Path) -> Callable[[str], None]:
 
     def report(sentence: str) -> None:
         output.say(f"flaxcls: {sentence}", error=True)
+        if not lease.is_held():  # which ends the run soon
+            return
         with contextlib.suppress(OSError):  # a full disk
             workdir.mkdir(parents=True, exist_ok=True)
             with (workdir / f"broken_images{number}.log").open("a") as log:

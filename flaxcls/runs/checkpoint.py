@@ -17,7 +17,7 @@ import contextlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,10 +60,13 @@ class Checkpoints(CheckpointReader):
     Args:
       directory: holds one folder per step; made when the first one is saved.
       keep: how many of the newest are kept; the best one is kept besides.
+      check: raises where nothing may be written any more; asked before each change in the folder,
+        also by the thread that saves.
     """
 
-    def __init__(self, directory: Path, keep: int = 1):
+    def __init__(self, directory: Path, keep: int = 1, check: Callable[[], None] = lambda: None):
         super().__init__(directory)
+        self.check = check
         self._policy = _NewestAndBest(keep)
         self._saving: int | None = None  # the step whose saving began last
         self._failure: CheckpointError | None = None  # of that step, until it is reported
@@ -170,9 +173,10 @@ class Checkpoints(CheckpointReader):
             if self._manager:
                 self._manager.wait_until_finished()
         except Exception as error:
-            self._failure = _not_saved(self._saving, cause_of(error))
-            self._failure.__cause__ = error
+            failure = _not_saved(self._saving, cause_of(error))
+            failure.__cause__ = error
             self.reload()
+            self._failure = failure
 
     def _take_failure(self) -> CheckpointError | None:
         self._finish()
@@ -181,7 +185,9 @@ class Checkpoints(CheckpointReader):
 
     def _write_manifest(self) -> None:
         """Orbax calls this in the first process, when all have written, before the renaming."""
+        self.check()
         self._bytes = manifest.write(self._unfinished(self._saving), WRITTEN_LAST)
+        self.check()  # that may have taken minutes
 
     def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
         """Why `state` can't be saved now."""
@@ -202,6 +208,7 @@ class Checkpoints(CheckpointReader):
     def _remove_unfinished(self) -> None:
         """Frees the space of what a failure or the end of a process left half written."""
         if processes.is_first():
+            self.check()
             for folder in self._directory.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(folder, ignore_errors=True)
 

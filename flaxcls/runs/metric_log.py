@@ -5,7 +5,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from flaxcls.errors import ConfigError, FlaxclsError, Interrupted
+from flaxcls.errors import ConfigError, FlaxclsError, Interrupted, RunTakenError
 from flaxcls.files import atomic_write
 from flaxcls.runs.tensorboard import TensorBoard
 from flaxcls.runs.trackers import Trackers
@@ -30,12 +30,22 @@ class MetricLog:
     Attributes:
       is_silent: whether nothing has been said of the steps yet.
 
+    Before anything is written `check` is called, which raises where nothing may be any more.
+
     Rows of `metrics.jsonl` hold nothing that depends on the clock, so that the file of a resumed
     run is byte for byte that of one that was never interrupted. Rows after `start_step`, from which
     the run resumes, are dropped.
     """
 
-    def __init__(self, workdir: Path | None, start_step: int, total_steps: int, batch_size: int):
+    def __init__(
+        self,
+        workdir: Path | None,
+        start_step: int,
+        total_steps: int,
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self._check = check
         self._total_steps, self._batch_size = total_steps, batch_size
         self._path = workdir / "metrics.jsonl" if workdir else Path(os.devnull)
         self._console = Console(
@@ -55,6 +65,7 @@ class MetricLog:
         self.begin(start_step)
 
     def _open(self, start_step: int) -> None:
+        self._check()
         try:
             if self._path != Path(os.devnull):
                 self._keep_until(start_step)
@@ -160,6 +171,7 @@ class MetricLog:
             self.say(f"step {step}  epoch {epoch:.2f}  {name}: {describe(row)}")
 
     def _write(self, step: int, epoch: float, groups: Mapping[str, Mapping[str, float]]) -> None:
+        self._check()
         row = {"step": step, "epoch": round(epoch, 4), **groups}
         self._pending += (json.dumps(_json(row)) + "\n").encode()
         self.flush()
@@ -190,7 +202,8 @@ class MetricLog:
     def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
         if self._live:
             self._live.stop()
-        self.flush()
+        if kind is None or not issubclass(kind, RunTakenError):
+            self.flush()
         self._file.close()
         self._board.close()
         if self._trackers:

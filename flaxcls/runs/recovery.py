@@ -36,6 +36,7 @@ def restore_newest(
 
     if processes.is_first():
         for step, error in rejected:
+            checkpoints.check()
             say(f"{error}; it is moved to {_quarantine(checkpoints.folder(step))}")
         if rejected and not found:
             say("no checkpoint is left: the run starts from scratch")

@@ -7,6 +7,7 @@ checkpoints/     the newest steps and the best one
 profile/         the trace of config.profile
 autotuning/      the kernels that XLA has chosen on a GPU; see `runtime/autotuning.py`
 code/            the user's own modules that the config names; see `run_code`
+lease.json       which job trains now; see `lease`
 summary.json     how it ended
 report.html      all of it as a page, see flaxcls/report
 """
@@ -60,6 +61,7 @@ LEFTOVERS = (
     "autotuning",
     "broken_images*.log",
     "goodput.json",
+    "lease*.json",
     "metrics.jsonl",
     "*.tmp",
     "checkpoints",

@@ -25,6 +25,7 @@ from flaxcls.files import write_json
 from flaxcls.runs import run_folder
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.goodput import Goodput
+from flaxcls.runs.lease import NO_LEASE, Lease
 from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runs.recovery import restore_newest
 from flaxcls.runtime import compilation_cache, processes, sharding
@@ -65,17 +66,18 @@ class Session:
         clock: Goodput,
         before: Before | None = None,
         hooks: Hooks = NO_HOOKS,
+        lease: Lease = NO_LEASE,
     ):
         self._experiment, self._workdir, self._program = experiment, workdir, program
         self._clock, self._before, self._hooks = clock, before, HookCalls(hooks)
-        self._total_steps = experiment.length.total_steps
+        self._lease, self._total_steps = lease, experiment.length.total_steps
         self._progress: dict[str, Any] = dict(_START)
         self.step = 0
 
     def __enter__(self) -> "Session":
         with contextlib.ExitStack() as stack:
             self._checkpoints = Checkpoints(
-                self._workdir / "checkpoints", self._experiment.saving.keep
+                self._workdir / "checkpoints", self._experiment.saving.keep, self._lease.check
             )
             stack.push(self._close_checkpoints)
             stack.enter_context(self._program)
@@ -111,6 +113,7 @@ class Session:
                 self.step,
                 self._total_steps,
                 self._experiment.batch_size,
+                self._lease.check,
             )
         )
         config = dict(fields(self._experiment.config))
@@ -135,6 +138,7 @@ class Session:
         return state
 
     def _restored(self) -> TrainState:
+        self._lease.check()
         found = restore_newest(
             self._checkpoints, self._program.shapes, self._program.shardings, processes.say
         )
@@ -172,6 +176,7 @@ class Session:
                 **({"data_modified": modified[0]} if modified else {}),
             }
             before = self._before.config if self._before and self.step else None
+            self._lease.check()
             run_folder.record(self._workdir, metadata, before)
         processes.check_shared(self._workdir / "config.json")
         path = self._workdir / "goodput.json" if processes.is_first() else None
@@ -182,6 +187,7 @@ class Session:
         autotuning = Autotuning(self._workdir / "autotuning", platform)
         with self._clock.spending("compile"):
             seconds = self._program.compile(self.step, autotuning.compile)
+            self._lease.check()
             autotuning.write()
             self._program.prepare(state)
         self._clock.reach("compiled")
@@ -205,6 +211,7 @@ class Session:
     def _new_profile(self) -> Profile:
         @contextlib.contextmanager
         def spending() -> Iterator[None]:
+            self._lease.check()
             with self._watchdog.pause(), self._clock.spending("save"):
                 yield
 
@@ -242,6 +249,8 @@ class Session:
         self._log.stepped(self.step, self._epoch)
         self._watchdog.alive(self.step)
         signal, evaluates = self._stop_request(), self._eval_due(self.step)
+        if signal:
+            self._lease.announce_end()
         logs = self._log_due(self.step) or evaluates
         try:
             if logs:
@@ -296,7 +305,7 @@ class Session:
         row |= {"images_per_second": speed, "data_wait": data_wait}
         with self._watchdog.pause():
             self._hooks.on_log({"step": self.step, "epoch": self._epoch, **row})
-        self._clock.write(every=10)
+        self._write_clock(every=10)
         if failure := self._checkpoints.failure():  # reported as soon as it is known
             with self._saving(must=False):
                 raise failure
@@ -338,7 +347,11 @@ class Session:
                 self._checkpoints.save(self.step, state, metadata)
                 if must:
                     self._checkpoints.wait()
-            self._clock.write()
+            self._write_clock()
+
+    def _write_clock(self, every: float = 0.0) -> None:
+        self._lease.check()
+        self._clock.write(every)
 
     @contextlib.contextmanager
     def _saving(self, must: bool) -> Iterator[None]:
@@ -387,7 +400,7 @@ class Session:
         """Writes and returns what summary.json holds."""
         with self._watchdog.pause(), self._clock.spending("save"):
             self._checkpoints.wait()
-        self._clock.write()
+        self._write_clock()
         steps_per_second, data_wait = self._clock.rate(self.step)
         summary = {
             "finished": self.step == self._total_steps,

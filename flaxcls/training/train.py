@@ -11,6 +11,7 @@ from flaxcls.build import Before, Experiment
 from flaxcls.runs import run_folder
 from flaxcls.runs.broken_images import broken_images_log
 from flaxcls.runs.goodput import Goodput
+from flaxcls.runs.lease import NO_LEASE, Lease, hold
 from flaxcls.runtime import processes
 from flaxcls.training.hooks import NO_HOOKS, Hooks
 from flaxcls.training.initial import complete, inherited_normalization
@@ -26,6 +27,7 @@ def train(
     clock: Goodput,
     before: Before | None = None,
     hooks: Hooks = NO_HOOKS,
+    lease: Lease = NO_LEASE,
 ) -> dict[str, Any]:
     """Trains the run in `workdir`, from its beginning or from its last checkpoint.
 
@@ -35,9 +37,10 @@ def train(
       clock: where the seconds go.
       before: what the run was until now, if it is resumed.
       hooks: what process 0 calls with the metrics.
+      lease: the right to write into the folder.
 
-    Returns what summary.json holds. Raises ConfigError, DataError, CheckpointError, DivergedError
-    and, when a signal asked the run to end and it has saved itself, Interrupted.
+    Returns what summary.json holds. Raises ConfigError, DataError, CheckpointError, DivergedError,
+    RunTakenError and, when a signal asked the run to end and it has saved itself, Interrupted.
     """
     if experiment.init_from is not None and before is None:
         sources.check(experiment.init_from)  # before anything slow
@@ -47,11 +50,11 @@ def train(
         or experiment.normalization
         or inherited_normalization(experiment)
     )
-    program = Program.open(experiment, broken_images_log(workdir), normalization)
+    program = Program.open(experiment, broken_images_log(workdir, lease), normalization)
     introduce(experiment, program, workdir, before)
     clock.reach("read")
 
-    with Session(experiment, workdir, program, clock, before, hooks) as session:
+    with Session(experiment, workdir, program, clock, before, hooks, lease) as session:
         state = session.restore()
         for batch in session.batches():
             state = program.update(state, batch)
@@ -69,22 +72,25 @@ def train_config(
 ) -> dict[str, Any]:
     """Trains what a config means; returns what summary.json holds, and raises, as `train` does.
 
-    A run that has finished, and is not to be longer now, is left as it is. `age` are the seconds
-    that the process has taken so far; a run that is `watched` ends the process if it hangs.
+    Where another job trains in `workdir` that is RunTakenError, before any device is used. A run
+    that has finished, and is not to be longer now, is left as it is. `age` are the seconds that the
+    process has taken so far; a run that is `watched` ends the process if it hangs.
     """
     clock = Goodput(age)
     if said := complete(config, workdir):
         processes.say(said)
     build.check(config)
-    mesh = build.mesh(config)
     workdir = Path(processes.gather(str(workdir))[0])
-    earlier, finished = run_folder.claim(workdir, config)
-    if finished:
-        return finished
-    with processes.first_before_others():  # it may have to prepare the data for all
-        experiment = build.make_experiment(config, mesh)
-    clock.reach("checked")
-    if not watched:
-        experiment = dataclasses.replace(experiment, hang_after=0)
-    before = earlier and build.before(earlier, len(experiment.train.source))
-    return train(experiment, workdir, clock, before, hooks)
+    with hold(workdir if processes.is_first() else None, processes.say) as lease:
+        processes.gather("")  # what is in the folder is this job's now
+        mesh = build.mesh(config)
+        earlier, finished = run_folder.claim(workdir, config)
+        if finished:
+            return finished
+        with processes.first_before_others():  # it may have to prepare the data for all
+            experiment = build.make_experiment(config, mesh)
+        clock.reach("checked")
+        if not watched:
+            experiment = dataclasses.replace(experiment, hang_after=0)
+        before = earlier and build.before(earlier, len(experiment.train.source))
+        return train(experiment, workdir, clock, before, hooks, lease)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -150,3 +151,22 @@ def stopped_step(stderr):
 @pytest.fixture(name="stopped_step")
 def _stopped_step():
     return stopped_step
+
+
+@pytest.fixture
+def run_two(start_main):
+    """Runs two processes with arguments of their own; [(exit code, stdout, stderr), ...]."""
+
+    def run(first, second, timeout=120):
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+        address = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
+        started = [
+            start_main(*arguments, *address, f"--process_id={number}")
+            for number, arguments in enumerate((first, second))
+        ]
+        outputs = [process.communicate(timeout=timeout) for process in started]
+        return [(p.returncode, *texts) for p, texts in zip(started, outputs, strict=True)]
+
+    return run

@@ -160,25 +160,6 @@ def test_sigkill_of_one_ends_the_other_and_leaves_the_last_good_checkpoint(
     assert result.returncode == 0, result.stderr
 
 
-@pytest.fixture
-def run_two(start_main):
-    """Runs two processes with arguments of their own; [(exit code, stdout, stderr), ...]."""
-
-    def run(first, second, timeout=120):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        address = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
-        started = [
-            start_main(*arguments, *address, f"--process_id={number}")
-            for number, arguments in enumerate((first, second))
-        ]
-        outputs = [process.communicate(timeout=timeout) for process in started]
-        return [(p.returncode, *texts) for p, texts in zip(started, outputs, strict=True)]
-
-    return run
-
-
 def assert_fail_alike(results, code, message):
     """Both exit codes are `code`, and the message is said once, by process 0, without more."""
     assert [result[0] for result in results] == [code, code], results
