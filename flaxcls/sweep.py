@@ -57,6 +57,7 @@ def main(argv: Sequence[str]) -> int:
     if bool(FLAGS.optuna) != bool(FLAGS.search) or (FLAGS.optuna and FLAGS.grid):
         raise ConfigError("--optuna=COUNT and --search FIELD=LOW..HIGH go together, without --grid")
 
+    from flaxcls.report.page import report_at_the_end
     from flaxcls.studies import sweep
     from flaxcls.studies.optuna_search import sweep_optuna
 
@@ -72,6 +73,9 @@ def main(argv: Sequence[str]) -> int:
         results = sweep.sweep_grid(FLAGS.config, FLAGS.grid, workdir, **common)
     sweep.show(results)
     write_result(f"The sweep is in {printable(workdir)}")
+    runs = [workdir / row["name"] for row in results["trials"] if row["status"] == "finished"]
+    if len(runs) > 1:
+        write_result(report_at_the_end(runs, workdir / "report.html"))
     return sweep.exit_code(results)
 
 

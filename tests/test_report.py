@@ -7,6 +7,7 @@ import json
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -238,6 +239,17 @@ def test_several_runs_are_compared(digits_run, copied, tmp_path):
     assert "0.0.1" in shown.text and "Accuracy in evaluation" in shown.text
     styles = [each["class"] for each in shown.all("circle")]
     assert {"dot c0", "dot c1"} <= {*styles}
+
+
+def test_names_of_compared_runs_lead_to_their_pages(copied, tmp_path):
+    odd = copied.rename(tmp_path / "rate=0.1 & <b>50%")
+    (odd / "report.html").write_text("")
+    plain = Path(shutil.copytree(odd, tmp_path / "plain"))
+    (plain / "report.html").unlink()
+    out = flaxcls.write_report([odd, plain], tmp_path / "pages.html")
+    links = [each["href"] for each in Page(out.read_text()).all("a") if each["href"][0] != "#"]
+    assert [(tmp_path / unquote(link)).exists() for link in links] == [True]
+    assert "<b>50%" not in out.read_text()
 
 
 def test_speed_is_that_of_steps_that_count_and_restarts_are_seen(tmp_path):

@@ -333,10 +333,12 @@ def test_sweep_that_is_killed_takes_its_trials_along_and_resumes(recipe, tmp_pat
         assert time.monotonic() < end
         time.sleep(0.05)
     stopped = int(log.read_text().rpartition("stopped after step ")[2].split()[0])
-    again = start_python(*flags, f"{RATE}=0.1,-1.0", f"--config.duration={stopped + 3} steps")
+    again = start_python(*flags, f"{RATE}=0.1,0.2,-1.0", f"--config.duration={stopped + 3} steps")
     out, err = again.communicate()
     assert again.returncode == 2, err  # of the learning rate below 0
     assert f"resumed from step {stopped}" in log.read_text()
     results = json.loads((folder / "sweep.json").read_text())["trials"]
-    assert [row["status"] for row in results] == ["finished", "failed"], out
-    assert results[0]["step"] == stopped + 3
+    assert [row["status"] for row in results] == ["finished", "finished", "failed"], out
+    assert {row["step"] for row in results[:2]} == {stopped + 3}
+    page = (folder / "report.html").read_text()
+    assert 'href="learning_rate%3D0.1/report.html"' in page and f"Report: {folder}" in out

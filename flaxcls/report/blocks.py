@@ -26,6 +26,13 @@ def count(value: float | None) -> Number:
     return Number(value, "–" if value is None else f"{value:,.0f}")
 
 
+class Link(NamedTuple):
+    """A cell that leads to another page."""
+
+    text: str
+    href: str  # relative to this page, quoted
+
+
 class Text(NamedTuple):
     """A paragraph."""
 
@@ -59,13 +66,13 @@ class Facts(NamedTuple):
 class Table(NamedTuple):
     """A table whose first cell of a row names it.
 
-    Cells are a Number or text; `sortable` tables get buttons from the page's script, and are in
-    order without it. A `folded` one is opened by who wants it.
+    Cells are a Number or text, the first one may be a Link; `sortable` tables get buttons from the
+    page's script, and are in order without it. A `folded` one is opened by who wants it.
     """
 
     caption: str
     head: Sequence[str]
-    rows: Sequence[Sequence[Number | str]]
+    rows: Sequence[Sequence[Number | Link | str]]
     sortable: bool = False
     folded: bool = False
 

@@ -1,11 +1,25 @@
 """Sections that compare several runs, by what their folders tell; each run has a colour."""
 
 import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from flaxcls.config.fields import fields
-from flaxcls.report.blocks import Block, Charts, Note, Number, Section, Table, Text, count, percent
+from flaxcls.report.blocks import (
+    Block,
+    Charts,
+    Link,
+    Note,
+    Number,
+    Section,
+    Table,
+    Text,
+    count,
+    percent,
+)
 from flaxcls.report.figures import COLOURS, curves, progress_axis, span
 from flaxcls.report.run_files import RunFiles, number_in
 from flaxcls.report.svg import Line
@@ -21,8 +35,11 @@ def names_of(runs: Sequence[RunFiles]) -> list[str]:
     ]
 
 
-def results(runs: Sequence[RunFiles]) -> Section:
-    """A row for each run: its last results and the best one, and what they took."""
+def results(runs: Sequence[RunFiles], folder: Path) -> Section:
+    """A row for each run: its last results and the best one, and what they took.
+
+    Names lead to the runs' own pages, from a page in `folder`.
+    """
     head = ["run", "step", "accuracy", "averaged", "loss", "best", "images/s", "time", "goodput"]
     rows = []
     for name, run in zip(names_of(runs), runs, strict=True):
@@ -30,7 +47,7 @@ def results(runs: Sequence[RunFiles]) -> Section:
         loss = number_in(last, "eval", "loss")
         rows.append(
             (
-                name,
+                _link(name, run, folder),
                 count(run.last_step),
                 percent(number_in(last, "eval", "accuracy"), 2),
                 percent(number_in(last, "ema", "accuracy"), 2),
@@ -49,6 +66,16 @@ def results(runs: Sequence[RunFiles]) -> Section:
     notes = [Note(problem) for run in runs for problem in run.problems]
     notes += [Note(f"Not finished: {', '.join(unfinished)}.")] if unfinished else []
     return Section("Results", [*notes, Table("The last results", head, rows, sortable=True)])
+
+
+def _link(name: str, run: RunFiles, folder: Path) -> Link | str:
+    page = run.path / "report.html"
+    if not page.exists():
+        return name
+    try:
+        return Link(name, quote(os.path.relpath(page, folder).replace(os.sep, "/")))
+    except ValueError:  # another drive of Windows
+        return name
 
 
 def learning_curves(runs: Sequence[RunFiles]) -> Section | None:

@@ -44,7 +44,6 @@ OF_A_RUN: Sequence[Callable[[RunData], Section | None]] = (
     training_sections.environment,
 )
 OF_SEVERAL: Sequence[Callable[[Sequence[RunFiles]], Section | None]] = (
-    comparison_sections.results,
     comparison_sections.learning_curves,
     comparison_sections.speed,
     comparison_sections.config_differences,
@@ -79,9 +78,10 @@ def write_report(
         out = out or folders[0] / "report.html"
     else:
         files = [read_run(folder) for folder in folders]
-        sections = [make(files) for make in OF_SEVERAL]
         title, lead = f"{len(files)} runs", ", ".join(comparison_sections.names_of(files))
         out = out or "comparison.html"
+        results = comparison_sections.results(files, Path(out).expanduser().parent)
+        sections = [results, *(make(files) for make in OF_SEVERAL)]
     out = Path(out).expanduser()
     text = render(title, lead, [section for section in sections if section])
     try:
@@ -92,15 +92,16 @@ def write_report(
     return out
 
 
-def report_at_the_end(workdir: Path) -> str:
-    """Writes the page of a run that has just ended, in its process; never raises.
+def report_at_the_end(runs: Path | Sequence[Path], out: Path | None = None) -> str:
+    """Writes the page of runs that have just ended, one in its process; never raises.
 
     Returns where it is or, in a sentence, why there is none. Devices of other processes can't be
     used any more, so that the page of several processes has no predictions.
     """
     try:
-        seconds = MOST_SECONDS if processes.count() == 1 else 0
-        return f"Report: {printable(write_report([workdir], max_seconds=seconds))}"
+        is_one = isinstance(runs, Path)
+        seconds = MOST_SECONDS if is_one and processes.count() == 1 else 0
+        return f"Report: {printable(write_report(runs, out, max_seconds=seconds))}"
     except Exception as error:  # whatever it is, the run has succeeded
         return f"There is no report: {one_line(error) or type(error).__name__}"
 
