@@ -27,7 +27,7 @@ def adapted(tmp_path, monkeypatch):
 
     def adapt(images, short_side, rate, *overrides, has_weights=False):
         monkeypatch.setattr(pretrained, "is_installed", lambda name: has_weights)
-        summary = pipeline.DatasetSummary(images, 2, short_side)
+        summary = pipeline.DatasetSummary(images, 2, short_side, grey=False)
         monkeypatch.setattr(pipeline, "summarize", lambda source: summary)
         monkeypatch.setattr(
             step, "step_rate", lambda *_, image_size, num_classes: rate * (32 / image_size) ** 2

@@ -43,6 +43,7 @@ trap forward TERM
 # All tasks end together; a cluster's default may be to kill the others, in the middle of saving.
 srun --kill-on-bad-exit=0 --wait=300 "${command[@]}" &
 step=$!
+if [ -n "$told" ]; then kill -TERM "$step"; fi # told before it was known whom to tell
 while true; do
   interrupted=
   wait "$step"
