@@ -1,5 +1,6 @@
 """What a user may not have meant, though it can be done: sentences for the beginning of a run."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from flaxcls.build.accepted import SECTIONS
 from flaxcls.build.length import Length
 from flaxcls.build.pieces import batch_norm_group
 from flaxcls.core import schedules
-from flaxcls.data.pipeline import Sizes, summarize
+from flaxcls.data.pipeline import DatasetSummary, Sizes, summarize
 from flaxcls.data.source import Source, Subset, all_ignored, resolve_split
 from flaxcls.runtime.output import printable
 from flaxcls.runtime.sharding import batch_parts
@@ -94,13 +95,20 @@ def _positions(source: Source, sizes: Mapping[str, int]) -> np.ndarray:
     return np.concatenate([begins[part.split] + np.arange(part.start, part.stop) for part in parts])
 
 
-def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:
+def of_pictures(config: ConfigDict, sizes: Sizes, train: Source) -> Iterator[str]:
+    """What the headers of some pictures tell, which are read once, where they are needed."""
+    look = functools.cache(lambda: summarize(train, count=20))
+    yield from _enlarged(sizes, train, look)
+    yield from _grey(config, train, look)
+
+
+def _enlarged(sizes: Sizes, train: Source, look: Callable[[], DatasetSummary]) -> Iterator[str]:
     """That pictures are made much larger than they are."""
     largest = max((size for size in sizes.sizes if size), default=0)
     height, width, _ = train.image_shape
     short_side = min(height, width) if height and width else None
     if largest > _LARGE and short_side is None and train.is_readable:
-        short_side = summarize(train, count=20).short_side
+        short_side = look().short_side
     if short_side and largest > _ENLARGED * short_side:
         yield (
             f"config.image_size = {largest} enlarges pictures of {short_side} pixels "
@@ -108,12 +116,12 @@ def enlarged(sizes: Sizes, train: Source) -> Iterator[str]:
         )
 
 
-def grey(config: ConfigDict, train: Source) -> Iterator[str]:
+def _grey(config: ConfigDict, train: Source, look: Callable[[], DatasetSummary]) -> Iterator[str]:
     """That grey pictures are read in three channels, which are equal."""
     may_be_grey = train.image_shape[2] == 3 and train.is_readable and not config.init_from
     if not may_be_grey or "channels" not in SECTIONS["data"].options(config.data.name):
         return
-    if summarize(train, count=20).grey:
+    if look().grey:
         yield (
             "the pictures are grey, and are read in three equal channels: "
             "--config.data.channels=1 reads one"
