@@ -145,11 +145,11 @@ class Mlp(nn.Module):
             nn.Dense, dtype=self.dtype, kernel_init=self.kernel_init, bias_init=self.bias_init
         )
         dropout = functools.partial(nn.Dropout, self.dropout, deterministic=not self.train)
-        y = gelu(dense(self.hidden, name="fc1")(x))
+        y = exact_gelu(dense(self.hidden, name="fc1")(x))
         return dropout()(dense(x.shape[-1], name="fc2")(dropout()(y)))
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def exact_gelu(x: jax.Array) -> jax.Array:
     """x times the normal distribution's P(X <= x) (Hendrycks & Gimpel 2016), in float32 inside.
 
     By erf, as PyTorch computes it. `nn.gelu` takes erfc, for which XLA computes both, in bfloat16:

@@ -16,11 +16,11 @@ from flaxcls.models.layers import (
     FixedConv,
     Widths,
     batch_norm,
+    exact_gelu,
     record,
     torch_bias_init,
     torch_kernel_init,
 )
-from flaxcls.models.layers import gelu as exact_gelu
 from flaxcls.models.pooling import max_pool
 
 
