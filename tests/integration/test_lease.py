@@ -46,6 +46,17 @@ def alone(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def suspended(tmp_path, start_main, run_folder, wait_until):
+    """A run, its arguments and its process, which has saved something and can't end meanwhile."""
+    run = run_folder(tmp_path / "run")
+    arguments = [*ARGUMENTS, f"--workdir={run.folder}"]
+    process = start_main(*arguments)
+    assert wait_until(process, lambda: run.steps() and run.log())
+    process.send_signal(signal.SIGSTOP)
+    return run, arguments, process
+
+
 def contents(folder):
     """All files of a run with what tells whether they were written.
 
@@ -59,14 +70,9 @@ def contents(folder):
 
 @pytest.mark.slow
 def test_second_job_is_refused_whatever_its_processes_and_changes_nothing(
-    tmp_path, alone, run_main, run_two, start_main, run_folder, wait_until, saved_arrays,
-    assert_same_arrays,
-):  # fmt: skip
-    run = run_folder(tmp_path / "run")
-    arguments = [*ARGUMENTS, f"--workdir={run.folder}"]
-    first = start_main(*arguments)
-    assert wait_until(first, lambda: run.steps() and run.log())
-    first.send_signal(signal.SIGSTOP)  # so that it has not ended before the others come
+    suspended, alone, run_main, run_two, run_folder, saved_arrays, assert_same_arrays
+):
+    run, arguments, first = suspended
     before = contents(run.folder)
     second = run_main(*arguments)
     print(f"RECOVERY a second job: refused after {second.seconds:.1f} s")
@@ -88,14 +94,9 @@ def test_second_job_is_refused_whatever_its_processes_and_changes_nothing(
 
 @pytest.mark.slow
 def test_suspended_job_whose_run_was_taken_over_wakes_up_and_writes_nothing(
-    tmp_path, alone, start_main, start_python, run_folder, wait_until, saved_arrays,
-    assert_same_arrays,
-):  # fmt: skip
-    run = run_folder(tmp_path / "run")
-    arguments = [*ARGUMENTS, f"--workdir={run.folder}"]
-    first = start_main(*arguments)
-    assert wait_until(first, lambda: run.steps() and run.log())
-    first.send_signal(signal.SIGSTOP)
+    suspended, alone, start_python, run_folder, wait_until, saved_arrays, assert_same_arrays
+):
+    run, arguments, first = suspended
     began = time.perf_counter()
     second = start_python("-c", ELSEWHERE, *arguments)
     lease = run.folder / "lease.json"
