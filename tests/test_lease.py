@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from flaxcls.errors import ConfigError, FlaxclsError, RunTakenError
-from flaxcls.runs import lease
+from flaxcls.runs import lease, lease_file
 from flaxcls.runs.broken_images import broken_images_log
 from flaxcls.runs.checkpoint import UNFINISHED, Checkpoints
 from flaxcls.runs.metric_log import MetricLog
@@ -204,7 +204,7 @@ def test_file_that_can_not_be_read_for_a_moment_does_not_end_the_job(tmp_path, m
 
     with lease.hold(tmp_path, never) as held:
         with monkeypatch.context() as patch:
-            patch.setattr(lease, "_read", fail)
+            patch.setattr(lease_file, "_read", fail)
             held.check()
             with pytest.raises(FlaxclsError, match=r"lease\.json can't be read: Input"):
                 lease.hold(tmp_path, never).__enter__()
@@ -214,7 +214,7 @@ def test_file_that_can_not_be_read_for_a_moment_does_not_end_the_job(tmp_path, m
 
 def test_wait_for_a_file_that_can_not_be_read_any_more_ends_with_a_sentence(tmp_path, monkeypatch):
     def fail(text):
-        monkeypatch.setattr(lease, "_read", lambda path: os.stat(f"{path}/below"))
+        monkeypatch.setattr(lease_file, "_read", lambda path: os.stat(f"{path}/below"))
 
     write(tmp_path, machine="another")
     with pytest.raises(FlaxclsError, match=r"lease\.json can't be read: Not a directory"):
@@ -228,7 +228,7 @@ def test_folder_that_can_not_be_written_has_no_lease_and_a_full_disk_ends_the_ru
     def fail(path, holder):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(lease, "_create", fail)
+    monkeypatch.setattr(lease_file, "_create", fail)
     if code == errno.EROFS:
         with lease.hold(tmp_path, never) as held:
             held.check()
@@ -303,7 +303,7 @@ TAKERS = 8
 TAKER = """
 import sys
 from flaxcls.errors import RunTakenError
-from flaxcls.runs import lease
+from flaxcls.runs import lease, lease_file
 from pathlib import Path
 
 lease._POLL_SECONDS = 0.02

@@ -2,13 +2,14 @@
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
+from flaxcls.buckets import AnyPath
+from flaxcls.files import append_line
 from flaxcls.runs.lease import NO_LEASE, Lease
 from flaxcls.runtime import output, processes
 
 
-def broken_images_log(workdir: Path, lease: Lease = NO_LEASE) -> Callable[[str], None]:
+def broken_images_log(workdir: AnyPath, lease: Lease = NO_LEASE) -> Callable[[str], None]:
     """Notes a sentence about a broken image in broken_images.log and on standard error.
 
     Every process notes those that it meets itself, but 0 in a file with its number.
@@ -21,7 +22,6 @@ def broken_images_log(workdir: Path, lease: Lease = NO_LEASE) -> Callable[[str],
             return
         with contextlib.suppress(OSError):  # a full disk
             workdir.mkdir(parents=True, exist_ok=True)
-            with (workdir / f"broken_images{number}.log").open("a") as log:
-                log.write(sentence + "\n")
+            append_line(workdir / f"broken_images{number}.log", sentence)
 
     return report

@@ -1,11 +1,12 @@
 """What a run logs while it trains: the terminal, metrics.jsonl, TensorBoard and trackers."""
 
+import contextlib
 import errno
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import ConfigError, FlaxclsError, Interrupted, RunTakenError
-from flaxcls.files import atomic_write
+from flaxcls.files import atomic_write, open_to_append
 from flaxcls.runs.tensorboard import TensorBoard
 from flaxcls.runs.trackers import Trackers
 from flaxcls.runtime.output import Guarded, printable_lines
@@ -39,7 +41,7 @@ class MetricLog:
 
     def __init__(
         self,
-        workdir: Path | None,
+        workdir: AnyPath | None,
         start_step: int,
         total_steps: int,
         batch_size: int,
@@ -69,9 +71,9 @@ class MetricLog:
         try:
             if self._path != Path(os.devnull):
                 self._keep_until(start_step)
-            self._file = self._path.open("ab", buffering=0)
+            self._file = open_to_append(self._path)
         except OSError as error:
-            passes = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            passes = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
             kind = FlaxclsError if passes else ConfigError
             raise kind(f"{self._path} can't be written: {error.strerror}") from error
         self._pending, self._waiting = b"", False  # rows that a full disk has no room for
@@ -174,7 +176,8 @@ class MetricLog:
         self._check()
         row = {"step": step, "epoch": round(epoch, 4), **groups}
         self._pending += (json.dumps(_json(row)) + "\n").encode()
-        self.flush()
+        with self._noting_failure():
+            self._write_pending()
         for group, values in groups.items():
             self._add(step, {f"{group}/{name}": value for name, value in values.items()})
 
@@ -184,10 +187,23 @@ class MetricLog:
             self._trackers.add(step, values)
 
     def flush(self) -> None:
-        """Writes the rows that there was no room for when they came, if there is now."""
+        """Returns when all rows are written, those too that there was no room for when they came.
+
+        If that fails they are kept, which is said.
+        """
+        with self._noting_failure():
+            self._write_pending()
+            self._file.flush()
+        self._board.flush()
+
+    def _write_pending(self) -> None:
+        while self._pending:
+            self._pending = self._pending[self._file.write(self._pending) :]
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
         try:
-            while self._pending:
-                self._pending = self._pending[self._file.write(self._pending) :]
+            yield
             self._waiting = False
         except OSError as error:
             if not self._waiting:  # said once

@@ -3,17 +3,19 @@
 import contextlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from flaxcls.buckets import AnyPath
+from flaxcls.files import append_line
 
-def keep(workdir: Path, row: Mapping[str, Any]) -> None:
+
+def keep(workdir: AnyPath, row: Mapping[str, Any]) -> None:
     """Adds a row; who may not write into the folder does without."""
-    with contextlib.suppress(OSError), (workdir / "robustness.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    with contextlib.suppress(OSError):
+        append_line(workdir / "robustness.jsonl", json.dumps(row))
 
 
-def read(workdir: Path) -> list[dict[str, Any]]:
+def read(workdir: AnyPath) -> list[dict[str, Any]]:
     """The rows, in the order in which they were added, as far as they can be read."""
     rows = []
     with contextlib.suppress(OSError):

@@ -8,16 +8,18 @@ which takes as long as the rest of a start, and TensorBoard's own writer needs T
 
 import contextlib
 import ctypes
+import errno
 import math
 import os
 import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+from flaxcls.buckets import AnyPath
 from flaxcls.data.tfrecord import framed
+from flaxcls.files import open_to_append
 
 # How a field of a protocol buffer is written.
 _VARINT, _64_BITS, _LENGTH, _32_BITS = 0, 1, 2, 5
@@ -31,12 +33,13 @@ class TensorBoard:
     They are written at once: a thread would end where a disk is full, and the run wait for it.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: AnyPath | None):
         self._folder = folder
-        self._file: BinaryIO | None = None
+        self._file: Any = None
 
     def open(self, step: int) -> None:
         """Starts a file at a step; TensorBoard drops what earlier ones have of it and later."""
+        self.flush()
         self.close()
         if self._folder is None:
             return
@@ -44,7 +47,7 @@ class TensorBoard:
             self._folder.mkdir(parents=True, exist_ok=True)
             # Two starts within a second: a name of its own for each.
             start = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-            self._file = (self._folder / f"events.out.tfevents.{start}").open("wb")
+            self._file = open_to_append(self._folder / f"events.out.tfevents.{start}")
             self._write(0, _field(3, b"brain.Event:2"))  # file_version
             self._write(step, _field(7, _key(1, _VARINT) + _varint(_START)))  # session_log
 
@@ -57,6 +60,12 @@ class TensorBoard:
             with self._trying():
                 self._write(step, _field(5, b"".join(map(_scalar, known, known.values()))))
 
+    def flush(self) -> None:
+        """Returns when it is written, or can't be."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.flush()
+
     def close(self) -> None:
         file, self._file = self._file, None
         if file:
@@ -66,8 +75,9 @@ class TensorBoard:
     def _write(self, step: int, content: bytes) -> None:
         """Writes an Event: its time and step, and one field more."""
         wall_time = _key(1, _64_BITS) + struct.pack("<d", time.time())
-        self._file.write(framed(wall_time + _key(2, _VARINT) + _varint(step) + content))
-        self._file.flush()
+        event = framed(wall_time + _key(2, _VARINT) + _varint(step) + content)
+        if self._file.write(event) < len(event):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
     def _trying(self) -> Iterator[None]:
@@ -86,7 +96,7 @@ class Event(NamedTuple):
     values: dict[str, float]
 
 
-def read_events(path: Path) -> Iterator[Event]:
+def read_events(path: AnyPath) -> Iterator[Event]:
     """The events of a file, as far as it is whole: what wrote it may have been killed."""
     content, place = path.read_bytes(), 0
     while place + _HEADER <= len(content):

@@ -1,0 +1,382 @@
+"""Objects in buckets ("gs://bucket/run/config.json", "s3://..."), with the methods of pathlib.Path.
+
+fsspec reads and writes them, by gcsfs and s3fs (the extras "cloud" and "s3"), which sign the
+requests and repeat those that fail for a while. What is different from a file system:
+
+- An object is written whole, in one step, and nothing is renamed or appended to.
+- Folders are only the beginnings of names: they are there as long as something is in them.
+- An object has a version, another one each time it is written: `put` replaces only the one that is
+  expected, which is what one of several writers can rely on.
+"""
+
+import contextlib
+import datetime
+import errno
+import fnmatch
+import functools
+import io
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeAlias
+
+from flaxcls.errors import ConfigError
+
+EXTRAS = {"gs": "cloud", "s3": "s3"}  # which `pip install flaxcls[...]` brings a scheme's package
+ABSENT = ""  # the version of an object that is not there
+
+
+class Status(NamedTuple):
+    """What os.stat says, as far as objects have it."""
+
+    st_size: int  # bytes
+    st_mtime: float  # seconds since 1970
+
+    @property
+    def st_mtime_ns(self) -> int:
+        return int(self.st_mtime * 1e9)
+
+
+class Changed(OSError):
+    """An object has another version than was expected: somebody else has written it."""
+
+
+class BucketPath:
+    """The name of an object, or of the folder that objects are in; str() is its URL.
+
+    Whatever the store answers, what is raised is an OSError with a `strerror`: FileNotFoundError,
+    PermissionError, `Changed` and so on. It has no __fspath__, so that nothing takes it for a file.
+    """
+
+    def __init__(self, url: str):
+        self._scheme, _, name = url.partition("://")
+        self._name = PurePosixPath(name)
+
+    # The name.
+
+    def __str__(self) -> str:
+        return f"{self._scheme}://{self._name}"
+
+    def __repr__(self) -> str:
+        return f"BucketPath('{self}')"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BucketPath) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
+    def __lt__(self, other: "BucketPath") -> bool:
+        return str(self) < str(other)
+
+    def __truediv__(self, name: str | PurePosixPath) -> "BucketPath":
+        return self._with(self._name / name)
+
+    @property
+    def name(self) -> str:
+        return self._name.name
+
+    @property
+    def suffix(self) -> str:
+        return self._name.suffix
+
+    @property
+    def stem(self) -> str:
+        return self._name.stem
+
+    @property
+    def parent(self) -> "BucketPath":
+        return self._with(self._name.parent)
+
+    @property
+    def parents(self) -> list["BucketPath"]:
+        """The folders above, as far as the bucket."""
+        return [self._with(path) for path in self._name.parents if path.name]
+
+    def with_name(self, name: str) -> "BucketPath":
+        return self._with(self._name.with_name(name))
+
+    def with_suffix(self, suffix: str) -> "BucketPath":
+        return self._with(self._name.with_suffix(suffix))
+
+    def match(self, pattern: str) -> bool:
+        return self._name.match(pattern)
+
+    def resolve(self) -> "BucketPath":
+        return self
+
+    absolute = expanduser = resolve
+
+    def _with(self, name: PurePosixPath) -> "BucketPath":
+        return BucketPath(f"{self._scheme}://{name}")
+
+    # What is there.
+
+    def exists(self) -> bool:
+        return self._info() is not None
+
+    def is_file(self) -> bool:
+        return (self._info() or {}).get("type") == "file"
+
+    def is_dir(self) -> bool:
+        return (self._info() or {}).get("type") == "directory"
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def stat(self) -> Status:
+        return _status(self._info() or self._absent())
+
+    def iterdir(self) -> Iterator["BucketPath"]:
+        with self._os_errors():
+            names = self._filesystem.ls(str(self), detail=False)
+        for name in sorted(names):
+            if (path := self._with(PurePosixPath(name))) != self:
+                yield path
+
+    def glob(self, pattern: str) -> Iterator["BucketPath"]:
+        """What is directly in the folder and has such a name; nothing where there is no folder."""
+        with contextlib.suppress(FileNotFoundError):
+            yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+
+    def rglob(self, pattern: str) -> Iterator["BucketPath"]:
+        """The objects below the folder that have such a name."""
+        yield from (self / name for name in self.files() if PurePosixPath(name).match(pattern))
+
+    def files(self) -> dict[str, Status]:
+        """All that is below the folder, by its path from there; empty where there is no folder."""
+        with self._os_errors():
+            found = self._filesystem.find(str(self), detail=True)
+        found = {PurePosixPath(name): info for name, info in found.items()}
+        return {
+            path.relative_to(self._name).as_posix(): _status(info)
+            for path, info in sorted(found.items())
+            if path != self._name
+        }
+
+    # Reading.
+
+    def read_bytes(self) -> bytes:
+        with self._os_errors():
+            return self._filesystem.cat_file(str(self))
+
+    def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self.read_bytes().decode(encoding, errors)
+
+    def open(self, mode: str = "r") -> io.IOBase:
+        """A file in memory of what is in the object; "r" or "rb"."""
+        content = io.BytesIO(self.read_bytes())
+        return {"r": lambda: io.TextIOWrapper(content, encoding="utf-8"), "rb": lambda: content}[
+            mode
+        ]()
+
+    def version(self) -> str:
+        """What `put` takes; ABSENT where there is no object."""
+        info = self._info()
+        return str(info.get("generation") or info.get("ETag")) if info else ABSENT
+
+    # Writing.
+
+    def write_bytes(self, content: bytes) -> None:
+        with self._os_errors():
+            self._filesystem.pipe_file(str(self), content)
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode())
+
+    def put(self, content: bytes, version: str) -> str:
+        """Writes an object of which there is a version, or none; returns the new one.
+
+        Raises:
+          Changed: the object has another version, and is as it was.
+        """
+        try:
+            with self._os_errors():
+                return _PUT[self._scheme](self._filesystem, self._name, content, version)
+        except OSError:
+            now = self.version()
+            if now == version:
+                raise
+            # A request whose answer is lost is repeated, and then finds what it wrote itself.
+            if now == ABSENT or self.read_bytes() != content:
+                what = "another process has written or removed it"
+                raise Changed(errno.EEXIST, what, str(self)) from None
+            return now
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        try:
+            with self._os_errors():
+                self._filesystem.rm_file(str(self))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Nothing: a folder is there when something is in it."""
+
+    def rmdir(self) -> None:
+        """Nothing: an empty folder is not there."""
+
+    def rmtree(self) -> None:
+        """Removes everything below the folder, what there is of it."""
+        with contextlib.suppress(FileNotFoundError), self._os_errors():
+            if names := self._filesystem.find(str(self)):
+                self._filesystem.rm(names)
+
+    def upload(self, files: Mapping[str, Path]) -> None:
+        """Writes local files as objects below the folder, several at a time.
+
+        Raises:
+          Changed: one is there already, and is not the same.
+        """
+        if not files:
+            return
+        try:
+            with self._os_errors():
+                self._filesystem.put(
+                    [str(path) for path in files.values()],
+                    [str(self / name) for name in files],
+                    mode="create",
+                )
+        except FileExistsError:  # see `put`
+            for name, path in files.items():
+                (self / name).put(path.read_bytes(), ABSENT)
+
+    def download(self, files: Mapping[str, Path]) -> None:
+        """Writes objects below the folder, by their path in it, into local files."""
+        for path in files.values():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if files:
+            with self._os_errors():
+                self._filesystem.get(
+                    [str(self / name) for name in files], [str(path) for path in files.values()]
+                )
+
+    # How.
+
+    @property
+    def _filesystem(self) -> Any:
+        return filesystem(self._scheme)
+
+    def _info(self) -> dict[str, Any] | None:
+        try:
+            with self._os_errors():
+                return self._filesystem.info(str(self))
+        except FileNotFoundError:
+            return None
+
+    def _absent(self) -> dict[str, Any]:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+
+    def _os_errors(self) -> contextlib.AbstractContextManager[None]:
+        return os_errors(str(self))
+
+
+AnyPath: TypeAlias = Path | BucketPath
+
+
+def is_remote(path: str | os.PathLike | BucketPath) -> bool:
+    """Whether a path names something in the cloud."""
+    return isinstance(path, BucketPath) or "://" in os.fspath(path)
+
+
+def as_path(path: str | os.PathLike | BucketPath, what: str = "") -> AnyPath:
+    """The path of a file or, for "gs://bucket/name" and "s3://bucket/name", of an object.
+
+    Args:
+      what: for a sentence, such as "--workdir=".
+
+    Raises:
+      ConfigError: it is in another cloud, or the package for this one is not installed.
+    """
+    if isinstance(path, BucketPath):
+        return path
+    if not is_remote(path):
+        return Path(path).expanduser()
+    url = os.fspath(path)
+    scheme, _, name = url.partition("://")
+    if scheme not in EXTRAS or not name.strip("/"):
+        raise ConfigError(f"{what}{url} must be a folder, gs://BUCKET/... or s3://BUCKET/...")
+    try:
+        filesystem(scheme)
+    except ImportError as error:
+        extra = f"pip install 'flaxcls[{EXTRAS[scheme]}]'"
+        raise ConfigError(f"{what}{url} needs a package: {extra}") from error
+    except Exception as error:  # wrong settings in the environment, such as an endpoint
+        raise ConfigError(f"{what}{url} can't be reached: {_reason(error)}") from error
+    return BucketPath(url)
+
+
+@functools.cache
+def filesystem(scheme: str) -> Any:
+    """fsspec's file system for "gs" or "s3", which threads may share and which caches no listing.
+
+    Raises:
+      ImportError: its package is missing.
+    """
+    import fsspec
+
+    for name in ("gcsfs", "s3fs", "aiobotocore", "google.auth"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log is raised, too
+    return fsspec.filesystem(scheme, use_listings_cache=False)
+
+
+@contextlib.contextmanager
+def os_errors(url: str) -> Iterator[None]:
+    """Makes an OSError with a `strerror` of whatever the client of a cloud raises."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
+    except FileExistsError as error:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url) from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror and error.errno:
+            raise
+        reason = _reason(error)
+        denied = isinstance(error, PermissionError) or reason.startswith("Forbidden")
+        denied = denied or getattr(error, "code", None) in (401, 403)
+        # OSError itself makes a PermissionError of EACCES.
+        raise OSError(errno.EACCES if denied else errno.EIO, reason, url) from error
+
+
+def _reason(error: BaseException) -> str:
+    """One line of what a client says, with its kind where that alone says nothing."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
+
+
+def _status(info: Mapping[str, Any]) -> Status:
+    modified = info.get("mtime") or info.get("LastModified")
+    seconds = modified.timestamp() if isinstance(modified, datetime.datetime) else 0.0
+    return Status(info.get("size") or 0, seconds)
+
+
+def _put_gs(filesystem: Any, name: PurePosixPath, content: bytes, version: str) -> str:
+    """https://cloud.google.com/storage/docs/request-preconditions, which gcsfs has for ABSENT."""
+    bucket, *key = name.parts
+    answer = filesystem.call(
+        "POST",
+        f"{filesystem.base.replace('/storage/v1/', '/upload/storage/v1/')}b/{bucket}/o",
+        uploadType="media",
+        name="/".join(key),
+        ifGenerationMatch=version or "0",
+        data=content,
+        headers={"Content-Type": "application/octet-stream"},
+        json_out=True,
+    )
+    return str(answer["generation"])
+
+
+def _put_s3(filesystem: Any, name: PurePosixPath, content: bytes, version: str) -> str:
+    """https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
+    bucket, *key = name.parts
+    condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
+    answer = filesystem.call_s3(
+        "put_object", Bucket=bucket, Key="/".join(key), Body=content, **condition
+    )
+    return str(answer["ETag"])
+
+
+_PUT = {"gs": _put_gs, "s3": _put_s3}
