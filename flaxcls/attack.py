@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    run, alive = cli.local_folder("run", FLAGS.run), partial(say, error=True)
+    run, alive = cli.folder("run", FLAGS.run), partial(say, error=True)
     others = ("run", "out", "corruptions")
     if FLAGS.corruptions:
         given = cli.arguments(FLAGS, *others, *OF_ATTACKS)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
         return
     result = attack_run(
         run,
-        out=FLAGS.out and cli.local_folder("out", FLAGS.out),
+        out=FLAGS.out and cli.folder("out", FLAGS.out),
         alive=alive,
         **cli.arguments(FLAGS, *others),
     )

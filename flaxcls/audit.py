@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    out = cli.local_folder("out", FLAGS.out) if FLAGS.out else None
-    found = audit(cli.local_folder("run", FLAGS.run), out)
+    out = cli.folder("out", FLAGS.out) if FLAGS.out else None
+    found = audit(cli.folder("run", FLAGS.run), out)
     write_result(
         f"{found['examples']:,} examples: {found['label_issues']:,} labels are probably wrong, in "
         f"{found['confused']:,} pairs of classes; {found['duplicates']:,} pictures are nearly "

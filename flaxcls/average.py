@@ -45,8 +45,8 @@ def main(argv: Sequence[str]) -> None:
 
     compilation_cache.enable()
     averaged = average_runs(
-        [cli.local_folder("run", run) for run in FLAGS.run],
-        cli.local_folder("out", FLAGS.out),
+        [cli.folder("run", run) for run in FLAGS.run],
+        cli.folder("out", FLAGS.out),
         **cli.arguments(FLAGS, "run", "out"),
     )
     write_result(

@@ -13,7 +13,6 @@ import contextlib
 import datetime
 import errno
 import fnmatch
-import functools
 import io
 import logging
 import os
@@ -243,6 +242,18 @@ class BucketPath:
             for name, path in files.items():
                 (self / name).put(path.read_bytes(), ABSENT)
 
+    def upload_folder(self, folder: Path) -> None:
+        """Writes all files of a local folder, at any depth, as objects below this one."""
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        self.upload({path.relative_to(folder).as_posix(): path for path in paths})
+
+    def copy_to(self, target: "BucketPath") -> None:
+        """Copies all that is below the folder, within the store."""
+        with self._os_errors():
+            names = [self._with(PurePosixPath(name)) for name in self._filesystem.find(str(self))]
+            targets = [str(target / name._name.relative_to(self._name)) for name in names]
+            self._filesystem.copy(list(map(str, names)), targets)
+
     def download(self, files: Mapping[str, Path]) -> None:
         """Writes objects below the folder, by their path in it, into local files."""
         for path in files.values():
@@ -308,9 +319,8 @@ def as_path(path: str | os.PathLike | BucketPath, what: str = "") -> AnyPath:
     return BucketPath(url)
 
 
-@functools.cache
 def filesystem(scheme: str) -> Any:
-    """fsspec's file system for "gs" or "s3", which threads may share and which caches no listing.
+    """fsspec's file system for "gs" or "s3", which threads share; it caches no listing.
 
     Raises:
       ImportError: its package is missing.

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    found = calibrate_run(cli.local_folder("run", FLAGS.run), **cli.arguments(FLAGS, "run"))
+    found = calibrate_run(cli.folder("run", FLAGS.run), **cli.arguments(FLAGS, "run"))
     checkpoint = found.calibration.checkpoint.describe()
     write_result(
         f"{printable(FLAGS.run)}, {checkpoint}, by {describe(found)}\n"

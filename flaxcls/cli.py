@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.config.recipes import docstring, load_recipe
 from flaxcls.errors import (
     SIGNAL_EXIT_CODES,
@@ -138,11 +139,9 @@ def load_config(recipe: str | None, overrides: Sequence[str]) -> ConfigDict:
     return loaded.config
 
 
-def local_folder(flag: str, text: str) -> Path:
-    """The folder that a flag names; ConfigError for what is in the cloud."""
-    if "://" in text:
-        raise ConfigError(f"--{flag}={text} must be a folder of a file system, not in the cloud")
-    return Path(text).expanduser()
+def folder(flag: str, text: str) -> AnyPath:
+    """The folder that a flag names, here or in a bucket; see `as_path`."""
+    return as_path(text, f"--{flag}=")
 
 
 def check_folder(flag: str, path: str | Path) -> None:

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
     if not FLAGS.config:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
-    workdir = cli.local_folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
+    workdir = cli.folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
     if workdir:
         run_code.fall_back(workdir / "fold_0")
     if FLAGS.groups:

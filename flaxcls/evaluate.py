@@ -59,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
     from flaxcls.runtime import compilation_cache
 
     compilation_cache.enable()
-    runs = [cli.local_folder("run", run) for run in FLAGS.run]
-    out = cli.local_folder("out", FLAGS.out) if FLAGS.out else None
+    runs = [cli.folder("run", run) for run in FLAGS.run]
+    out = cli.folder("out", FLAGS.out) if FLAGS.out else None
     found = evaluate_runs(runs, out=out, **cli.arguments(FLAGS, "run", "out"))
     source = f"{printable(FLAGS.source)}, " if FLAGS.source else ""
     for name, row in found.results.items():

@@ -65,10 +65,10 @@ def main(argv: Sequence[str]) -> None:
         say(f"flaxcls: {printable(str(error))}", error=True)
 
     explained = explain_files(
-        cli.local_folder("run", FLAGS.run),
+        cli.folder("run", FLAGS.run),
         itertools.chain(first, files),
         class_name=FLAGS["class"].value,
-        out=cli.local_folder("out", FLAGS.out),
+        out=cli.folder("out", FLAGS.out),
         report=report,
         batch_size=len(first),
         **cli.arguments(FLAGS, "run", "class", "out", "batch_size"),

@@ -61,8 +61,8 @@ def main(argv: Sequence[str]) -> None:
 
     compilation_cache.enable()
     certificate = exporter.export_run(
-        cli.local_folder("run", FLAGS.run),
-        cli.local_folder("out", FLAGS.out),
+        cli.folder("run", FLAGS.run),
+        cli.folder("out", FLAGS.out),
         pictures=pictures,
         **cli.arguments(FLAGS, "run", "out", "pictures"),
     )

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
     problem = None
     try:
-        workdir = cli.local_folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
+        workdir = cli.folder("workdir", FLAGS.workdir) if FLAGS.workdir else None
         if workdir:
             run_code.fall_back(workdir)
         recipe = load_recipe(FLAGS.config, overrides)

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
         say(f"flaxcls: {printable(str(error))}", error=True)
 
     predictor, found = search(
-        cli.local_folder("run", FLAGS.run),
+        cli.folder("run", FLAGS.run),
         FLAGS.index,
         indexed=cli.find_pictures([FLAGS.index]),
         asked=cli.find_pictures(arguments),

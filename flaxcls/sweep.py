@@ -62,9 +62,7 @@ def main(argv: Sequence[str]) -> int:
     from flaxcls.studies.optuna_search import sweep_optuna
 
     workdir = (
-        cli.local_folder("workdir", FLAGS.workdir)
-        if FLAGS.workdir
-        else sweep.new_folder(FLAGS.config)
+        cli.folder("workdir", FLAGS.workdir) if FLAGS.workdir else sweep.new_folder(FLAGS.config)
     )
     common = {"overrides": overrides, "jobs": FLAGS.jobs}
     if FLAGS.optuna:

@@ -45,6 +45,7 @@ FLOORS = (
     ("config",),
     ("runtime",),
     ("files",),
+    ("buckets",),
     ("errors",),
 )
 

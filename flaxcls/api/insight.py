@@ -7,6 +7,7 @@ import numpy as np
 
 from flaxcls import cli
 from flaxcls.api.signatures import signature_of
+from flaxcls.buckets import as_path
 from flaxcls.errors import DataError
 from flaxcls.inference.classifier import is_one_picture
 from flaxcls.inference.predictor import Predictor
@@ -93,7 +94,7 @@ def search(
     """
     if out is not None:
         cli.check_png("out", out)
-    folder, is_one = Path(run).expanduser(), is_one_picture(pictures)
+    folder, is_one = as_path(run), is_one_picture(pictures)
     pictures = [pictures] if is_one else list(pictures)
     compilation_cache.enable()
     predictor = Predictor(folder, checkpoint=checkpoint, ema=ema, batch_size=batch_size)

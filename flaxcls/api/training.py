@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flaxcls import config as configs
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.config.recipes import Recipe, load_recipe
 from flaxcls.errors import ConfigError
 from flaxcls.runs import run_code, run_folder
@@ -41,7 +42,7 @@ def load_config(recipe: str | Path | None = None, overrides: Overrides = ()) -> 
 
 def train(
     config: ConfigDict | str | Path,
-    workdir: str | Path | None = None,
+    workdir: str | AnyPath | None = None,
     *,
     overrides: Overrides = (),
     on_log: Callable[[Row], Any] | None = None,
@@ -69,7 +70,7 @@ def train(
 
 def cross_validate(
     config: ConfigDict | str | Path,
-    workdir: str | Path | None = None,
+    workdir: str | AnyPath | None = None,
     *,
     folds: int = 5,
     groups: str | Path | None = None,
@@ -99,7 +100,7 @@ def cross_validate(
 
 def sweep_recipe(
     recipe: str | Path,
-    workdir: str | Path | None = None,
+    workdir: str | AnyPath | None = None,
     *,
     grid: Mapping[str, Sequence[Any]] | None = None,
     optuna: int | None = None,
@@ -137,11 +138,13 @@ def sweep_recipe(
 
 
 def _folder(
-    config: ConfigDict | str | Path, workdir: str | Path | None, new_folder: Callable[[str], Path]
-) -> Path:
+    config: ConfigDict | str | Path,
+    workdir: str | AnyPath | None,
+    new_folder: Callable[[str], Path],
+) -> AnyPath:
     """Where to work: a new folder, named by the recipe, if none is given."""
     if workdir is not None:
-        return Path(workdir).expanduser()
+        return as_path(workdir)
     return new_folder("run" if isinstance(config, ConfigDict) else str(config))
 
 

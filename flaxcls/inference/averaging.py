@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.build.notes import evaluated_twice
 from flaxcls.config.fields import changes
 from flaxcls.data.pipeline import Pipeline
@@ -35,7 +36,7 @@ _OF_COMPUTATION = ("dtype", "batch_norm_group")
 class Member(NamedTuple):
     """A checkpoint whose parameters, not their running average, are averaged."""
 
-    run: Path
+    run: AnyPath
     step: int
 
     def __str__(self) -> str:
@@ -86,7 +87,7 @@ def average_runs(
 
     Raises ConfigError for runs that can't be averaged, and a split that must not choose.
     """
-    out = Path(out).expanduser()
+    out = as_path(out, "--out=")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={printable(out)} is there already; name a new folder")
     members = _members(run_folder.folders(runs), checkpoint)
@@ -104,7 +105,7 @@ def average_runs(
     return Averaged(step, pipeline.source.split, tuple(members), results)
 
 
-def _members(runs: Sequence[Path], checkpoint: str | None) -> list[Member]:
+def _members(runs: Sequence[AnyPath], checkpoint: str | None) -> list[Member]:
     which = checkpoint or ("all" if len(runs) == 1 else "last")
     members = []
     for run in runs:
@@ -243,7 +244,7 @@ def _evaluate(run: RestoredRun, variables: Any, pipeline: Pipeline) -> dict[str,
 
 
 def _write(
-    out: Path,
+    out: AnyPath,
     run: RestoredRun,
     step: int,
     variables: Any,

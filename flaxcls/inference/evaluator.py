@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from flaxcls import augment
 from flaxcls.augment.views import mean_over_views
+from flaxcls.buckets import AnyPath
 from flaxcls.core import metrics
 from flaxcls.core.step import make_eval_step, zero_metrics
 from flaxcls.data.pipeline import Input, Pipeline
@@ -113,7 +114,7 @@ class Evaluator:
 
 
 def evaluate_run(
-    workdir: Path,
+    workdir: AnyPath,
     *,
     split: str | None = None,
     checkpoint: str = "last",

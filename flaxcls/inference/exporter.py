@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxcls import augment
+from flaxcls.buckets import as_path
 from flaxcls.build import accepted
 from flaxcls.config import options
 from flaxcls.core.losses import evaluated_as
@@ -78,7 +79,7 @@ def export_run(
     count, files = (pictures, []) if isinstance(pictures, int) else (0, [*map(str, pictures)])
     if not count and not files:
         raise ConfigError("--pictures must be at least 1, or pictures be named: got none")
-    out = Path(out).expanduser()
+    out = as_path(out, "--out=")
     with new_folder(out) as folder:
         predictor = Predictor(run, checkpoint=checkpoint, ema=ema, tta="none")
         if tta := predictor.restored.metadata["config"]["eval"].get("tta"):

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxcls import augment, models
+from flaxcls.buckets import AnyPath
 from flaxcls.core.metrics import rank_of_label
 from flaxcls.errors import ConfigError
 from flaxcls.inference.features import split_features
@@ -22,7 +22,7 @@ TEMPERATURE = 0.07
 
 
 def knn_run(
-    workdir: Path,
+    workdir: AnyPath,
     neighbors: int,
     *,
     split: str | None = None,

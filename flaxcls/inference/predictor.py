@@ -14,6 +14,7 @@ from PIL import Image
 
 from flaxcls import augment, models
 from flaxcls.augment.views import mean_over_views
+from flaxcls.buckets import as_path
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.data.decode import Picture, stretch
@@ -76,7 +77,7 @@ class Predictor(Classifier):
         tta: str | None = None,
         calibrated: bool = True,
     ):
-        folder = Path(run).expanduser()
+        folder = as_path(run, "--run=")
         self.restored = restored = restore(folder, checkpoint, batch_size, tta)
         experiment, metadata = restored.experiment, restored.metadata
         self.class_names: list[str] = metadata["class_names"]

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from flaxcls import build, models
+from flaxcls.buckets import AnyPath
 from flaxcls.build import SavedExperiment
 from flaxcls.core.metrics import best_of
 from flaxcls.data.matched import read_class_map
@@ -33,7 +34,7 @@ class RestoredRun(NamedTuple):
 
 
 def restore(
-    workdir: Path,
+    workdir: AnyPath,
     checkpoint: str = "last",
     batch_size: int | None = None,
     tta: str | None = None,

@@ -10,6 +10,7 @@ index.html      the same with the pictures
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcls import augment, models
+from flaxcls.buckets import AnyPath, BucketPath, as_path
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError, DataError
@@ -67,15 +69,15 @@ def audit(study: str | Path, out: str | Path | None = None) -> dict[str, Any]:
 
     Returns {"examples", "label_issues", "duplicates", "out", ...}: how many there are.
     """
-    study = Path(study).expanduser()
-    out = Path(out).expanduser() if out else study / "audit"
+    study = as_path(study, "--run=")
+    out = as_path(out, "--out=") if out else study / "audit"
     content = read_json(study / "crossval.json")
     if content is None:
         raise ConfigError(
             f"{printable(study)} is no finished cross-validation: it holds no crossval.json, which "
             "python -m flaxcls.crossval writes"
         )
-    with np.load(study / "predictions.npz") as arrays:
+    with (study / "predictions.npz").open("rb") as file, np.load(file) as arrays:
         labels, probabilities = arrays["labels"], arrays["probabilities"]
     run = restore(study / "fold_0")
     train = run.experiment.evaluation(content["split"], None)
@@ -89,12 +91,12 @@ def audit(study: str | Path, out: str | Path | None = None) -> dict[str, Any]:
         near_duplicates((features, hashes), _seen(run, test)) if test else [],
         outlierness(features, labels),
     )
-    out.mkdir(parents=True, exist_ok=True)
-    _write_tables(out, found, train.source, test and test.source)
     corrected = labels.copy()
     corrected[found.issues.indices] = found.issues.suggested
-    _write_list(out, [(train.source, corrected), *([(test.source, None)] if test else [])])
-    _write_page(out, found, train, test)
+    with _folder_at(out) as folder:
+        _write_tables(folder, found, train.source, test and test.source)
+        _write_list(folder, [(train.source, corrected), *([(test.source, None)] if test else [])])
+        _write_page(folder, found, train, test)
     return {
         "examples": len(labels),
         "label_issues": len(found.issues.indices),
@@ -102,6 +104,19 @@ def audit(study: str | Path, out: str | Path | None = None) -> dict[str, Any]:
         "duplicates": len(found.duplicates),
         "out": str(out),
     }
+
+
+@contextlib.contextmanager
+def _folder_at(out: AnyPath) -> Iterator[Path]:
+    """The folder to write into, which is made, or one whose files are uploaded at the end."""
+    if not isinstance(out, BucketPath):
+        out.mkdir(parents=True, exist_ok=True)
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="flaxcls-") as folder:
+        yield Path(folder)
+        out.rmtree()
+        out.upload_folder(Path(folder))
 
 
 def _to_evaluate(run: RestoredRun, split: str) -> Pipeline | None:

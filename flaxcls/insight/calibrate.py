@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flaxcls.buckets import as_path
 from flaxcls.core.losses import outputs_of
 from flaxcls.errors import ConfigError
 from flaxcls.inference.calibration import Calibration, Checkpoint, checkpoint_of, save
@@ -86,7 +87,7 @@ def calibrate_run(
     for name, value in (("coverage", coverage), ("risk", RISK if risk is None else risk)):
         if not 0 < value < 1:
             raise ConfigError(f"--{name} must be between 0 and 1, got {value:g}")
-    run = Path(run).expanduser()
+    run = as_path(run, "--run=")
     restored = restore(run, checkpoint, tta=tta)
     weights = choose_weights(restored, run, ema)
     pipeline = open_evaluation(restored, split, data_dir, source, classes)

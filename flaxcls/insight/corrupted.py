@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from flaxcls.buckets import as_path
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.core.step import seed_key
 from flaxcls.errors import ConfigError
@@ -39,7 +40,7 @@ def corrupt_run(
     """
     if examples < 1:
         raise ConfigError(f"--examples must be at least 1, got {examples}")
-    run = Path(run).expanduser()
+    run = as_path(run, "--run=")
     predictor, victim = load_victim(run, checkpoint, ema)
     pipeline = predictor.restored.experiment.evaluation(split, data_dir)
     images, labels, indices = sample(pipeline, examples, seed)

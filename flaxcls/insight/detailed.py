@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from flaxcls.buckets import as_path
 from flaxcls.core.losses import outputs_of
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.data.pipeline import Pipeline
@@ -126,7 +127,7 @@ def evaluate_in_depth(
 
     opens = [open_asked, *([open_fitted] if fit_split else [])]
     members = [
-        _predict(str(run), restore(Path(run), checkpoint, tta=tta), ema, opens)
+        _predict(str(run), restore(as_path(run, "--run="), checkpoint, tta=tta), ema, opens)
         for run in runs  # one after the other: the devices need not hold all of them
     ]
     _check_same(members)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from flaxcls import augment
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import ConfigError, DataError, did_you_mean
 from flaxcls.inference.classifier import Prediction
 from flaxcls.inference.predictor import Predictor
@@ -116,7 +117,7 @@ class Explainer:
 
 
 def explain_files(
-    run: Path,
+    run: AnyPath,
     files: Iterable[str],
     *,
     method: str,

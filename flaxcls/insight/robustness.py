@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from flaxcls.buckets import as_path
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.core.perturbation import NORMS, Ball, distance, parse_eps
 from flaxcls.core.step import seed_key
@@ -146,9 +147,9 @@ def attack_run(
     for flag, number in (("steps", steps), ("restarts", restarts), ("examples", examples)):
         if number is not None and number < 1:
             raise ConfigError(f"--{flag} must be at least 1, got {number}")
-    run, ball = Path(run).expanduser(), Ball(norm, parse_eps("--eps", eps))
+    run, ball = as_path(run, "--run="), Ball(norm, parse_eps("--eps", eps))
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(new_folder(Path(out).expanduser())) if out else None
+        folder = stack.enter_context(new_folder(as_path(out, "--out="))) if out else None
         predictor, victim = load_victim(run, checkpoint, ema)
         pipeline = predictor.restored.experiment.evaluation(split, data_dir)
         pixels, labels, indices = sample(pipeline, examples, seed)

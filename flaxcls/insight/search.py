@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from flaxcls.buckets import AnyPath
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.files import atomic_write
@@ -70,7 +71,7 @@ class PictureIndex:
 
 def index_pictures(
     predictor: Predictor,
-    run: Path,
+    run: AnyPath,
     folder: str,
     files: Iterable[str],
     report: Callable[[DataError], None],
@@ -121,7 +122,7 @@ def index_pictures(
 ORIGIN = ("run", "step", "weights", "digest")  # what an index belongs to
 
 
-def _origin(predictor: Predictor, run: Path) -> dict[str, str]:
+def _origin(predictor: Predictor, run: AnyPath) -> dict[str, str]:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(predictor.variables):
         digest.update(np.asarray(jax.device_get(leaf)).tobytes())
@@ -138,10 +139,10 @@ def _state(file: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _load(path: Path, origin: dict[str, str]) -> dict[str, tuple[tuple[int, int], np.ndarray]]:
+def _load(path: AnyPath, origin: dict[str, str]) -> dict[str, tuple[tuple[int, int], np.ndarray]]:
     """name -> ((size, time of change), features) of what is kept; {} where that is of no use."""
     try:
-        with np.load(path) as kept:
+        with path.open("rb") as file, np.load(file) as kept:
             found = dict(zip(ORIGIN, kept["origin"].tolist(), strict=True))
             values = zip(map(tuple, kept["states"].tolist()), kept["features"], strict=True)
             entries = dict(zip(kept["files"].tolist(), values, strict=True))
@@ -158,7 +159,7 @@ def _load(path: Path, origin: dict[str, str]) -> dict[str, tuple[tuple[int, int]
     return {}
 
 
-def _save(path: Path, **arrays: np.ndarray) -> None:
+def _save(path: AnyPath, **arrays: np.ndarray) -> None:
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_write(path, shared=True) as file:
@@ -169,7 +170,7 @@ def _save(path: Path, **arrays: np.ndarray) -> None:
 
 
 def search(
-    run: Path,
+    run: AnyPath,
     folder: str,
     *,
     indexed: Iterable[str],

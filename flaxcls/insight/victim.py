@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxcls import augment
+from flaxcls.buckets import AnyPath
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.inference.predictor import Predictor
 from flaxcls.models.onednn import convolutions_for
@@ -61,7 +61,7 @@ class Victim:
         return np.concatenate(found)
 
 
-def load_victim(workdir: Path, checkpoint: str, ema: bool | None) -> tuple[Predictor, Victim]:
+def load_victim(workdir: AnyPath, checkpoint: str, ema: bool | None) -> tuple[Predictor, Victim]:
     """A saved run, and its network as attacks see it."""
     predictor = Predictor(workdir, checkpoint=checkpoint, ema=ema)
     run = predictor.restored

@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     cli.check_run(FLAGS.run)
     if FLAGS.out:
         cli.check_folder("out", FLAGS.out)
-    runs = [cli.local_folder("run", run) for run in FLAGS.run]
+    runs = [cli.folder("run", run) for run in FLAGS.run]
 
     from flaxcls.report.page import write_report
     from flaxcls.runtime import compilation_cache

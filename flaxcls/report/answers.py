@@ -1,12 +1,12 @@
 """What a run's network says of its evaluation split: a pass over the data, some explained."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from flaxcls import models
+from flaxcls.buckets import AnyPath
 from flaxcls.core.losses import outputs_of
 from flaxcls.core.metrics import best_of
 from flaxcls.data.pipeline import Pipeline
@@ -56,7 +56,7 @@ class Answers(NamedTuple):
     method: str = ""
 
 
-def answers_of(workdir: Path, data_dir: str | None = None, *, explain: bool = True) -> Answers:
+def answers_of(workdir: AnyPath, data_dir: str | None = None, *, explain: bool = True) -> Answers:
     """The answers of the last checkpoint of a run, with the better of its weights.
 
     To `explain` some of them a gradient is compiled. Raises what restoring the run and reading its

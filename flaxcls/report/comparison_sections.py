@@ -3,10 +3,10 @@
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from flaxcls.buckets import AnyPath, is_remote
 from flaxcls.config.fields import fields
 from flaxcls.report.blocks import (
     Block,
@@ -35,7 +35,7 @@ def names_of(runs: Sequence[RunFiles]) -> list[str]:
     ]
 
 
-def results(runs: Sequence[RunFiles], folder: Path) -> Section:
+def results(runs: Sequence[RunFiles], folder: AnyPath) -> Section:
     """A row for each run: its last results and the best one, and what they took.
 
     Names lead to the runs' own pages, from a page in `folder`.
@@ -68,12 +68,12 @@ def results(runs: Sequence[RunFiles], folder: Path) -> Section:
     return Section("Results", [*notes, Table("The last results", head, rows, sortable=True)])
 
 
-def _link(name: str, run: RunFiles, folder: Path) -> Link | str:
+def _link(name: str, run: RunFiles, folder: AnyPath) -> Link | str:
     page = run.path / "report.html"
-    if not page.exists():
+    if is_remote(page) != is_remote(folder) or not page.exists():
         return name
     try:
-        return Link(name, quote(os.path.relpath(page, folder).replace(os.sep, "/")))
+        return Link(name, quote(os.path.relpath(str(page), str(folder)).replace(os.sep, "/")))
     except ValueError:  # another drive of Windows
         return name
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.errors import OutputError, one_line
 from flaxcls.files import atomic_write
 from flaxcls.report import (
@@ -59,7 +60,7 @@ def write_report(
     *,
     data_dir: str | None = None,
     max_seconds: float | None = None,
-) -> Path:
+) -> AnyPath:
     """Writes a page about a run, or one that compares several; returns its file.
 
     Args:
@@ -80,9 +81,9 @@ def write_report(
         files = [read_run(folder) for folder in folders]
         title, lead = f"{len(files)} runs", ", ".join(comparison_sections.names_of(files))
         out = out or "comparison.html"
-        results = comparison_sections.results(files, Path(out).expanduser().parent)
+        results = comparison_sections.results(files, as_path(out).parent)
         sections = [results, *(make(files) for make in OF_SEVERAL)]
-    out = Path(out).expanduser()
+    out = as_path(out, "--out=")
     text = render(title, lead, [section for section in sections if section])
     try:
         with atomic_write(out) as file:
@@ -92,14 +93,14 @@ def write_report(
     return out
 
 
-def report_at_the_end(runs: Path | Sequence[Path], out: Path | None = None) -> str:
+def report_at_the_end(runs: AnyPath | Sequence[AnyPath], out: AnyPath | None = None) -> str:
     """Writes the page of runs that have just ended, one in its process; never raises.
 
     Returns where it is or, in a sentence, why there is none. Devices of other processes can't be
     used any more, so that the page of several processes has no predictions.
     """
     try:
-        is_one = isinstance(runs, Path)
+        is_one = not isinstance(runs, Sequence)
         seconds = MOST_SECONDS if is_one and processes.count() == 1 else 0
         return f"Report: {printable(write_report(runs, out, max_seconds=seconds))}"
     except Exception as error:  # whatever it is, the run has succeeded

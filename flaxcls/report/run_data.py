@@ -1,9 +1,9 @@
 """All that the page of a run is made of."""
 
 import shlex
-from pathlib import Path
 from typing import NamedTuple
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import FlaxclsError, one_line
 from flaxcls.report.answers import Answers, answers_of
 from flaxcls.report.run_files import RunFiles, number_in, read_run
@@ -21,7 +21,7 @@ class RunData(NamedTuple):
 
 
 def load_run(
-    workdir: Path, *, data_dir: str | None = None, max_seconds: float | None = None
+    workdir: AnyPath, *, data_dir: str | None = None, max_seconds: float | None = None
 ) -> RunData:
     """Reads a run and makes its predictions.
 

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from flaxcls.buckets import AnyPath
 from flaxcls.config import default
 from flaxcls.config.fields import changes, plain
 from flaxcls.errors import ConfigError
@@ -41,7 +41,7 @@ class RunFiles:
       problems: sentences about what is damaged.
     """
 
-    path: Path
+    path: AnyPath
     config: dict[str, Any]
     record: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -93,7 +93,7 @@ def number_in(content: Any, *path: str) -> float | None:
     return number(content)
 
 
-def read_run(workdir: Path) -> RunFiles:
+def read_run(workdir: AnyPath) -> RunFiles:
     """Reads a run's folder, as far as it can be read.
 
     Raises ConfigError where there is no run: neither a config nor metrics.
@@ -125,7 +125,7 @@ def read_run(workdir: Path) -> RunFiles:
     )
 
 
-def _json(path: Path, problems: list[str]) -> dict[str, Any]:
+def _json(path: AnyPath, problems: list[str]) -> dict[str, Any]:
     try:
         return read_json(path) or {}
     except ConfigError as error:
@@ -133,7 +133,7 @@ def _json(path: Path, problems: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _metric_rows(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
+def _metric_rows(path: AnyPath, problems: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of metrics.jsonl that have a step; a sentence about the others."""
     damaged = 0
     try:
@@ -158,7 +158,7 @@ def _metric_rows(path: Path, problems: list[str]) -> Iterator[dict[str, Any]]:
         )
 
 
-def _speed(folder: Path) -> tuple[list[Speed], list[int]]:
+def _speed(folder: AnyPath) -> tuple[list[Speed], list[int]]:
     """What TensorBoard's files tell of the speed, and where each of them begins.
 
     Every process, and every rollback, begins a file, and what earlier ones have of its steps does

@@ -7,7 +7,8 @@ A checkpoint holds the training state and, as JSON, the metadata that using or r
 the resolved config, class names, normalisation, best metrics so far. Guarantees:
 
 - A step is saved atomically. Orbax writes it into a temporary folder; when all files are there a
-  manifest of their digests is added, all is flushed to the disk, and the folder is renamed.
+  manifest of their digests is added, all is flushed to the disk, and the folder is renamed. In a
+  bucket, where nothing can be renamed, the manifest is what is uploaded last.
 - Nothing is restored that is not what was saved (see `checkpoint_reader`).
 - An older step is deleted only when the newer one is complete.
 - A save that fails is reported in one sentence, and can be tried again.
@@ -23,8 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import CheckpointError
 from flaxcls.runs import manifest
+from flaxcls.runs.checkpoint_folder import UNFINISHED, BucketCheckpoints
 from flaxcls.runs.checkpoint_reader import (
     SECONDS_TO_SAVE,
     WRITTEN_LAST,
@@ -35,8 +38,6 @@ from flaxcls.runtime import processes
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
-
-UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of the folder that is being written
 
 
 class _NewestAndBest:
@@ -64,12 +65,14 @@ class Checkpoints(CheckpointReader):
         also by the thread that saves.
     """
 
-    def __init__(self, directory: Path, keep: int = 1, check: Callable[[], None] = lambda: None):
+    def __init__(self, directory: AnyPath, keep: int = 1, check: Callable[[], None] = lambda: None):
         super().__init__(directory)
         self.check = check
+        self._is_remote = isinstance(self._folder, BucketCheckpoints)
         self._policy = _NewestAndBest(keep)
         self._saving: int | None = None  # the step whose saving began last
         self._failure: CheckpointError | None = None  # of that step, until it is reported
+        self._saves = 0  # that were begun
         self._bytes = 0  # of the step that was written last
         self._manager: ocp.CheckpointManager | None = None  # from the first save on
 
@@ -85,7 +88,9 @@ class Checkpoints(CheckpointReader):
         import orbax.checkpoint as ocp
 
         failure = self._take_failure()
-        if not failure and processes.is_first():
+        if self._is_remote:
+            self._begin_upload()
+        if not failure and (processes.is_first() or self._is_remote):
             failure = self._obstacle(step, state)
         for message in processes.gather(str(failure or "")):
             if message:
@@ -95,6 +100,7 @@ class Checkpoints(CheckpointReader):
             state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(metadata)
         )
         self._saving, sys.unraisablehook = step, _ignore_late_writes
+        self._saves += 1
         self._manager = self._manager or self._open()
         try:
             # Without `force` Orbax does nothing, and says nothing, at a step before the newest one.
@@ -137,7 +143,11 @@ class Checkpoints(CheckpointReader):
     def settle(self) -> None:
         """Waits for the save under way, whose failure is reported later; all is verified again."""
         self._finish()
-        self._has_manifest.clear()
+        self._forget()
+
+    def quarantine(self, step: int) -> AnyPath:
+        """Moves a step into the folder quarantine beside the checkpoints; where to. May fail."""
+        return self._folder.quarantine(step)
 
     def reload(self) -> None:
         """Sees what is on the disk anew, after a failure or a change by others."""
@@ -146,22 +156,28 @@ class Checkpoints(CheckpointReader):
                 self._manager.close()
         self._manager = None
         self._remove_unfinished()
-        self._has_manifest.clear()
+        self._forget()
 
     # Saving.
 
     def _open(self) -> "ocp.CheckpointManager":
         import orbax.checkpoint as ocp
 
+        # In a bucket's case each process has a folder of its own, of which it is in charge.
+        among = ocp.options.MultiprocessingOptions(primary_host=None if self._is_remote else 0)
         return ocp.CheckpointManager(
-            self._directory,
-            item_names=("state", "facts"),
+            self._folder.working,
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=among),
+                "facts": ocp.JsonCheckpointHandler(multiprocessing_options=among),
+            },
             options=ocp.CheckpointManagerOptions(
                 create=False,
                 preservation_policy=self._policy,
+                multiprocessing_options=among,
                 async_options=ocp.AsyncOptions(
                     timeout_secs=SECONDS_TO_SAVE,
-                    post_finalization_callback=self._write_manifest,
+                    post_finalization_callback=self._upload if self._is_remote else self._commit,
                     create_directories_asynchronously=False,
                 ),
             ),
@@ -183,25 +199,60 @@ class Checkpoints(CheckpointReader):
         failure, self._failure = self._failure, None
         return failure
 
-    def _write_manifest(self) -> None:
+    def _commit(self) -> None:
         """Orbax calls this in the first process, when all have written, before the renaming."""
         self.check()
         self._bytes = manifest.write(self._unfinished(self._saving), WRITTEN_LAST)
         self.check()  # that may have taken minutes
 
+    def _begin_upload(self) -> None:
+        """Orbax's folder is emptied: what was in it is in the bucket, or not needed any more."""
+        if self._manager:
+            self._manager.close()
+        self._manager = None
+        self._folder.clear_working()
+
+    def _upload(self) -> None:
+        """Orbax calls this in each process, when that has written what it has of the state.
+
+        The first one puts together what all have written, as Orbax does where they share a disk.
+        """
+        step, folder = self._saving, self._unfinished(self._saving)
+        others = range(1, processes.count())
+        if not processes.is_first():
+            self._folder.publish_part(step, folder, processes.index())
+        processes.wait_at_barrier(f"flaxcls/parts/{self._saves}", SECONDS_TO_SAVE)
+        if processes.is_first():
+            self.check()
+            self._folder.merge(step, folder, others)
+            self._bytes = manifest.write(folder, WRITTEN_LAST)
+            self.check()
+            self._folder.publish(step, folder, others)
+            self._remove_old()
+        processes.wait_at_barrier(f"flaxcls/published/{self._saves}", SECONDS_TO_SAVE)
+
+    def _remove_old(self) -> None:
+        """Removes what Orbax would: all steps but the newest ones and the best."""
+        steps = self._folder.steps()
+        for step in steps[: -self._policy.newest]:
+            if step != self._policy.best_step:
+                self.check()
+                self._folder.remove(step)
+
     def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
         """Why `state` can't be saved now."""
         self._remove_unfinished()
+        folder = self._folder.working
         arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = max(int(1.02 * arrays) + 2**20, self._bytes)
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self._directory):
-                free = shutil.disk_usage(self._directory).free
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                free = shutil.disk_usage(folder).free
         except OSError as error:
-            return _not_saved(step, f"{self._directory} can't be written: {cause_of(error)}")
+            return _not_saved(step, f"{folder} can't be written: {cause_of(error)}")
         if free < needed:
-            room = f"{_size(needed)} needed, {_size(free)} free in {self._directory}"
+            room = f"{_size(needed)} needed, {_size(free)} free in {folder}"
             return _not_saved(step, room)
         return None
 
@@ -209,11 +260,10 @@ class Checkpoints(CheckpointReader):
         """Frees the space of what a failure or the end of a process left half written."""
         if processes.is_first():
             self.check()
-            for folder in self._directory.glob(f"*{UNFINISHED}"):
-                shutil.rmtree(folder, ignore_errors=True)
+            self._folder.remove_unfinished()
 
     def _unfinished(self, step: int) -> Path:
-        return self._directory / f"{step}{UNFINISHED}"
+        return self._folder.working / f"{step}{UNFINISHED}"
 
 
 def _ignore_late_writes(unraisable: Any) -> None:

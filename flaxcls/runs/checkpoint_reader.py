@@ -20,8 +20,10 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
 from flaxcls.runs import manifest
+from flaxcls.runs.checkpoint_folder import checkpoint_folder
 from flaxcls.runs.manifest import Damaged
 
 # Orbax writes these after the manifest, with the time of the commit; restoring needs neither.
@@ -62,26 +64,25 @@ class CheckpointReader:
       directory: of the checkpoints.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: AnyPath):
         _quiet_orbax()
-        self._directory = directory.resolve()
+        self._folder = checkpoint_folder(directory)
         self._has_manifest: dict[int, bool] = {}  # of the steps that are verified
 
     def steps(self) -> list[int]:
         """The steps that are saved, oldest first."""
         try:
-            names = os.listdir(self._directory)
-        except FileNotFoundError:
-            return []
+            return self._folder.steps()
         except OSError as error:
-            raise CheckpointError(f"{self._directory} can't be read: {cause_of(error)}") from error
-        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
+            raise CheckpointError(
+                f"{self._folder.path} can't be read: {cause_of(error)}"
+            ) from error
 
     def find(self, which: str) -> int:
         """The step that "last", "best" or a number means; ConfigError if there is none."""
         steps = self.steps()
         if not steps:
-            raise ConfigError(f"there is no checkpoint in {self._directory}")
+            raise ConfigError(f"there is no checkpoint in {self._folder.path}")
         if which == "last":
             return steps[-1]
         if which == "best":
@@ -108,11 +109,16 @@ class CheckpointReader:
             except CheckpointError:
                 if not self._is_changing(which, seen):
                     raise
-            self._has_manifest.clear()
+            self._forget()
         raise CheckpointError(
-            f"no checkpoint in {self._directory} is kept for long enough to be read: a larger "
+            f"no checkpoint in {self._folder.path} is kept for long enough to be read: a larger "
             "config.checkpoint.keep or config.checkpoint.every would help"
         )
+
+    def _forget(self) -> None:
+        """All is verified again before it is read."""
+        self._has_manifest.clear()
+        self._folder.forget()
 
     def _is_changing(self, which: str, seen: list[int]) -> bool:
         """Whether the run is still training: the step of `which` is deleted, or another one now.
@@ -132,7 +138,7 @@ class CheckpointReader:
         for step in reversed(self.steps()):
             with contextlib.suppress(CheckpointError):
                 return step, self.metadata(step)
-        raise ConfigError(f"there is no checkpoint in {self._directory}")
+        raise ConfigError(f"there is no checkpoint in {self._folder.path}")
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The JSON part of a checkpoint; Damaged if a file of the checkpoint is."""
@@ -228,8 +234,8 @@ class CheckpointReader:
                 )
 
     def folder(self, step: int) -> Path:
-        """The folder of a step."""
-        return self._directory / str(step)
+        """The folder of a step on this machine, to read."""
+        return self._folder.local(step)
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import ConfigError
 from flaxcls.files import read_json, write_json
 
@@ -46,7 +47,7 @@ class Goodput:
     """
 
     def __init__(self, age: float = 0.0):
-        self._path: Path | None = None
+        self._path: AnyPath | None = None
         self._totals = dict.fromkeys(NAMES, 0.0) | {"startup": age}
         self._restarts = 0
         self._age, self._stages = age, dict[str, float]()
@@ -55,7 +56,7 @@ class Goodput:
         self._begin_lap()
         self.reach("imported")
 
-    def resume(self, path: Path | None, saved: Mapping[str, float] | float) -> None:
+    def resume(self, path: AnyPath | None, saved: Mapping[str, float] | float) -> None:
         """Continues from a checkpoint's `totals`, {} where there is none yet.
 
         What earlier processes spent beyond it, as goodput.json says, is lost.
@@ -178,7 +179,7 @@ class _File(NamedTuple):
     last_sign_of_life: float = math.inf
 
 
-def _read(path: Path | None) -> _File:
+def _read(path: AnyPath | None) -> _File:
     """What an earlier process wrote, as far as it can be used: no run depends on it."""
     try:
         content = read_json(path) if path else {}

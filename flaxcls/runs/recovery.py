@@ -1,9 +1,9 @@
 """Resuming after any failure, from the newest intact checkpoint."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import CheckpointError
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.checkpoint_reader import CheckpointMismatch, cause_of
@@ -37,7 +37,7 @@ def restore_newest(
     if processes.is_first():
         for step, error in rejected:
             checkpoints.check()
-            say(f"{error}; it is moved to {_quarantine(checkpoints.folder(step))}")
+            say(f"{error}; it is moved to {_quarantine(checkpoints, step)}")
         if rejected and not found:
             say("no checkpoint is left: the run starts from scratch")
         if found and not checkpoints.verify(found[0]):
@@ -82,15 +82,11 @@ def _raise_in_all(problem: Damaged | CheckpointMismatch | None) -> None:
             raise kinds[kind](sentence)
 
 
-def _quarantine(checkpoint: Path) -> Path:
+def _quarantine(checkpoints: Checkpoints, step: int) -> AnyPath:
     """Moves a checkpoint out of the way; where to."""
-    folder, step = checkpoint.parent.parent / "quarantine", checkpoint.name
-    names = (f"{step}.{number}" if number else step for number in range(10**6))
     try:
-        folder.mkdir(exist_ok=True)
-        target = next(folder / name for name in names if not (folder / name).exists())
-        return checkpoint.rename(target)
+        return checkpoints.quarantine(step)
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint of step {step} can't be moved to {folder}: {cause_of(error)}"
+            f"the checkpoint of step {step} can't be moved to quarantine: {cause_of(error)}"
         ) from error

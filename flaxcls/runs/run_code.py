@@ -7,16 +7,19 @@ whose config names it.
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flaxcls.buckets import AnyPath, BucketPath, is_remote
 from flaxcls.config import user_code
 from flaxcls.errors import ConfigError
 
@@ -126,10 +129,10 @@ def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def keep(workdir: Path, code: Code) -> str | None:
+def keep(workdir: AnyPath, code: Code) -> str | None:
     """Copies the files into the run's folder, atomically; a note where it does not."""
     folder = workdir / FOLDER / code.digest
-    if not code.files or folder.is_dir():
+    if not code.files or (folder.is_dir() and not is_remote(folder)):
         return None
     size = sum(path.stat().st_size for path in code.files.values())
     if size > MAX_BYTES:
@@ -137,6 +140,10 @@ def keep(workdir: Path, code: Code) -> str | None:
             f"the {size / 2**20:.1f} MiB of your own code are not kept in the run's folder, which "
             f"takes {MAX_BYTES / 2**20:.0f} MiB at most: whoever uses the run needs them too"
         )
+    if isinstance(folder, BucketPath):
+        there = folder.files()  # perhaps not all, of a process that was killed
+        folder.upload({name: path for name, path in code.files.items() if name not in there})
+        return None
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
@@ -167,7 +174,7 @@ def _versions(record: Any) -> dict[str, str]:
         return {}
 
 
-def use(workdir: Path, config: Mapping[str, Any]) -> None:
+def use(workdir: AnyPath, config: Mapping[str, Any]) -> None:
     """The modules that a run's config names are from now on found in its folder, before elsewhere.
 
     Raises ConfigError where a module of the name is imported already and is another, or where what
@@ -193,7 +200,7 @@ def use(workdir: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def fall_back(workdir: Path) -> None:
+def fall_back(workdir: AnyPath) -> None:
     """A run that is resumed without what was beside its recipe finds it in its folder, last."""
     config = _read(workdir / "config.json").get("config")
     folder, _ = _kept(workdir)
@@ -203,18 +210,38 @@ def fall_back(workdir: Path) -> None:
             sys.path.append(entry)
 
 
-def _kept(workdir: Path) -> tuple[Path | None, dict[str, Any]]:
+def _kept(workdir: AnyPath) -> tuple[Path | None, dict[str, Any]]:
     """The folder of the run's newest code, if it has one, and what config.json says of it."""
     record = _read(workdir / "config.json").get("code")
     record = record if isinstance(record, dict) else {}
     folder = workdir / FOLDER / str(record.get("digest"))
     if folder.is_dir():
-        return folder, record
+        return _here(folder), record
     folders = [path for path in (workdir / FOLDER).glob("[!.]*") if path.is_dir()]
-    return max(folders, key=lambda path: path.stat().st_mtime, default=None), record
+    newest = max(folders, key=_written, default=None)
+    return newest and _here(newest), record
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _written(folder: AnyPath) -> float:
+    """When it was written, in seconds since 1970; of a bucket, in which folders have no time."""
+    if isinstance(folder, BucketPath):
+        return max(status.st_mtime for status in folder.files().values())
+    return folder.stat().st_mtime
+
+
+def _here(folder: AnyPath) -> Path:
+    """The folder, or a copy of one in a bucket: Python imports files. It goes with the process."""
+    return Path(_copied(folder).name) if isinstance(folder, BucketPath) else folder
+
+
+@functools.cache
+def _copied(folder: BucketPath) -> tempfile.TemporaryDirectory:
+    copy = tempfile.TemporaryDirectory(prefix="flaxcls-code-")
+    folder.download({name: Path(copy.name) / name for name in folder.files()})
+    return copy
+
+
+def _read(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file; {} where there is none, which is told elsewhere."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads(path.read_bytes())

@@ -24,6 +24,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.config import default, options
 from flaxcls.config.fields import changes, fields, plain
 from flaxcls.data.source import Source
@@ -34,7 +35,7 @@ from flaxcls.runs.run_code import PACKAGES
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import printable, say
 
-Folder = str | Path
+Folder = str | AnyPath
 # What may differ between the processes of a run: where the data is and who decodes it.
 OWN_FIELDS = ("data.dir", "data.path", "data.fold_groups")
 OWN_FIELDS += ("input.threads", "input.processes", "input.read_ahead")
@@ -73,10 +74,10 @@ LEFTOVERS = (
 )
 
 
-def folders(runs: Folder | Sequence[Folder]) -> list[Path]:
+def folders(runs: Folder | Sequence[Folder]) -> list[AnyPath]:
     """Where a run, or each of several, is."""
     several = [runs] if isinstance(runs, Folder) else runs
-    return [Path(run).expanduser() for run in several]
+    return [as_path(run, "--run=") for run in several]
 
 
 def new_folder(recipe: str) -> Path:
@@ -88,7 +89,7 @@ class NoRun(ConfigError):
     """There is no run in a folder."""
 
 
-def load_config(workdir: Path) -> ConfigDict:
+def load_config(workdir: AnyPath) -> ConfigDict:
     """The config of the run in `workdir`; NoRun if there is none.
 
     Fields that came to be after the run was made have their defaults. If config.json is missing or
@@ -116,7 +117,7 @@ def load_config(workdir: Path) -> ConfigDict:
     return config
 
 
-def _config_in(content: Mapping[str, Any], path: Path) -> ConfigDict:
+def _config_in(content: Mapping[str, Any], path: AnyPath) -> ConfigDict:
     """The config in what config.json or a checkpoint holds; ConfigError if it is none."""
     config = ConfigDict(plain(default()), type_safe=False)
     standard = dict(fields(config))
@@ -133,7 +134,7 @@ def _config_in(content: Mapping[str, Any], path: Path) -> ConfigDict:
     return config
 
 
-def read_summary(workdir: Path) -> dict[str, Any] | None:
+def read_summary(workdir: AnyPath) -> dict[str, Any] | None:
     """What summary.json says of a run that has finished; None where it is to be rebuilt."""
     path = workdir / "summary.json"
     try:
@@ -160,7 +161,7 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
     return None
 
 
-def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[str, Any] | None]:
+def claim(workdir: AnyPath, config: ConfigDict) -> tuple[ConfigDict | None, dict[str, Any] | None]:
     """Checks that `config` may train in `workdir`, in a new run or the one that is there.
 
     Returns the config that the run had until now, None for a new one; and what summary.json holds
@@ -180,7 +181,7 @@ def claim(workdir: Path, config: ConfigDict) -> tuple[ConfigDict | None, dict[st
     return before, read_summary(workdir) if before.duration == config.duration else None
 
 
-def normalization(workdir: Path, fingerprint: str) -> tuple[list[float], list[float]] | None:
+def normalization(workdir: AnyPath, fingerprint: str) -> tuple[list[float], list[float]] | None:
     """Mean and standard deviation that the run in `workdir` has begun with; None if none with these
     data has.
 
@@ -197,7 +198,7 @@ def normalization(workdir: Path, fingerprint: str) -> tuple[list[float], list[fl
     return (mean, std) if all(options.fits(v, tuple[float, ...]) for v in (mean, std)) else None
 
 
-def _check_free(workdir: Path) -> None:
+def _check_free(workdir: AnyPath) -> None:
     """ConfigError if a folder without a run has something that is not a run's."""
     if workdir.is_dir():
         names = (path for path in sorted(workdir.iterdir()))
@@ -236,7 +237,7 @@ def identity(metadata: Mapping[str, Any], eval_fingerprint: str) -> dict[str, An
 
 
 def record(
-    workdir: Path, metadata: Mapping[str, Any], before: Mapping[str, Any] | None = None
+    workdir: AnyPath, metadata: Mapping[str, Any], before: Mapping[str, Any] | None = None
 ) -> None:
     """Writes config.json: the config, and what else one wants to know of a run years later.
 
@@ -280,7 +281,7 @@ def record(
 
 
 @contextlib.contextmanager
-def _writing(workdir: Path) -> Iterator[None]:
+def _writing(workdir: AnyPath) -> Iterator[None]:
     """Around writing into a run's folder."""
     try:
         yield
@@ -305,7 +306,7 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def changed_data(workdir: Path, source: Source) -> Iterator[str]:
+def changed_data(workdir: AnyPath, source: Source) -> Iterator[str]:
     """That training files were written after the run in `workdir` began, if they were.
 
     The fingerprint does not tell: what a picture shows may change and its size not.

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import ConfigError
 from flaxcls.files import read_json, write_json
 from flaxcls.runs.tracker_process import MOST_LETTERS
@@ -41,7 +42,7 @@ class Trackers:
     def __init__(
         self,
         log_to: Sequence[str],
-        workdir: Path,
+        workdir: AnyPath,
         config: Mapping[str, Any],
         say: Callable[[str], None],
     ):
@@ -78,7 +79,7 @@ class Trackers:
         self._pipes = []
 
 
-def _run_id(workdir: Path, say: Callable[[str], None]) -> str:
+def _run_id(workdir: AnyPath, say: Callable[[str], None]) -> str:
     """The id of the run at all services, for good: 16 hexadecimal digits."""
     with contextlib.suppress(ConfigError):
         kept = str((read_json(workdir / FILE) or {}).get("id"))

@@ -5,11 +5,14 @@ twice may round differently. It can write down what it has chosen and, in anothe
 that: https://openxla.org/xla/persisted_autotuning
 """
 
+import hashlib
+import tempfile
 from pathlib import Path
 
 import jax
 import jaxlib
 
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import one_line
 from flaxcls.runtime import compilation_cache, processes
 from flaxcls.runtime.output import printable, say
@@ -30,11 +33,15 @@ class Autotuning:
       platform: what is compiled for, as the mesh has it; where it isn't "gpu" nothing is chosen.
     """
 
-    def __init__(self, folder: Path, platform: str):
+    def __init__(self, folder: AnyPath, platform: str):
         self._chooses = platform == "gpu"
         # XLA writes text because of the ending. The processes share what each has chosen.
-        self._path = folder / f"jaxlib-{jaxlib.__version__}.txt"
-        self._known = self._chooses and bool(processes.agree(self._path.exists()))
+        self._stored = folder / f"jaxlib-{jaxlib.__version__}.txt"
+        self._path = self._stored if isinstance(folder, Path) else _copy_of(self._stored)
+        self._known = self._chooses and bool(processes.agree(self._stored.exists()))
+        if self._known and self._path != self._stored:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_bytes(self._stored.read_bytes())
         self._compiled = self._from_cache = 0  # programs
 
     def compile(self, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -50,7 +57,7 @@ class Autotuning:
                 raise
             self._known = False
             processes.say(
-                f"{printable(self._path)} can't be used, so XLA chooses kernels anew, which may "
+                f"{printable(self._stored)} can't be used, so XLA chooses kernels anew, which may "
                 f"round differently: {one_line(error)}"
             )
             return self.compile(lowered)
@@ -66,14 +73,22 @@ class Autotuning:
             return
         partial = self._path.with_suffix(".partial.txt")
         try:
-            self._path.parent.mkdir(exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             with compilation_cache.unused():
                 # Whichever program is compiled, XLA writes all that this process has chosen.
                 jax.jit(lambda: 0).lower().compile({WRITE: str(partial)})
             partial.replace(self._path)
+            if self._path != self._stored:
+                self._stored.write_bytes(self._path.read_bytes())
         except (OSError, jax.errors.JaxRuntimeError) as error:
             say(
-                f"flaxcls: {printable(self._path)} can't be written, so a resumed run may round "
+                f"flaxcls: {printable(self._stored)} can't be written, so a resumed run may round "
                 f"differently: {one_line(error)}",
                 error=True,
             )
+
+
+def _copy_of(path: AnyPath) -> Path:
+    """Where XLA finds what is in a bucket: always the same, as JAX's cache knows programs by it."""
+    digest = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"flaxcls-autotuning-{digest}" / path.name

@@ -7,17 +7,28 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from flaxcls.buckets import AnyPath, BucketPath
 from flaxcls.errors import ConfigError, OutputError
 from flaxcls.runtime.output import printable
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(out: AnyPath) -> Iterator[Path]:
     """Yields a folder that becomes `out` when the block ends well, and goes if it does not.
 
-    ConfigError where there is something at `out`, or no folder for it; OutputError where it can't
-    be renamed at the end. What the block writes in it should be `written`.
+    In a bucket it is uploaded then. ConfigError where there is something at `out`, or no folder for
+    it; OutputError where it can't be renamed at the end. What the block writes in it should be
+    `written`.
     """
+    if isinstance(out, BucketPath):
+        with written(out, ConfigError):
+            if out.exists():
+                raise ConfigError(f"--out={out} is there already; name a new folder")
+        with tempfile.TemporaryDirectory(prefix="flaxcls-") as folder:
+            yield Path(folder)
+            with written(out):
+                out.upload_folder(Path(folder))
+        return
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={printable(out)} is there already; name a new folder")
     with written(out, ConfigError):
@@ -39,7 +50,7 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def written(out: Path, kind: type[Exception] = OutputError) -> Iterator[None]:
+def written(out: AnyPath, kind: type[Exception] = OutputError) -> Iterator[None]:
     """Around writing into `out`: OutputError in a sentence for what the system says."""
     try:
         yield

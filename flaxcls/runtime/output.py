@@ -32,7 +32,7 @@ def printable(name: str | os.PathLike) -> str:
     What is not UTF-8 or is no visible character is shown as Python writes it: \\xff, \\x1b, \\n.
     """
     try:
-        text = os.fsencode(name).decode("utf-8", "backslashreplace")
+        text = os.fsencode(str(name)).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a character that no file system gave, but JSON can write
         text = os.fspath(name).encode("utf-8", "backslashreplace").decode()
     if text.isprintable():

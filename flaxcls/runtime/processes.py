@@ -181,6 +181,12 @@ def gather(text: str) -> list[str]:
     return texts
 
 
+def wait_at_barrier(key: str, seconds: float) -> None:
+    """Returns when all processes are here, in any thread; JaxRuntimeError after some seconds."""
+    if count() > 1:
+        distributed.global_state.client.wait_at_barrier(key, int(1000 * seconds))
+
+
 def from_first(value: Any) -> Any:
     """Process 0's value (JSON), in all processes; all must call it."""
     return json.loads(gather(json.dumps(value) if is_first() else "")[0])

@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from flaxcls import build
+from flaxcls.buckets import AnyPath
 from flaxcls.config.fields import plain
 from flaxcls.config.recipes import Recipe
 from flaxcls.data.folds import Fold
@@ -44,7 +45,7 @@ class OutOfFold(NamedTuple):
     probabilities: np.ndarray  # float32 [N, K]
 
 
-def complete(recipe: Recipe, workdir: Path) -> ConfigDict:
+def complete(recipe: Recipe, workdir: AnyPath) -> ConfigDict:
     """A recipe's config, with what it leaves to data and devices decided once, for all folds.
 
     It is decided by the whole training split; a study that is resumed keeps what it chose at first.
@@ -56,7 +57,7 @@ def complete(recipe: Recipe, workdir: Path) -> ConfigDict:
 
 
 def cross_validate(
-    config: ConfigDict, workdir: Path, folds: int = 5, *, age: float = 0.0, watched: bool = True
+    config: ConfigDict, workdir: AnyPath, folds: int = 5, *, age: float = 0.0, watched: bool = True
 ) -> dict[str, Any]:
     """Trains a run for each fold of config.data.train_split, and evaluates it on that fold.
 
@@ -110,7 +111,7 @@ def _config_of(config: ConfigDict, part: Fold) -> ConfigDict:
     return config
 
 
-def _check_free(workdir: Path) -> None:
+def _check_free(workdir: AnyPath) -> None:
     """ConfigError if there is a run in the folder itself, or anything else but a study."""
     names = [path.name for path in workdir.iterdir()] if workdir.is_dir() else []
     known = ("crossval.json", "predictions.csv", "predictions.npz")
@@ -134,7 +135,7 @@ def _say_rare(whole: Source, folds: int) -> None:
 
 
 @contextlib.contextmanager
-def _naming(part: Fold, workdir: Path) -> Any:
+def _naming(part: Fold, workdir: AnyPath) -> Any:
     """Says in an error which fold it is about, and of an interruption how to resume."""
     which = f"fold {part.number} of {part.count}"
     try:
@@ -160,7 +161,7 @@ def spread(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     }
 
 
-def out_of_fold(whole: Source, workdir: Path, folds: int) -> OutOfFold:
+def out_of_fold(whole: Source, workdir: AnyPath, folds: int) -> OutOfFold:
     """Predicts each fold by its run, with the average of its parameters where it keeps one.
 
     The last checkpoint, not the best one, which was chosen by the fold itself.
@@ -191,7 +192,7 @@ def metrics(predictions: OutOfFold) -> dict[str, float]:
     return {"accuracy": float(right.mean()), "count": len(right)}
 
 
-def write_predictions(workdir: Path, whole: Source, predictions: OutOfFold) -> None:
+def write_predictions(workdir: AnyPath, whole: Source, predictions: OutOfFold) -> None:
     """Writes predictions.csv, a row an example of the split, and predictions.npz."""
     has_files = whole.file(0) is not None
     names, chosen = whole.class_names, predictions.logits.argmax(1)

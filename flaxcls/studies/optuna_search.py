@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxcls.buckets import AnyPath, is_remote
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
 from flaxcls.runtime.gpus import share_gpus
@@ -19,7 +20,7 @@ from flaxcls.studies.trials import PREEMPTED, Outcome, Runs, Trial
 def sweep_optuna(
     recipe: str,
     search: Sequence[str],
-    workdir: Path,
+    workdir: AnyPath,
     count: int,
     *,
     overrides: Sequence[str] = (),
@@ -31,6 +32,11 @@ def sweep_optuna(
       search: such as "optimizer.learning_rate=1e-3..1e-1:log" or "model.name=resnet18,resnet34".
       count: of trials, with those that the folder has already.
     """
+    if is_remote(workdir):
+        raise ConfigError(
+            f"--workdir={workdir} can't be in a bucket with --optuna, which keeps its trials in a "
+            "database: name a folder of this machine"
+        )
     fields = [space.parse_search(text) for text in search]
     space.check_fields(fields)
     for values in space.corners(fields):

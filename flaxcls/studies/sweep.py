@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flaxcls.buckets import AnyPath
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, Interrupted
 from flaxcls.files import read_json, write_csv, write_json
@@ -57,7 +58,7 @@ class InOrder:
 def sweep_grid(
     recipe: str,
     grid: Sequence[str],
-    workdir: Path,
+    workdir: AnyPath,
     *,
     overrides: Sequence[str] = (),
     jobs: int = 1,
@@ -87,7 +88,7 @@ def sweep_grid(
     return run_trials(runs, left, shares, ended)
 
 
-def claim(workdir: Path) -> dict[str, Outcome]:
+def claim(workdir: AnyPath) -> dict[str, Outcome]:
     """How trials of a sweep have ended before, by their names; makes the folder of a new one.
 
     ConfigError if there is something else in it.
@@ -164,7 +165,7 @@ def _prune(process: Process, proposer: Proposer) -> None:
             process.prune()
 
 
-def _stop(processes: Iterable[Process], workdir: Path, exit_code: int) -> None:
+def _stop(processes: Iterable[Process], workdir: AnyPath, exit_code: int) -> None:
     """Ends all, which save themselves, and raises Interrupted."""
     processes = list(processes)
     for process in processes:
@@ -181,7 +182,7 @@ def _stop(processes: Iterable[Process], workdir: Path, exit_code: int) -> None:
 # The table.
 
 
-def _write(workdir: Path, metric: str, ended: Sequence[tuple[Trial, Outcome]]) -> dict[str, Any]:
+def _write(workdir: AnyPath, metric: str, ended: Sequence[tuple[Trial, Outcome]]) -> dict[str, Any]:
     """Writes sweep.json and sweep.csv, the best trial first; returns the former's content."""
     sign = 1 if metric == "loss" else -1
 

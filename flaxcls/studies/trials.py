@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from flaxcls.buckets import AnyPath, BucketPath
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import DivergedError, FlaxclsError
 from flaxcls.runs import run_folder
@@ -53,7 +55,7 @@ class Runs(NamedTuple):
 
     recipe: str
     overrides: Sequence[str]
-    workdir: Path
+    workdir: AnyPath
 
     def earlier(self, trial: Trial, known: Outcome | None) -> Outcome | None:
         """How a trial has ended before; None if there is something left to do.
@@ -99,10 +101,14 @@ class Process:
     """
 
     def __init__(
-        self, trial: Trial, folder: Path, command: Sequence[str], environment: Mapping[str, str]
+        self, trial: Trial, folder: AnyPath, command: Sequence[str], environment: Mapping[str, str]
     ):
         self.trial, self.is_pruned = trial, False
         self._folder, self._log = folder, folder.with_name(f"{folder.name}.log")
+        if isinstance(self._log, BucketPath):  # it is there when the trial has ended
+            self._uploaded = self._log
+            self._local = tempfile.TemporaryDirectory(prefix="flaxcls-")
+            self._log = Path(self._local.name) / self._log.name
         self._seen = 0
         with self._log.open("ab") as log:
             self._begin = log.tell()
@@ -117,6 +123,8 @@ class Process:
 
     def new_evaluations(self) -> list[tuple[int, dict[str, float]]]:
         """The number and the results of each evaluation since the last time it was asked."""
+        if isinstance(self._folder, BucketPath):  # of a grid, which asks nobody to end
+            return []
         rows = evaluations(self._folder)
         new = [(number, row) for number, (_, row) in enumerate(rows)][self._seen :]
         self._seen = max(self._seen, len(rows))
@@ -142,6 +150,9 @@ class Process:
         if code is None:
             return None
         self._process.stdin.close()
+        if isinstance(self._folder, BucketPath):
+            with contextlib.suppress(OSError):
+                self._uploaded.write_bytes(self._log.read_bytes())
         rows = evaluations(self._folder)
         step, results = rows[-1] if rows else (0, {})
         if self.is_pruned and code in (0, PREEMPTED, -signal.SIGTERM):
@@ -162,7 +173,7 @@ class Process:
         return f"its process ended with {f'signal {-code}' if code < 0 else f'code {code}'}"
 
 
-def evaluations(folder: Path) -> list[tuple[int, dict[str, float]]]:
+def evaluations(folder: AnyPath) -> list[tuple[int, dict[str, float]]]:
     """The step and the results of each evaluation of a run: of the averaged parameters if kept."""
     rows = []
     with contextlib.suppress(OSError):

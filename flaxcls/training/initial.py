@@ -1,11 +1,11 @@
 """What config.init_from means for a run besides its first weights."""
 
 import contextlib
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from flaxcls import build
+from flaxcls.buckets import AnyPath
 from flaxcls.build import Experiment
 from flaxcls.config.fields import changes, plain
 from flaxcls.errors import ConfigError, FlaxclsError
@@ -14,7 +14,7 @@ from flaxcls.runtime.output import printable
 from flaxcls.weights import pretrained, sources
 
 
-def complete(config: ConfigDict, workdir: Path | None = None) -> str:
+def complete(config: ConfigDict, workdir: AnyPath | None = None) -> str:
     """Sets what the config leaves open to what its first weights need; says so, or "".
 
     Known weights bring their whole preprocessing, a run's its network and image size. The run in

@@ -1,9 +1,9 @@
 """What is said before training begins, after all processes have agreed on it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from flaxcls import models
+from flaxcls.buckets import AnyPath
 from flaxcls.build import Before, Experiment
 from flaxcls.config.fields import changes
 from flaxcls.errors import ConfigError
@@ -13,7 +13,7 @@ from flaxcls.training.program import Program
 
 
 def introduce(
-    experiment: Experiment, program: Program, workdir: Path, before: Before | None
+    experiment: Experiment, program: Program, workdir: AnyPath, before: Before | None
 ) -> None:
     """Says what is going to be trained; ConfigError if the processes differ in it."""
     fingerprint = experiment.evaluation.source.fingerprint
@@ -50,7 +50,7 @@ def _changes(before: Before | None, experiment: Experiment) -> Iterator[str]:
             yield f"config.{field} was {old!r} until now, and is {new!r} from now on"
 
 
-def check_new_length(before: Before, experiment: Experiment, step: int, workdir: Path) -> None:
+def check_new_length(before: Before, experiment: Experiment, step: int, workdir: AnyPath) -> None:
     """Says what becomes of the learning rate when a run is made longer after a step.
 
     ConfigError for a run that is made shorter than it is.

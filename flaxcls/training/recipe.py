@@ -1,10 +1,10 @@
 """A recipe's config, completed for the run that it is to train."""
 
 import contextlib
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from flaxcls.buckets import AnyPath
 from flaxcls.build.adapt import adapt
 from flaxcls.config.fields import changes, fields, plain, update
 from flaxcls.config.recipes import Recipe
@@ -12,7 +12,7 @@ from flaxcls.runs import run_folder
 from flaxcls.runtime import processes
 
 
-def completed(recipe: Recipe, workdir: Path | None) -> ConfigDict:
+def completed(recipe: Recipe, workdir: AnyPath | None) -> ConfigDict:
     """The recipe's config with what it leaves to data and devices, as process 0 sees them.
 
     A run that is resumed keeps what it chose at first: today the devices may be faster.

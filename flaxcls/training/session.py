@@ -5,11 +5,11 @@ import math
 import shlex
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from flaxcls.buckets import AnyPath
 from flaxcls.build import Before, Experiment
 from flaxcls.config.fields import fields
 from flaxcls.core.metrics import best_of, is_better
@@ -61,7 +61,7 @@ class Session:
     def __init__(
         self,
         experiment: Experiment,
-        workdir: Path,
+        workdir: AnyPath,
         program: Program,
         clock: Goodput,
         before: Before | None = None,

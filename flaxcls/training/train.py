@@ -1,12 +1,12 @@
 """Training: `train` tells the whole story."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from flaxcls import build
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.build import Before, Experiment
 from flaxcls.runs import run_folder
 from flaxcls.runs.broken_images import broken_images_log
@@ -23,7 +23,7 @@ from flaxcls.weights import sources
 
 def train(
     experiment: Experiment,
-    workdir: Path,
+    workdir: AnyPath,
     clock: Goodput,
     before: Before | None = None,
     hooks: Hooks = NO_HOOKS,
@@ -64,7 +64,7 @@ def train(
 
 def train_config(
     config: ConfigDict,
-    workdir: Path,
+    workdir: AnyPath,
     age: float = 0.0,
     *,
     hooks: Hooks = NO_HOOKS,
@@ -80,7 +80,7 @@ def train_config(
     if said := complete(config, workdir):
         processes.say(said)
     build.check(config)
-    workdir = Path(processes.gather(str(workdir))[0])
+    workdir = as_path(processes.gather(str(workdir))[0])
     with hold(workdir if processes.is_first() else None, processes.say) as lease:
         processes.gather("")  # what is in the folder is this job's now
         mesh = build.mesh(config)

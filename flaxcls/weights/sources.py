@@ -2,12 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from flaxcls.buckets import AnyPath, as_path, is_remote
 from flaxcls.build import accepted
 from flaxcls.core.metrics import WEIGHTS, best_of
 from flaxcls.errors import ConfigError, did_you_mean
@@ -67,8 +67,10 @@ def read(source: str) -> Weights:
             about_it = f"ImageNet, published top-1 {known.accuracy} %, {known.licence}"
             arrays = read_weights(pretrained.find(source))
             return Weights(arrays, known.network, about=about_it)
-        path = Path(source).expanduser()
+        path = as_path(source)
         if path.is_file():
+            if is_remote(path):
+                raise ConfigError("a file of weights has to be on this machine: copy it there")
             if path.suffix not in SUFFIXES:
                 raise ConfigError(f"a file of weights is one of {', '.join(SUFFIXES)}")
             return Weights(read_weights(path))
@@ -80,7 +82,7 @@ def check(source: str) -> None:
     with about(source):
         if source in pretrained.PRETRAINED:
             pretrained.find(source)
-        elif not Path(source).expanduser().is_file():
+        elif not as_path(source).is_file():
             _run(source)
 
 
@@ -91,7 +93,7 @@ def preprocessing(source: str) -> Preprocessing | None:
     if source in pretrained.PRETRAINED:
         known = pretrained.PRETRAINED[source]
         return Preprocessing(list(known.mean), list(known.std))
-    if Path(source).expanduser().is_file():
+    if as_path(source).is_file():
         return None
     with about(source):
         folder, which = _run(source)
@@ -105,7 +107,7 @@ def network(source: str) -> tuple[dict[str, Any], int] | None:
 
     None for a file, which tells neither.
     """
-    if Path(source).expanduser().is_file():
+    if as_path(source).is_file():
         return None
     with about(source):
         folder, _ = _run(source)
@@ -116,12 +118,12 @@ def network(source: str) -> tuple[dict[str, Any], int] | None:
     return {**given, "name": config.model.name}, metadata["image_shape"][0]
 
 
-def _run(source: str) -> tuple[Path, str | None]:
+def _run(source: str) -> tuple[AnyPath, str | None]:
     """The run's folder and the step after its "@"; ConfigError if there is no such folder."""
-    path, step = Path(source).expanduser(), None
+    path, step = as_path(source), None
     if not path.exists() and "@" in source:
         folder, _, step = source.rpartition("@")
-        path = Path(folder).expanduser()
+        path = as_path(folder)
     if not path.is_dir():
         known = did_you_mean(source, pretrained.PRETRAINED)
         raise ConfigError(f"there is no such run, file or known name{known}")
@@ -137,7 +139,7 @@ def _which(checkpoints: CheckpointReader, step: str | None) -> str:
     return "best" if steps and checkpoints.metadata(steps[-1])["progress"]["best"] else "last"
 
 
-def _read_run(folder: Path, which: str | None) -> Weights:
+def _read_run(folder: AnyPath, which: str | None) -> Weights:
     checkpoints = CheckpointReader(folder / "checkpoints")
 
     def restore(step: int) -> tuple[dict[str, Any], str, dict[str, Any]]:
