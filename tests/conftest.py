@@ -41,6 +41,13 @@ hypothesis.settings.load_profile("fixed")
 
 ROOT = Path(__file__).parent.parent
 
+_spec = importlib.util.spec_from_file_location("buckets", ROOT / "tests" / "buckets.py")
+buckets = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(buckets)
+gcs_server, s3_server = buckets.gcs_server, buckets.s3_server
+gcs_bucket, s3_bucket = buckets.gcs_bucket, buckets.s3_bucket
+bucket, bucket_server = buckets.bucket, buckets.bucket_server
+
 
 def pytest_unconfigure(config):
     if _own_cache:
