@@ -10,7 +10,8 @@ the resolved config, class names, normalisation, best metrics so far. Guarantees
   manifest of their digests is added, all is flushed to the disk, and the folder is renamed.
 - Nothing is restored that is not what was saved (see `checkpoint_reader`).
 - An older step is deleted only when the newer one is complete.
-- A save that fails is reported in one sentence, and can be tried again.
+- A save that fails is reported in one sentence, and can be tried again. Where one of several
+  processes can't write, all of them know at once (see `save_barrier`).
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from flaxcls.errors import CheckpointError
+from flaxcls.errors import CheckpointError, ProcessesError
 from flaxcls.runs import manifest
 from flaxcls.runs.checkpoint_reader import (
     SECONDS_TO_SAVE,
@@ -31,6 +32,7 @@ from flaxcls.runs.checkpoint_reader import (
     CheckpointReader,
     cause_of,
 )
+from flaxcls.runs.save_barrier import SaveBarrier
 from flaxcls.runtime import processes
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class Checkpoints(CheckpointReader):
         self._failure: CheckpointError | None = None  # of that step, until it is reported
         self._bytes = 0  # of the step that was written last
         self._manager: ocp.CheckpointManager | None = None  # from the first save on
+        self._barrier = SaveBarrier() if processes.count() > 1 else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Starts saving `state` (arrays) and `metadata` (JSON) and returns.
@@ -80,7 +83,8 @@ class Checkpoints(CheckpointReader):
 
         Raises CheckpointError, and saves nothing, if the folder can't be written, the disk is too
         full, or the previous save failed in the background, which neither `wait` nor `failure` has
-        reported yet.
+        reported yet; in any of the processes. ProcessesError if saving can't begin in one of them
+        while the others have begun.
         """
         import orbax.checkpoint as ocp
 
@@ -90,6 +94,10 @@ class Checkpoints(CheckpointReader):
         for message in processes.gather(str(failure or "")):
             if message:
                 raise CheckpointError(message) from failure
+        if len({*processes.gather("opened" if self._manager else "")}) > 1:
+            self.reload()  # one has failed alone, after the others were through
+        if self._barrier:
+            self._barrier.begin()
         self._policy.best_step = metadata["progress"]["best"].get("step")
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(metadata)
@@ -101,9 +109,10 @@ class Checkpoints(CheckpointReader):
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:
             self.reload()
-            if isinstance(error, OSError):
-                raise _not_saved(step, cause_of(error)) from error
-            raise
+            if not isinstance(error, OSError):
+                raise
+            failure = _not_saved(step, cause_of(error))
+            raise ProcessesError(str(failure)) if self._barrier else failure from error
 
     def failure(self) -> CheckpointError | None:
         """What went wrong with the last save, if that is known by now; never waits.
@@ -161,6 +170,7 @@ class Checkpoints(CheckpointReader):
                 preservation_policy=self._policy,
                 async_options=ocp.AsyncOptions(
                     timeout_secs=SECONDS_TO_SAVE,
+                    barrier_sync_fn=self._barrier,
                     post_finalization_callback=self._write_manifest,
                     create_directories_asynchronously=False,
                 ),
@@ -173,7 +183,8 @@ class Checkpoints(CheckpointReader):
             if self._manager:
                 self._manager.wait_until_finished()
         except Exception as error:
-            failure = _not_saved(self._saving, cause_of(error))
+            told = self._barrier.failure if self._barrier else ""
+            failure = _not_saved(self._saving, told or cause_of(error))
             failure.__cause__ = error
             self.reload()
             self._failure = failure
