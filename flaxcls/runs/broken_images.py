@@ -7,13 +7,17 @@ from pathlib import Path
 from flaxcls.runs.lease import NO_LEASE, Lease
 from flaxcls.runtime import output, processes
 
+MOST_BYTES = 4_000_000  # of a log: each restart names the same images again
+
 
 def broken_images_log(workdir: Path, lease: Lease = NO_LEASE) -> Callable[[str], None]:
     """Notes a sentence about a broken image in broken_images.log and on standard error.
 
-    Every process notes those that it meets itself, but 0 in a file with its number.
+    Every process notes those that it meets itself, but 0 in a file with its number. A log that has
+    MOST_BYTES takes no more, which its last line says.
     """
     number = "" if processes.is_first() else f".{processes.index()}"
+    path = workdir / f"broken_images{number}.log"
 
     def report(sentence: str) -> None:
         output.say(f"flaxcls: {sentence}", error=True)
@@ -21,7 +25,14 @@ def broken_images_log(workdir: Path, lease: Lease = NO_LEASE) -> Callable[[str],
             return
         with contextlib.suppress(OSError):  # a full disk
             workdir.mkdir(parents=True, exist_ok=True)
-            with (workdir / f"broken_images{number}.log").open("a") as log:
+            with path.open("a") as log:
+                if log.tell() >= MOST_BYTES:
+                    return
                 log.write(sentence + "\n")
+                if log.tell() >= MOST_BYTES:
+                    size = f"{MOST_BYTES / 1e6:g} MB"
+                    full = f"{path} has {size} and is full: more is said on standard error only"
+                    log.write(full + "\n")
+                    output.say(f"flaxcls: {full}", error=True)
 
     return report
