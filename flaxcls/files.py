@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -110,22 +111,20 @@ def open_to_append(path: AnyPath) -> Any:
     return GrowingObject(path) if isinstance(path, BucketPath) else path.open("ab", buffering=0)
 
 
-def append_line(path: AnyPath, line: str) -> None:
-    """Adds a line to a file that several processes may write to."""
+def append_line(path: AnyPath, line: str) -> int:
+    """Adds a line to a file that several processes may write to; returns its bytes now."""
     content = (line + "\n").encode(errors="surrogateescape")
     if not isinstance(path, BucketPath):
         with path.open("ab", buffering=0) as file:
             file.write(content)
-        return
-    for tries_left in reversed(range(_TRIES)):
+            return file.tell()
+    for _ in range(_TRIES):
         version = path.version()
         before = b"" if version == ABSENT else path.read_bytes()
-        try:
+        with contextlib.suppress(Changed):
             path.put(before + content, version)
-            return
-        except Changed:
-            if not tries_left:
-                raise
+            return len(before + content)
+    raise Changed(errno.EAGAIN, "too many write to it at a time", str(path))
 
 
 def write_json(path: AnyPath, content: Any, *, fsync: bool = False) -> None:

@@ -177,8 +177,8 @@ def start_python():
     """Starts `python ARGUMENTS` in the checkout; what is left is killed at the end of the test."""
     processes = []
 
-    def starter(*arguments, **options):
-        command = [sys.executable, *map(str, arguments)]
+    def starter(*arguments, python=sys.executable, **options):
+        command = [python, *map(str, arguments)]
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
         processes.append(subprocess.Popen(command, cwd=ROOT, **options))
         return processes[-1]

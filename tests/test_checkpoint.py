@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from flaxcls.errors import CheckpointError, ConfigError
-from flaxcls.runs import checkpoint, manifest
+from flaxcls.runs import checkpoint, manifest, recovery
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.checkpoint_reader import CheckpointReader
 from flaxcls.runs.manifest import Damaged
@@ -353,6 +353,25 @@ def test_quarantine_takes_the_same_step_again(run):
         (run / "checkpoints/9").mkdir()
         restored_newest(run)
     assert sorted(path.name for path in (run / "quarantine").iterdir()) == ["9", "9.1", "9.2"]
+
+
+def test_quarantine_keeps_what_was_saved_last_and_says_what_it_deletes(run):
+    (run / "quarantine").mkdir()
+    (run / "quarantine/notes.txt").write_text("of the user")
+    said = []
+    for step in range(9, 9 + recovery.QUARANTINED + 2):
+        (run / f"checkpoints/{step}").mkdir()
+        if step == 10:
+            (run / "checkpoints/10").rmdir()
+            (run / "checkpoints/10").symlink_to(run / "checkpoints/8")
+        said += restored_newest(run)[1]
+    kept = [str(step) for step in range(11, 11 + recovery.QUARANTINED)]
+    assert sorted(path.name for path in (run / "quarantine").iterdir()) == [*kept, "notes.txt"]
+    assert [sentence.partition(" keeps ")[2] for sentence in said if "deleted" in sentence] == [
+        "the 5 checkpoints that were saved last: 9 is deleted",
+        "the 5 checkpoints that were saved last: 10 is deleted",
+    ]
+    assert (run / "checkpoints/8").is_dir()  # a link's target is not touched
 
 
 def test_a_run_goes_on_after_going_back(run):

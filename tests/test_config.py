@@ -234,6 +234,11 @@ def test_groups_of_batch_norm_that_change_nothing_or_make_devices_wait_are_repor
         ({"duration": "1e12 epochs"}, "config.duration must be at most 2,147,483,647 steps, got"),
         ({"duration": "1e300 epochs"}, "config.duration must be at most 2,147,483,647 steps, got"),
         ({"duration": "0 steps"}, "config.duration must be at least a step, got '0 steps'"),
+        (
+            {"divergence__within": "0 steps"},
+            "config.divergence.within must be at least a step, got '0 steps'",
+        ),
+        ({"divergence__within": "1 hours"}, "config.divergence.within: '1 hours' is a time; here"),
     ],
 )
 def test_impossible_length_is_told_with_what_makes_it_so(tiny_config, changes, message):

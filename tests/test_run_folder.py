@@ -13,7 +13,7 @@ from flaxcls import config as configs
 from flaxcls.config import fields
 from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.inference.evaluator import evaluate_run
-from flaxcls.runs import goodput, manifest, run_folder
+from flaxcls.runs import broken_images, goodput, manifest, run_folder
 from flaxcls.runs.metric_log import MetricLog, describe
 from flaxcls.training.train import train_config as train
 
@@ -199,3 +199,19 @@ def test_any_content_is_read_or_told_in_a_sentence(name, tmp_path):
 
     (tmp_path / "a").write_text("b")
     check()
+
+
+def test_log_of_broken_images_does_not_grow_for_ever_and_says_where_it_ends(
+    tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(broken_images, "MOST_BYTES", 100)
+    for _ in range(3):  # restarts, each of which meets the same images
+        report = broken_images.broken_images_log(tmp_path)
+        for number in range(4):
+            report(f"{number}.jpg is no picture: another image replaces it")
+    path = tmp_path / "broken_images.log"
+    *noted, last = path.read_text().splitlines()
+    assert [line[:5] for line in noted] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert last == f"{path} has 0.0001 MB and is full: more is said on standard error only"
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 13 and said.count(f"flaxcls: {last}") == 1

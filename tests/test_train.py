@@ -16,6 +16,7 @@ import pytest
 from flaxcls import augment, build
 from flaxcls.config.durations import Duration
 from flaxcls.errors import ConfigError, DataError, DivergedError, Interrupted
+from flaxcls.runs import checkpoint_reader, manifest
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runtime import sharding
 from flaxcls.training import due
@@ -233,9 +234,9 @@ def diverging(tiny_config, **changes):
 
 def test_run_that_diverges_again_and_again_ends_and_says_what_is_good(tiny_config, tmp_path):
     message = (
-        "steps [0-9]+ to [0-9]+ were not finite or too large, after 3 rollbacks; the checkpoint of "
-        "step [0-9]+ is good; a lower config.optimizer.learning_rate"
-    )
+        "steps [0-9]+ to [0-9]+ were not finite or too large, after 3 rollbacks within 1 updates; "
+        "the checkpoint of step [0-9]+ is good; a lower config.optimizer.learning_rate"
+    )  # though it makes steps, which are all skipped, it makes no update
     with pytest.raises(DivergedError, match=message):
         train(diverging(tiny_config, checkpoint__every="1 steps"), tmp_path / "run")
     assert not (tmp_path / "run/summary.json").exists()
@@ -243,7 +244,9 @@ def test_run_that_diverges_again_and_again_ends_and_says_what_is_good(tiny_confi
 
 def test_run_that_diverges_before_it_was_saved_begins_anew(tiny_config, tmp_path):
     config = diverging(tiny_config, checkpoint__every="100%", divergence__max_rollbacks=1)
-    with pytest.raises(DivergedError, match="steps 1 to 3 .*, after 1 rollbacks; nothing is saved"):
+    with pytest.raises(
+        DivergedError, match="steps 1 to 3 .*, after 1 rollback .*; nothing is saved"
+    ):
         train(config, tmp_path / "run")
 
 
@@ -306,6 +309,52 @@ def test_run_goes_back_and_on_with_other_data_and_ends_well(
     assert again["rollbacks"] == 2 and again["eval"] == summary["eval"]
     assert (other / "metrics.jsonl").read_bytes() == (tmp_path / "run/metrics.jsonl").read_bytes()
     assert_same_arrays(saved_arrays(other, 12), saved_arrays(tmp_path / "run", 12))
+
+
+def test_rollbacks_count_within_so_many_updates_also_after_a_restart(
+    tiny_config, tmp_path, poison, saved_arrays, assert_same_arrays
+):
+    # Two stretches of 6 batches, each of which costs one rollback, some 20 updates apart.
+    poison(lambda batch: batch["epoch"] % 4 == 1)
+
+    def config(within):
+        return tiny_config(
+            duration="40 steps",
+            log_every="2 steps",
+            eval__every="20 steps",
+            checkpoint__every="5 steps",
+            divergence__max_skipped=6,
+            divergence__max_rollbacks=1,
+            divergence__within=within,
+        )
+
+    rate, few = tmp_path / "rate", tmp_path / "few"
+    assert train(config("15 steps"), rate)["rollbacks"] == 2
+
+    for _ in range(2):  # the second time from a checkpoint that knows of the first rollback
+        with pytest.raises(DivergedError, match="after 1 rollback within 40 updates; the"):
+            train(config("100%"), few)
+    assert train(config("15 steps"), few)["rollbacks"] == 2  # it resumes, and ends the same
+    assert_same_arrays(saved_arrays(rate, 40), saved_arrays(few, 40))
+
+
+def test_rollbacks_before_they_were_dated_still_count(tiny_config, tmp_path, poison):
+    poison(lambda batch: batch["epoch"] == 1)
+    changes = {"log_every": "1 steps", "checkpoint__every": "2 steps", "divergence__max_skipped": 6}
+    run, config = tmp_path / "run", tiny_config(duration="20 steps", **changes)
+    assert train(config, run)["rollbacks"] == 1
+    (run / "summary.json").unlink()
+    for facts in run.glob("checkpoints/*/facts/metadata"):
+        metadata = json.loads(facts.read_text())
+        del metadata["progress"]["diverged_at"]
+        facts.write_text(json.dumps(metadata))
+        manifest.write(facts.parents[1], checkpoint_reader.WRITTEN_LAST)
+    shutil.rmtree(run / "checkpoints/20")
+    poison(lambda batch: batch["epoch"] >= 0)
+    for field, value in (("max_rollbacks", 1), ("max_skipped", 2)):
+        config.divergence[field] = value
+    with pytest.raises(DivergedError, match="after 1 rollback within 2 updates"):
+        train(config, run)
 
 
 def test_balanced_class_weights_are_kept_for_the_evaluation(tiny_config, tmp_path):

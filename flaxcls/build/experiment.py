@@ -32,6 +32,7 @@ class Divergence(NamedTuple):
     max_grad_norm: float
     max_skipped: int
     max_rollbacks: int
+    within: float  # steps
 
 
 class Saving(NamedTuple):
@@ -204,7 +205,9 @@ def make_experiment(
         hang_after=parse_duration(config.hang_after).value,
         profiled=profiled_steps(config, run),
         saving=saving,
-        divergence=Divergence(**config.divergence),
+        divergence=Divergence(
+            **{**config.divergence, "within": interval(config, "divergence.within", run).value}
+        ),
         notes=(
             *notes.shortened(config.schedule, run),
             *notes.evaluated_twice(train_source, eval_source, partial(open_split, whole)),

@@ -145,7 +145,8 @@ def default() -> ConfigDict:
     config.divergence = ConfigDict()  # an update that is not finite or too large is skipped
     config.divergence.max_grad_norm = 1e4  # before clipping; usual ones, as logged, are below 100
     config.divergence.max_skipped = 10  # in a row; then the run goes back to its last checkpoint
-    config.divergence.max_rollbacks = 3  # then it ends
+    config.divergence.max_rollbacks = 3  # within so many updates; then the run ends
+    config.divergence.within = "10%"  # those skipped don't count
 
     # A trace of the steps between, in WORKDIR/profile, and a table of the operators that took most.
     config.profile = ConfigDict()

@@ -11,7 +11,8 @@ the resolved config, class names, normalisation, best metrics so far. Guarantees
   bucket, where nothing can be renamed, the manifest is what is uploaded last.
 - Nothing is restored that is not what was saved (see `checkpoint_reader`).
 - An older step is deleted only when the newer one is complete.
-- A save that fails is reported in one sentence, and can be tried again.
+- A save that fails is reported in one sentence, and can be tried again. Where one of several
+  processes can't write, all of them know at once (see `save_barrier`).
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from flaxcls.buckets import AnyPath
-from flaxcls.errors import CheckpointError
+from flaxcls.errors import CheckpointError, ProcessesError
 from flaxcls.runs import manifest
 from flaxcls.runs.checkpoint_folder import UNFINISHED, BucketCheckpoints
 from flaxcls.runs.checkpoint_reader import (
@@ -34,6 +35,7 @@ from flaxcls.runs.checkpoint_reader import (
     CheckpointReader,
     cause_of,
 )
+from flaxcls.runs.save_barrier import UPLOADED, SaveBarrier
 from flaxcls.runtime import processes
 
 if TYPE_CHECKING:
@@ -72,9 +74,9 @@ class Checkpoints(CheckpointReader):
         self._policy = _NewestAndBest(keep)
         self._saving: int | None = None  # the step whose saving began last
         self._failure: CheckpointError | None = None  # of that step, until it is reported
-        self._saves = 0  # that were begun
         self._bytes = 0  # of the step that was written last
         self._manager: ocp.CheckpointManager | None = None  # from the first save on
+        self._barrier = SaveBarrier() if processes.count() > 1 else None
 
     def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Starts saving `state` (arrays) and `metadata` (JSON) and returns.
@@ -83,7 +85,8 @@ class Checkpoints(CheckpointReader):
 
         Raises CheckpointError, and saves nothing, if the folder can't be written, the disk is too
         full, or the previous save failed in the background, which neither `wait` nor `failure` has
-        reported yet.
+        reported yet; in any of the processes. ProcessesError if saving can't begin in one of them
+        while the others have begun.
         """
         import orbax.checkpoint as ocp
 
@@ -95,21 +98,25 @@ class Checkpoints(CheckpointReader):
         for message in processes.gather(str(failure or "")):
             if message:
                 raise CheckpointError(message) from failure
+        if len({*processes.gather("opened" if self._manager else "")}) > 1:
+            self.reload()  # one has failed alone, after the others were through
+        if self._barrier:
+            self._barrier.begin()
         self._policy.best_step = metadata["progress"]["best"].get("step")
         arguments = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), facts=ocp.args.JsonSave(metadata)
         )
         self._saving, sys.unraisablehook = step, _ignore_late_writes
-        self._saves += 1
         self._manager = self._manager or self._open()
         try:
             # Without `force` Orbax does nothing, and says nothing, at a step before the newest one.
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:
             self.reload()
-            if isinstance(error, OSError):
-                raise _not_saved(step, cause_of(error)) from error
-            raise
+            if not isinstance(error, OSError):
+                raise
+            failure = _not_saved(step, cause_of(error))
+            raise ProcessesError(str(failure)) if self._barrier else failure from error
 
     def failure(self) -> CheckpointError | None:
         """What went wrong with the last save, if that is known by now; never waits.
@@ -177,6 +184,7 @@ class Checkpoints(CheckpointReader):
                 multiprocessing_options=among,
                 async_options=ocp.AsyncOptions(
                     timeout_secs=SECONDS_TO_SAVE,
+                    barrier_sync_fn=self._barrier,
                     post_finalization_callback=self._upload if self._is_remote else self._commit,
                     create_directories_asynchronously=False,
                 ),
@@ -189,7 +197,8 @@ class Checkpoints(CheckpointReader):
             if self._manager:
                 self._manager.wait_until_finished()
         except Exception as error:
-            failure = _not_saved(self._saving, cause_of(error))
+            told = self._barrier.failure if self._barrier else ""
+            failure = _not_saved(self._saving, told or cause_of(error))
             failure.__cause__ = error
             self.reload()
             self._failure = failure
@@ -221,7 +230,8 @@ class Checkpoints(CheckpointReader):
         others = range(1, processes.count())
         if not processes.is_first():
             self._folder.publish_part(step, folder, processes.index())
-        processes.wait_at_barrier(f"flaxcls/parts/{self._saves}", SECONDS_TO_SAVE)
+        if self._barrier:
+            self._barrier(key=UPLOADED, timeout_ms=1000 * SECONDS_TO_SAVE)
         if processes.is_first():
             self.check()
             self._folder.merge(step, folder, others)
@@ -229,7 +239,6 @@ class Checkpoints(CheckpointReader):
             self.check()
             self._folder.publish(step, folder, others)
             self._remove_old()
-        processes.wait_at_barrier(f"flaxcls/published/{self._saves}", SECONDS_TO_SAVE)
 
     def _remove_old(self) -> None:
         """Removes what Orbax would: all steps but the newest ones and the best."""

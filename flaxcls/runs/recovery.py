@@ -1,14 +1,18 @@
 """Resuming after any failure, from the newest intact checkpoint."""
 
+import re
+import shutil
 from collections.abc import Callable
 from typing import Any
 
-from flaxcls.buckets import AnyPath
+from flaxcls.buckets import AnyPath, BucketPath
 from flaxcls.errors import CheckpointError
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.checkpoint_reader import CheckpointMismatch, cause_of
 from flaxcls.runs.manifest import Damaged
 from flaxcls.runtime import processes
+
+QUARANTINED = 5  # checkpoints that are kept there: a failing disk must not fill up with them
 
 
 def restore_newest(
@@ -18,6 +22,7 @@ def restore_newest(
 
     Steps that are damaged, or whose arrays are not those of `shapes`, are moved to the folder
     quarantine beside the checkpoints, and `say` gets a sentence for each, in the first process.
+    There the QUARANTINED that were saved last are kept, and `say` is told which are deleted.
     Raises CheckpointMismatch, and moves nothing, if none is left because of their arrays.
     """
     checkpoints.settle()
@@ -37,7 +42,13 @@ def restore_newest(
     if processes.is_first():
         for step, error in rejected:
             checkpoints.check()
-            say(f"{error}; it is moved to {_quarantine(checkpoints, step)}")
+            moved = _quarantine(checkpoints, step)
+            say(f"{error}; it is moved to {moved}")
+            if deleted := _delete_oldest(moved.parent):
+                say(
+                    f"{moved.parent} keeps the {QUARANTINED} checkpoints that were saved last: "
+                    f"{', '.join(deleted)} {'is' if len(deleted) == 1 else 'are'} deleted"
+                )
         if rejected and not found:
             say("no checkpoint is left: the run starts from scratch")
         if found and not checkpoints.verify(found[0]):
@@ -90,3 +101,24 @@ def _quarantine(checkpoints: Checkpoints, step: int) -> AnyPath:
         raise CheckpointError(
             f"the checkpoint of step {step} can't be moved to quarantine: {cause_of(error)}"
         ) from error
+
+
+def _delete_oldest(quarantine: AnyPath) -> list[str]:
+    """Deletes all but the checkpoints that were saved last; what is deleted."""
+    there = [path for path in quarantine.iterdir() if re.fullmatch(r"\d+(\.\d+)?", path.name)]
+    there.sort(key=_saved)
+    for path in there[:-QUARANTINED]:
+        if isinstance(path, BucketPath):
+            path.rmtree()
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    return [path.name for path in there if not path.exists() and not path.is_symlink()]
+
+
+def _saved(checkpoint: AnyPath) -> float:
+    """When it was moved into a bucket's quarantine or, on a disk, saved: moving keeps its time."""
+    if isinstance(checkpoint, BucketPath):
+        return max(status.st_mtime for status in checkpoint.files().values())
+    return checkpoint.lstat().st_mtime

@@ -181,10 +181,33 @@ def gather(text: str) -> list[str]:
     return texts
 
 
+def post(key: str, text: str) -> None:
+    """Leaves a text for the others to find in `posted`; JaxRuntimeError if one is there already.
+
+    This and what follows may be called in any thread.
+    """
+    distributed.global_state.client.key_value_set(f"{key}/{index()}", text)
+
+
+def posted(key: str, seconds: float) -> list[str]:
+    """The texts that all processes post, in their order; JaxRuntimeError after some seconds."""
+    store, end = distributed.global_state.client, time.monotonic() + seconds
+    return [
+        store.blocking_key_value_get(
+            f"{key}/{process}", max(1, int(1000 * (end - time.monotonic())))
+        )
+        for process in range(count())
+    ]
+
+
+def withdraw(key: str) -> None:
+    """Takes back what this process has posted, if anything."""
+    distributed.global_state.client.key_value_delete(f"{key}/{index()}")
+
+
 def wait_at_barrier(key: str, seconds: float) -> None:
-    """Returns when all processes are here, in any thread; JaxRuntimeError after some seconds."""
-    if count() > 1:
-        distributed.global_state.client.wait_at_barrier(key, int(1000 * seconds))
+    """Returns when all processes are here; JaxRuntimeError after some seconds."""
+    distributed.global_state.client.wait_at_barrier(key, int(1000 * seconds))
 
 
 def from_first(value: Any) -> Any:

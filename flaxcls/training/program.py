@@ -242,6 +242,10 @@ class Program:
         """The state with no update skipped until now; `state` is donated."""
         return self._reset_skipped(state)
 
+    def updates_made(self, state: TrainState) -> int:
+        """How many updates there were until now, without those skipped."""
+        return int(jax.device_get(updates_made(state.opt_state)))
+
     def learning_rate(self, step: int) -> float:
         """That of the update number `step`, counted from 0 without skipped ones."""
         with jax.transfer_guard("allow"):
@@ -249,8 +253,7 @@ class Program:
 
     def last_learning_rate(self, state: TrainState) -> float:
         """That of the last update; the schedule waits while updates are skipped."""
-        updates = int(jax.device_get(updates_made(state.opt_state)))
-        return self.learning_rate(max(updates - 1, 0))
+        return self.learning_rate(max(self.updates_made(state) - 1, 0))
 
     def evaluate(
         self, state: TrainState, alive: Callable[[], None] = lambda: None

@@ -44,6 +44,7 @@ _START = {
     "results": {},
     "best": {},
     "rollbacks": 0,
+    "diverged_at": [],  # the updates made, without those skipped, before each of them
     "data_offset": 0,  # steps that the order of the examples is ahead by
 }
 
@@ -150,6 +151,9 @@ class Session:
         if metadata["fingerprint"] != self._program.metadata["fingerprint"]:
             raise DataError(f"the training data are not those that {self._workdir} began with")
         self._progress = metadata["progress"]
+        if "diverged_at" not in self._progress:  # saved before that was noted: they still count
+            made = self._program.updates_made(state)
+            self._progress["diverged_at"] = [made] * self._progress["rollbacks"]
         return state
 
     def _initial_weights(self) -> Mapping[str, Any]:
@@ -364,16 +368,28 @@ class Session:
             self._log.say(f"{error}; training continues until the next one is due")
 
     def _roll_back(self, state: TrainState, trouble: DivergedError) -> TrainState:
-        """Goes back to the last good checkpoint, and on from there with the examples to come."""
+        """Goes back to the last good checkpoint, and on from there with the examples to come.
+
+        Raises DivergedError after config.divergence.max_rollbacks within config.divergence.within.
+        A rollback counts until the run has made that many updates more than it had when it
+        diverged. To go back takes the run away from there and to skip updates no nearer, so one
+        that diverges for ever at one place ends, however far apart its checkpoints are, and so does
+        one that makes a few good updates between; in N updates there are at most
+        max_rollbacks * (N / within + 1) rollbacks.
+        """
+        limits, updates = self._experiment.divergence, self._program.updates_made(state)
+        before = self._progress["diverged_at"]
+        recent = sum(earlier > updates - limits.within for earlier in before)
         rollbacks, offset = self._progress["rollbacks"] + 1, self._progress["data_offset"]
         diverged = self.step
         jax.tree.map(lambda x: x.delete(), state)  # its memory is needed for the other one
-        if rollbacks > self._experiment.divergence.max_rollbacks:
+        if recent >= limits.max_rollbacks:
             with contextlib.suppress(CheckpointError):
                 self._checkpoints.wait()
             steps = self._checkpoints.steps()
             raise DivergedError(
-                f"{trouble}, after {rollbacks - 1} rollbacks; "
+                f"{trouble}, after {recent} rollback{'s' * (recent != 1)} within "
+                f"{limits.within:,.0f} updates; "
                 + (f"the checkpoint of step {steps[-1]} is good" if steps else "nothing is saved")
                 + "; a lower config.optimizer.learning_rate, a warm-up or "
                 "config.optimizer.gradient_clip_norm may help"
@@ -386,6 +402,7 @@ class Session:
             state = self._program.reset_skipped(self._restored())
         self._clock.roll_back(self._progress["seconds"])
         self._progress["rollbacks"] = rollbacks
+        self._progress["diverged_at"] = [*before, updates]
         self._progress["data_offset"] = offset + diverged - self.step
         self._log.say(
             f"{trouble}: back to step {self.step}, and on with the examples that come after those"

@@ -154,18 +154,28 @@ def _stopped_step():
 
 
 @pytest.fixture
-def run_two(start_main):
-    """Runs two processes with arguments of their own; [(exit code, stdout, stderr), ...]."""
+def start_two(start_main):
+    """Starts two processes with arguments of their own."""
 
-    def run(first, second, timeout=120):
+    def start(first, second, **options):
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
         address = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
-        started = [
-            start_main(*arguments, *address, f"--process_id={number}")
+        return [
+            start_main(*arguments, *address, f"--process_id={number}", **options)
             for number, arguments in enumerate((first, second))
         ]
+
+    return start
+
+
+@pytest.fixture
+def run_two(start_two):
+    """Runs two processes with arguments of their own; [(exit code, stdout, stderr), ...]."""
+
+    def run(first, second, timeout=120):
+        started = start_two(first, second)
         outputs = [process.communicate(timeout=timeout) for process in started]
         return [(p.returncode, *texts) for p, texts in zip(started, outputs, strict=True)]
 
