@@ -13,6 +13,7 @@ aren't installed the tests are skipped. What the first one lacks:
   it loses the "\\r" at the end of what is uploaded in one request: `_read_data` below doesn't
   it answers a range beyond the end of an object with an empty part, where Google answers 416
   it has no gRPC, by which gcsfs asks for the kind of a bucket unless it is told not to
+  it fails where an empty object is written by uploadType=media
   it serves one request at a time; here it has a thread for each, and a lock
 """
 
@@ -310,7 +311,11 @@ def _gcs(through) -> http.server.HTTPServer:
 
     emulator._read_data = functools.partial(_read_data, emulator._read_data)
     handler = functools.partial(through(Gcs), store)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+
+    class Quick(http.server.ThreadingHTTPServer):
+        request_queue_size = 128  # as many connections as a client opens at once
+
+    server = Quick(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     return server
 
@@ -319,7 +324,8 @@ def _read_data(read, request, query):
     """A request's body; in place of `read`, whose parser of e-mails changes what ends in "\\r"."""
     kind = request.headers.get("Content-Type") or ""
     if not kind.startswith("multipart/related"):
-        return read(request, query)
+        content = read(request, query)
+        return b"" if content is None else content  # of an empty object
     boundary = re.search('boundary="?([^";]+)', kind)[1].encode()
     body = request.rfile.read(int(request.headers["Content-Length"]))
     end = (

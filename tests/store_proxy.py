@@ -13,9 +13,6 @@ Prints its port. `PUT /_plan` with JSON, a list of faults, replaces the plan; ea
     {"fault": "refuse"}                 the connection is closed at once
 
 `GET /_log` has every request so far as "METHOD path?query -> status", a line each.
-
-What `gcp-storage-emulator` lacks is here: `ifGenerationMatch`, as
-https://cloud.google.com/storage/docs/request-preconditions has it, checked and obeyed in one step.
 """
 
 import http.client
@@ -25,7 +22,6 @@ import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, quote, urlsplit
 
 HOP = ("transfer-encoding", "connection", "keep-alive", "content-length", "date", "server")
 
@@ -40,7 +36,6 @@ class Proxy(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.target, self.plan, self.log = target, [], []
         self.lock = threading.Lock()  # of the plan and the log
-        self.writing = threading.Lock()  # so that a precondition holds until its write is done
 
     def handle_error(self, *_: object) -> None:
         """A client that has gone."""
@@ -77,12 +72,14 @@ class Handler(BaseHTTPRequestHandler):
             return self._cut(line, "refused")
         if kind == "status":
             self._note(line, fault["status"])
-            return self._send(fault["status"], [("Retry-After", "0")], fault.get("body", "").encode())
+            return self._send(
+                fault["status"], [("Retry-After", "0")], fault.get("body", "").encode()
+            )
         if kind == "cut" and len(body) > 1000:
             return self._cut(line, "cut")
         if kind == "slow":
             threading.Event().wait(fault["seconds"])
-        status, headers, answer = self._forward(body)
+        status, headers, answer = self._ask(body)
         if kind == "lost":
             return self._cut(line, f"{status} lost")
         self._note(line, status)
@@ -109,31 +106,12 @@ class Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        query = parse_qs(urlsplit(self.path).query)
-        if "ifGenerationMatch" not in query or "upload_id" in query:
-            return self._ask(self.command, self.path, body)
-        with self.server.writing:
-            if self._generation(query, body) != query["ifGenerationMatch"][0]:
-                error = {"error": {"code": 412, "message": "conditionNotMet"}}
-                return 412, [("Content-Type", "application/json")], json.dumps(error).encode()
-            return self._ask(self.command, self.path, body)
-
-    def _generation(self, query: dict[str, list[str]], body: bytes) -> str:
-        """That of the object that a request is going to write; 0 where there is none."""
-        path = urlsplit(self.path).path.removeprefix("/upload")
-        name = query.get("name", [""])[0] or json.loads(re.search(rb'{"name".*}', body)[0])["name"]
-        status, _, answer = self._ask("GET", f"{path}/{quote(name, safe='')}", b"", bare=True)
-        return json.loads(answer)["generation"] if status == 200 else "0"
-
-    def _ask(
-        self, method: str, path: str, body: bytes, bare: bool = False
-    ) -> tuple[int, list[tuple[str, str]], bytes]:
-        headers = {} if bare else {k: v for k, v in self.headers.items() if k.lower() not in HOP}
+    def _ask(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP}
         headers["Content-Length"] = str(len(body))
         connection = http.client.HTTPConnection(self.server.target, timeout=60)
         try:
-            connection.request(method, path, body, headers)
+            connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             content = answer.read()
             kept = [(k, v) for k, v in answer.getheaders() if k.lower() not in HOP]

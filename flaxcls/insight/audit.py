@@ -10,7 +10,6 @@ index.html      the same with the pictures
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +39,7 @@ from flaxcls.insight.label_audit import (
     outlierness,
 )
 from flaxcls.runtime.output import printable, say
+from flaxcls.runtime.scratch import scratch_folder
 
 _SHOWN = 200  # pictures of a kind on the page
 
@@ -113,10 +113,10 @@ def _folder_at(out: AnyPath) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         yield out
         return
-    with tempfile.TemporaryDirectory(prefix="flaxcls-") as folder:
-        yield Path(folder)
-        out.rmtree()
-        out.upload_folder(Path(folder))
+    folder = scratch_folder()
+    yield folder
+    out.rmtree()
+    out.upload_folder(folder)
 
 
 def _to_evaluate(run: RestoredRun, split: str) -> Pipeline | None:

@@ -172,10 +172,16 @@ class Checkpoints(CheckpointReader):
 
         # In a bucket's case each process has a folder of its own, of which it is in charge.
         among = ocp.options.MultiprocessingOptions(primary_host=None if self._is_remote else 0)
+        # It has a part of the arrays there: that none is missing is seen when they are merged.
+        arrays = ocp.BasePyTreeCheckpointHandler(
+            multiprocessing_options=among, enable_post_merge_validation=not self._is_remote
+        )
         return ocp.CheckpointManager(
             self._folder.working,
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=among),
+                "state": ocp.PyTreeCheckpointHandler(
+                    multiprocessing_options=among, handler_impl=arrays
+                ),
                 "facts": ocp.JsonCheckpointHandler(multiprocessing_options=among),
             },
             options=ocp.CheckpointManagerOptions(

@@ -8,13 +8,13 @@ import asyncio
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
 from flaxcls.buckets import AnyPath, BucketPath
 from flaxcls.errors import CheckpointError
 from flaxcls.runs import manifest
+from flaxcls.runtime.scratch import scratch_folder
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of the folder that Orbax is writing
@@ -66,11 +66,8 @@ class BucketCheckpoints:
 
     def __init__(self, path: BucketPath):
         self.path = path
-        self._temporary = tempfile.TemporaryDirectory(
-            prefix="flaxcls-checkpoints-", ignore_cleanup_errors=True
-        )
-        self.working = Path(self._temporary.name) / "written"
-        self._copies = Path(self._temporary.name) / "read"
+        scratch = scratch_folder(self)
+        self.working, self._copies = scratch / "written", scratch / "read"
 
     def steps(self) -> list[int]:
         """The steps that are saved, oldest first; OSError if that can't be known."""

@@ -14,7 +14,6 @@ import importlib.util
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 from flaxcls.buckets import AnyPath, BucketPath, is_remote
 from flaxcls.config import user_code
 from flaxcls.errors import ConfigError
+from flaxcls.runtime.scratch import scratch_folder
 
 FOLDER = "code"
 MAX_BYTES = 2**22  # of source in all: more is not written by hand
@@ -231,13 +231,13 @@ def _written(folder: AnyPath) -> float:
 
 def _here(folder: AnyPath) -> Path:
     """The folder, or a copy of one in a bucket: Python imports files. It goes with the process."""
-    return Path(_copied(folder).name) if isinstance(folder, BucketPath) else folder
+    return _copied(folder) if isinstance(folder, BucketPath) else folder
 
 
 @functools.cache
-def _copied(folder: BucketPath) -> tempfile.TemporaryDirectory:
-    copy = tempfile.TemporaryDirectory(prefix="flaxcls-code-")
-    folder.download({name: Path(copy.name) / name for name in folder.files()})
+def _copied(folder: BucketPath) -> Path:
+    copy = scratch_folder()
+    folder.download({name: copy / name for name in folder.files()})
     return copy
 
 

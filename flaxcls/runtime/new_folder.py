@@ -10,6 +10,7 @@ from pathlib import Path
 from flaxcls.buckets import AnyPath, BucketPath
 from flaxcls.errors import ConfigError, OutputError
 from flaxcls.runtime.output import printable
+from flaxcls.runtime.scratch import scratch_folder
 
 
 @contextlib.contextmanager
@@ -24,10 +25,10 @@ def new_folder(out: AnyPath) -> Iterator[Path]:
         with written(out, ConfigError):
             if out.exists():
                 raise ConfigError(f"--out={out} is there already; name a new folder")
-        with tempfile.TemporaryDirectory(prefix="flaxcls-") as folder:
-            yield Path(folder)
-            with written(out):
-                out.upload_folder(Path(folder))
+        folder = scratch_folder()
+        yield folder
+        with written(out):
+            out.upload_folder(folder)
         return
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError(f"--out={printable(out)} is there already; name a new folder")

@@ -6,16 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from flaxcls.buckets import AnyPath, BucketPath
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import DivergedError, FlaxclsError
 from flaxcls.runs import run_folder
+from flaxcls.runtime.scratch import scratch_folder
 from flaxcls.studies.space import Values, overrides_of
 from flaxcls.training.initial import complete
 from flaxcls.training.recipe import completed
@@ -107,8 +106,7 @@ class Process:
         self._folder, self._log = folder, folder.with_name(f"{folder.name}.log")
         if isinstance(self._log, BucketPath):  # it is there when the trial has ended
             self._uploaded = self._log
-            self._local = tempfile.TemporaryDirectory(prefix="flaxcls-")
-            self._log = Path(self._local.name) / self._log.name
+            self._log = scratch_folder(self) / self._log.name
         self._seen = 0
         with self._log.open("ab") as log:
             self._begin = log.tell()

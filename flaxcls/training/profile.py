@@ -1,10 +1,8 @@
 """The trace of a range of steps that config.profile asks for."""
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +10,7 @@ import jax
 from flaxcls.buckets import AnyPath, is_remote
 from flaxcls.runtime import processes, trace
 from flaxcls.runtime.output import printable
+from flaxcls.runtime.scratch import scratch_folder
 
 MOST_ROWS = 20
 
@@ -39,8 +38,7 @@ class Profile:
         spending: Callable[[], AbstractContextManager[Any]],
     ):
         self._steps, self._target, self._say = steps, folder, say
-        self._copy = tempfile.TemporaryDirectory(prefix="flaxcls-") if is_remote(folder) else None
-        self._folder = Path(self._copy.name) if self._copy else folder
+        self._folder = scratch_folder(self) if is_remote(folder) else folder
         self._compiled, self._spending = compiled, spending
         self._is_due = bool(steps) and processes.is_first()
         self._step = 0
@@ -77,13 +75,13 @@ class Profile:
                 if path is None or path == before:
                     raise RuntimeError("it is not there")
                 table = operator_table(trace.operators(path), trace.origins(self._compiled() or ""))
-                if self._copy:
+                if self._folder != self._target:
                     self._target.upload_folder(self._folder)
             except (OSError, RuntimeError, ValueError) as error:
                 self._say(f"the trace can't be written to {printable(self._target)}: {error}")
                 return
             seconds = time.perf_counter() - began
-        where = printable(self._target if self._copy else path.parent)
+        where = printable(path.parent if self._folder == self._target else self._target)
         self._say(
             f"traced {self._step - first} steps, from {first + 1} to {self._step}; written in "
             f"{seconds:.1f} s to {where}, for XProf and https://ui.perfetto.dev\n"
