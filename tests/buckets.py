@@ -315,6 +315,9 @@ def _gcs(through) -> http.server.HTTPServer:
     class Quick(http.server.ThreadingHTTPServer):
         request_queue_size = 128  # as many connections as a client opens at once
 
+        def handle_error(self, *_):
+            """A client that has gone."""
+
     server = Quick(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     return server

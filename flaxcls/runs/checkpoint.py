@@ -243,7 +243,7 @@ class Checkpoints(CheckpointReader):
             self._folder.merge(step, folder, others)
             self._bytes = manifest.write(folder, WRITTEN_LAST)
             self.check()
-            self._folder.publish(step, folder, others)
+            self._folder.publish(step, folder, others, self.check)
             self._remove_old()
 
     def _remove_old(self) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from flaxcls.buckets import AnyPath, BucketPath
@@ -71,10 +71,7 @@ class BucketCheckpoints:
 
     def steps(self) -> list[int]:
         """The steps that are saved, oldest first; OSError if that can't be known."""
-        whole = (name.split("/") for name in self.path.files())
-        return sorted(
-            int(step) for step, *rest in whole if rest == [manifest.NAME] and _STEP.fullmatch(step)
-        )
+        return _whole(self.path.files())
 
     def local(self, step: int) -> Path:
         """A copy of a step, to read; CheckpointError if the bucket can't be read."""
@@ -106,8 +103,9 @@ class BucketCheckpoints:
     def remove_unfinished(self) -> None:
         """Removes objects of steps without manifest, and frees the space of this process's copy."""
         shutil.rmtree(self.working, ignore_errors=True)
-        whole = set(map(str, self.steps()))
-        for step in {name.partition("/")[0] for name in self.path.files()} - whole:
+        names = self.path.files()
+        whole = set(map(str, _whole(names)))
+        for step in {name.partition("/")[0] for name in names} - whole:
             (self.path / step).rmtree()
 
     def clear_working(self) -> None:
@@ -128,11 +126,14 @@ class BucketCheckpoints:
         if processes:
             asyncio.run(_merge(folder / "state"))
 
-    def publish(self, step: int, folder: Path, uploaded: Collection[int]) -> None:
+    def publish(
+        self, step: int, folder: Path, uploaded: Collection[int], check: Callable[[], None]
+    ) -> None:
         """Uploads a step that has its manifest, which comes last, so that it is whole or not there.
 
         Args:
           uploaded: the processes whose parts are there already.
+          check: raises where nothing may be written any more; asked before the manifest is.
         """
         there = {name for process in uploaded for name in _part(folder, process)}
         files = {
@@ -143,6 +144,7 @@ class BucketCheckpoints:
         last = {manifest.NAME: files.pop(manifest.NAME)}
         target = self.path / str(step)
         target.upload({name: path for name, path in files.items() if name not in there})
+        check()  # that may have taken minutes
         target.upload(last)
 
     def remove(self, step: int) -> None:
@@ -166,6 +168,14 @@ def _free(folder: AnyPath, step: int) -> AnyPath:
     """The first of the names STEP, STEP.1, ... that there is not yet."""
     names = (f"{step}.{number}" if number else str(step) for number in range(10**6))
     return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _whole(names: Iterable[str]) -> list[int]:
+    """The steps whose manifest is among some names, oldest first."""
+    parts = (name.split("/") for name in names)
+    return sorted(
+        int(step) for step, *rest in parts if rest == [manifest.NAME] and _STEP.fullmatch(step)
+    )
 
 
 def _below(process: int) -> tuple[str, str]:
