@@ -89,15 +89,15 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def limited(cluster):
-    """A job that comes to its time limit of a minute; SLURM may send SIGTERM a minute too early."""
-    run = (*RUN, "--config.data.seconds=0.15", "--config.checkpoint.every=100 steps")
-    return cluster.submit("limited", "--gpus=0", "--time=1", "--notice=40", run=run)
+    """A job that comes to its time limit of a minute, and is told so 15 to 45 s after its start."""
+    run = (*RUN, "--config.data.seconds=0.25", "--config.checkpoint.every=100 steps")
+    return cluster.submit("limited", "--gpus=0", "--time=1", "--notice=15", run=run)
 
 
 @pytest.fixture(scope="module")
-def bereft(cluster):
+def node_down(cluster):
     """A job on two nodes of three, of which one has gone down; and when that was."""
-    job = cluster.submit("bereft", *CPUS, "--nodes=2", "--sbatch=--partition=frail", run=SLOW)
+    job = cluster.submit("node_down", *CPUS, "--nodes=2", "--sbatch=--partition=frail", run=SLOW)
     job.wait_for_step(8)
     cluster.kill_node(slurm_cluster.NODES[5])
     return job, time.time()
@@ -110,7 +110,7 @@ def crashing(cluster):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def undisturbed(cluster, limited, bereft, crashing):
+def undisturbed(cluster, limited, node_down, crashing):
     """A job of two processes that nothing happens to, and that has ended."""
     job = cluster.submit("undisturbed", *CPUS, "--nodes=2", run=RUN)
     assert job.wait() == (*DONE, 0)
@@ -242,8 +242,8 @@ def test_job_at_its_time_limit_saves_and_is_queued_again(limited):
     assert trained(limited) == list(range(1, STEPS + 1))
 
 
-def test_job_whose_node_goes_down_ends_bitwise_the_same_on_another(bereft, undisturbed):
-    job, down = bereft
+def test_job_whose_node_goes_down_ends_bitwise_the_same_on_another(node_down, undisturbed):
+    job, down = node_down
     assert job.wait() == (*DONE, 1)
     fields = job.fields()
     start = time.mktime(time.strptime(fields["StartTime"], "%Y-%m-%dT%H:%M:%S"))
