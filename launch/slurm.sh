@@ -38,9 +38,13 @@ is_running() { # and not about to be ended by SLURM
   [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
 }
 
+# A mistake would have ended the job at its first start. What ends it with the same code later is most
+# likely its own process, which trains on: on a node that SLURM has lost, and has requeued the job for.
+is_refused() { [ "$code" -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; }
+
 if [ "$code" -eq 0 ]; then
   echo "$name: done" >&2
-elif [[ "$code" =~ ^($stop)$ ]]; then
+elif [[ "$code" =~ ^($stop)$ ]] && ! is_refused; then
   echo "$name: exit code $code, to be looked at; see launch/README.md" >&2
 elif [ -n "$told" ] && ! is_running; then
   echo "$name: exit code $code after SLURM ended the job" >&2

@@ -21,7 +21,7 @@ import psutil
 
 ROOT = Path(__file__).parent.parent.parent
 # As `sinfo` shows them: the nodes of each case are its own, so that none disturbs another one.
-NODES = [f"127.0.0.{number}" for number in range(1, 8)]
+NODES = [f"127.0.0.{number}" for number in range(1, 10)]
 CONFIG = """
 ClusterName=tests
 SlurmctldHost={host}(127.0.0.1)
@@ -55,6 +55,7 @@ PartitionName=low Nodes={names[2]},{names[3]} PriorityTier=1
 PartitionName=high Nodes={names[2]},{names[3]} PriorityTier=2
 PartitionName=warned Nodes={names[2]},{names[3]} PriorityTier=1 GraceTime=60
 PartitionName=frail Nodes={names[4]},{names[5]},{names[6]}
+PartitionName=lost Nodes={names[7]},{names[8]}
 """
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 PATIENCE = 240  # seconds for anything, beside other tests on a busy machine
@@ -113,9 +114,13 @@ class Cluster:
     def start_node(self, name: str) -> None:
         self._start("slurmd", "-D", "-N", name)
 
+    def lose_node(self, name: str) -> None:
+        """Kills a node's daemon alone: what runs there runs on, and SLURM knows nothing of it."""
+        self._daemons[f"slurmd {name}"].kill()
+
     def kill_node(self, name: str) -> None:
         """Kills all that runs on a node, as when it loses its power."""
-        self._daemons[f"slurmd {name}"].kill()
+        self.lose_node(name)
         for process in self._processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.environ().get("SLURMD_NODENAME") == name:

@@ -104,13 +104,24 @@ def node_down(cluster):
 
 
 @pytest.fixture(scope="module")
+def lost(cluster):
+    """A job that trains on, on a node that SLURM has lost."""
+    run = (*RUN, "--config.data.seconds=0.3")  # longer than SLURM takes to find out
+    options = ("--max_failures=20", "--sbatch=--partition=lost")
+    job = cluster.submit("lost", *CPUS, *options, run=run)
+    job.wait_for_step(1)
+    cluster.lose_node(slurm_cluster.NODES[7])
+    return job
+
+
+@pytest.fixture(scope="module")
 def crashing(cluster):
     """A job whose processes are killed at their start, each time."""
     return cluster.submit("crashing", *CPUS, "--max_failures=2", run=("--config=crash.py",))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def undisturbed(cluster, limited, node_down, crashing):
+def undisturbed(cluster, limited, node_down, lost, crashing):
     """A job of two processes that nothing happens to, and that has ended."""
     job = cluster.submit("undisturbed", *CPUS, "--nodes=2", run=RUN)
     assert job.wait() == (*DONE, 0)
@@ -250,3 +261,11 @@ def test_job_whose_node_goes_down_ends_bitwise_the_same_on_another(node_down, un
     print(f"RECOVERY SLURM, a node down: started again after {start - down:.0f} s")
     assert fields["NodeList"] == "127.0.0.[5,7]" and "DUE TO NODE FAILURE" in job.log()
     assert rows(job) == rows(undisturbed)
+
+
+def test_job_whose_own_process_still_trains_on_a_lost_node_waits_for_it(lost):
+    state, code, restarts = lost.wait()
+    assert (state, code) == DONE and restarts >= 2
+    assert "another job trains in lost: process " in lost.log()
+    assert lost.log().count("lost: exit code 2; into the queue again") == restarts - 1
+    assert trained(lost) == list(range(1, STEPS + 1))

@@ -57,6 +57,15 @@ def test_exit_code_decides_whether_the_job_is_queued_again(code, again, job):
     assert Path("srun.log").read_text().rstrip().endswith(arguments)
 
 
+def test_job_that_has_trained_before_and_is_refused_is_queued_again_no_more_than_allowed(job):
+    """Its own process may still train, on a node that SLURM has lost."""
+    for _ in range(3):
+        process = job(CODE="2", SLURM_RESTART_COUNT="1")
+        process.communicate(timeout=30)
+        assert process.returncode == 2
+    assert requeued() == ["requeue 7"] * 2
+
+
 def test_crashes_are_queued_again_no_more_than_allowed_and_preemptions_always(job):
     for code in (1, 44, 1, 42, 42):
         job(CODE=str(code)).communicate(timeout=30)
