@@ -1,4 +1,7 @@
-"""The launchers are modules of the checkout, not of the package that is installed."""
+"""The launchers are modules of the checkout, not of the package that is installed.
+
+So is slurm_cluster.py, which stands beside the tests.
+"""
 
 import subprocess
 import sys
@@ -7,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.append(str(ROOT))
+sys.path += [str(ROOT), str(Path(__file__).parent)]
 
 
 @pytest.fixture

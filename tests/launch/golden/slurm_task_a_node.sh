@@ -28,22 +28,23 @@ max_failures=3
 # SLURM itself sends SIGTERM to the tasks, before the time limit (--signal without B:), when it
 # preempts and when the job is cancelled. In the latter two cases this shell is told too: it must
 # stay alive until the tasks have saved, and must not put the job into the queue again, since a
-# preempted job is requeued by SLURM and a cancelled one shall stay cancelled.
+# preempted job is requeued by SLURM and a cancelled one shall stay cancelled. Where this shell
+# alone is told (--signal=B:TERM, scancel --batch) the job goes on, and is as before its time limit.
 
-step=
 told=
 # shellcheck disable=SC2329 # called by the trap
 forward() {
   told=yes
   interrupted=yes
-  if [ -n "$step" ]; then kill -TERM "$step"; fi # who is told twice saves once
+  # Not by srun, which kills its tasks when it is told SIGTERM. Where SLURM ends the job it refuses
+  # this, and has told the tasks itself; who is told twice saves once.
+  scancel --signal=TERM "$SLURM_JOB_ID.0" 2>/dev/null
 }
 trap forward TERM
 
 # All tasks end together; a cluster's default may be to kill the others, in the middle of saving.
 srun --kill-on-bad-exit=0 --wait=300 "${command[@]}" &
 step=$!
-if [ -n "$told" ]; then kill -TERM "$step"; fi # told before it was known whom to tell
 while true; do
   interrupted=
   wait "$step"
@@ -56,11 +57,19 @@ requeue() {
   scontrol requeue "$SLURM_JOB_ID" || echo "$name: scontrol requeue failed" >&2
 }
 
+is_running() { # and not about to be ended by SLURM
+  [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
+}
+
+# A mistake would have ended the job at its first start. What ends it with the same code later is most
+# likely its own process, which trains on: on a node that SLURM has lost, and has requeued the job for.
+is_refused() { [ "$code" -eq 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; }
+
 if [ "$code" -eq 0 ]; then
   echo "$name: done" >&2
-elif [[ "$code" =~ ^($stop)$ ]]; then
+elif [[ "$code" =~ ^($stop)$ ]] && ! is_refused; then
   echo "$name: exit code $code, to be looked at; see launch/README.md" >&2
-elif [ -n "$told" ]; then
+elif [ -n "$told" ] && ! is_running; then
   echo "$name: exit code $code after SLURM ended the job" >&2
 elif [ "$code" -eq 42 ]; then
   requeue "preempted, saved"
