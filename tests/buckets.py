@@ -142,8 +142,10 @@ def _bucket(server: Server, monkeypatch):
 def _forget_clients() -> None:
     """Makes fsspec read the environment again, which it does once for a process."""
     import fsspec
+    from etils import epath
     from fsspec.config import set_conf_env
 
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
     for protocol in ("gcs", "s3"):
         fsspec.config.conf.pop(protocol, None)
     set_conf_env(fsspec.config.conf)
@@ -312,6 +314,7 @@ def _gcs(through) -> http.server.HTTPServer:
     handler = functools.partial(through(Gcs), store)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # of clients that have gone
     return server
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flaxcls.data.decode import MAX_PIXELS, Picture, stretch
 from flaxcls.data.files import class_name
 from flaxcls.data.source import Example, Source, fingerprint, some_names
-from flaxcls.data.storage import open_regular
+from flaxcls.data.storage import open_text
 from flaxcls.errors import ConfigError, did_you_mean
 from flaxcls.runtime.output import printable
 
@@ -118,9 +118,7 @@ def read_class_map(path: str) -> dict[str, str]:
     """
     where, found = printable(path), {}
     try:
-        with open(
-            os.path.expanduser(path), encoding="utf-8-sig", newline="", opener=open_regular
-        ) as file:
+        with open_text(os.path.expanduser(path)) as file:
             reader = csv.reader(file, strict=True)
             for number, cells in enumerate(cells for cells in reader if any(cells)):
                 if len(cells) != 2 or not cells[0].strip():
