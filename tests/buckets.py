@@ -100,6 +100,11 @@ class Server:
         log.unlink(missing_ok=True)
         return lines
 
+    def reads(self) -> int:
+        """The objects and parts of them that were read since the last call."""
+        kind = "alt=media" if self.kind == "gcs" else "GET /"
+        return sum(kind in line and "list-type" not in line for line in self.requests())
+
     def close(self) -> None:
         self._process.stdin.close()
         self._process.stdout.close()
@@ -312,6 +317,7 @@ def _gcs(through) -> http.server.HTTPServer:
 
     emulator._read_data = functools.partial(_read_data, emulator._read_data)
     handler = functools.partial(through(Gcs), store)
+    http.server.ThreadingHTTPServer.request_queue_size = 128  # connections that wait
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # of clients that have gone

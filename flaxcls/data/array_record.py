@@ -7,9 +7,12 @@ others, https://github.com/google/array_record/blob/main/cpp/layout.proto. Check
 at: the connection has its own.
 """
 
+import importlib
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -113,15 +116,22 @@ def _decompress(path: str, kind: bytes, data: bytes) -> bytes:
         return data
     size, at = _varint(path, data, 0)
     if kind == b"z" and size <= _MAX_RECORD:
+        zstd = _zstd(path)
         try:
-            import zstandard
-        except ImportError as error:
-            raise ConfigError(f"{path} is compressed: pip install zstandard") from error
-        try:
-            return zstandard.ZstdDecompressor().decompress(data[at:], max_output_size=size)
-        except zstandard.ZstdError as error:
+            return zstd.ZstdDecompressor().decompress(data[at:], max_length=size)
+        except zstd.ZstdError as error:
             raise _damaged(path) from error
     raise ConfigError(f"{path} is compressed in a way that is read from local folders only")
+
+
+def _zstd(path: str) -> Any:
+    """Python's module from 3.14 on, or its double for older ones."""
+    try:
+        if sys.version_info >= (3, 14):
+            return importlib.import_module("compression.zstd")
+        return importlib.import_module("backports.zstd")
+    except ImportError as error:
+        raise ConfigError(f"{path} is compressed: pip install backports.zstd") from error
 
 
 def _fields(path: str, message: bytes) -> Iterator[tuple[int, int]]:

@@ -80,10 +80,9 @@ def test_a_folder_takes_few_requests_and_a_picture_one(pets, put, bucket_server)
     bucket_server.requests()
     more = open_source("folder", "train", path=path)
     assert len(more) == len(source) + 40
-    assert len(bucket_server.requests()) == listing < 16
+    assert len(bucket_server.requests()) <= listing + 2 < 16
     examples(source)
-    reads = bucket_server.requests()
-    assert len(reads) == len(source) and all(line.startswith("GET") for line in reads)
+    assert bucket_server.reads() == len(source)
 
 
 def test_a_folder_without_splits_and_its_broken_pictures(tmp_path, put):
@@ -192,7 +191,7 @@ def test_data_of_tfds_are_the_same(write_dataset, tmp_path, put, bucket, bucket_
     assert (there.fingerprint, there.class_names) == (here.fingerprint, here.class_names)
     bucket_server.requests()
     assert examples(there) == examples(here)
-    assert len(bucket_server.requests()) == len(here)
+    assert bucket_server.reads() == len(here)
     with pytest.raises(ConfigError, match=f"^other is not in {bucket}: prepare it in a local fold"):
         open_source("other", "train", data_dir=bucket)
     (shard, *_) = sorted((tmp_path / "tiny/1.0.0").glob(f"tiny-train.{form}*"))
