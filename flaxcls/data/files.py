@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.remote import join
+from flaxcls.data.remote import is_remote, join
 from flaxcls.data.source import (
     Example,
     Ignored,
@@ -88,6 +88,7 @@ class FileSource(Source):
             splits=there,
         )
         self.ignored = ignored
+        self.is_remote = is_remote(root) or any(map(is_remote, self._paths))
         if files.times is not None:
             last = int(np.argmax(files.times[order]))
             self.modified = float(files.times[order[last]] / 1e9), self.where(last)

@@ -41,6 +41,7 @@ class Matched(Source):
         max_pixels: int = MAX_PIXELS,
     ):
         self._source, self._max_pixels = source, max_pixels
+        self.is_remote = source.is_remote
         self._label_of = match_classes(source, class_names, class_of or {})
         self._stretched = image_shape if source.image_shape != image_shape else None
         self._indices = np.arange(len(source))

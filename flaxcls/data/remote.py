@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from flaxcls.errors import ConfigError, FlaxclsError
 
-CONNECTIONS = 64  # of a process to a store at a time; s3fs would have 10
+CONNECTIONS = 128  # of a process to a store at a time; s3fs would have 10
 TIMEOUT = 60  # seconds without a byte, after which gcsfs would wait on
 _CHUNK = 2**24  # bytes that are uploaded at a time
 _EXTRAS = {"gs": "cloud", "gcs": "cloud", "s3": "s3", "s3a": "s3"}

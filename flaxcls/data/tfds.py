@@ -108,6 +108,7 @@ class TfdsSource(Source):
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise metadata.damaged(directory, error) from error
         self._records = _open_records(parts, info.file_format.value)
+        self.is_remote = any(is_remote(part.filename) for part in parts)
         super().__init__(
             name=name,
             split=split,

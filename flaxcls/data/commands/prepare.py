@@ -33,10 +33,9 @@ from flaxcls.data.commands.shared import define_flags, read_config
 from flaxcls.data.decode import MAX_PIXELS, Picture
 from flaxcls.data.loader import check_label
 from flaxcls.data.order import evenly_spaced
-from flaxcls.data.source import Source, fingerprint
+from flaxcls.data.source import Source, fingerprint, reading_threads
 from flaxcls.data.writer import DatasetWriter, Tally, is_complete
 from flaxcls.errors import ConfigError, DataError
-from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import printable, say
 
 SHARD_BYTES = 200_000_000  # about
@@ -89,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         out / name,
         Recipe(FLAGS.short_side, FLAGS.quality, config.input.max_pixels),
         max_broken=config.input.max_broken,
-        threads=FLAGS.threads or available_cores(),
+        threads=FLAGS.threads or reading_threads(train.is_remote),
     )
     if totals is None:
         say(f"{printable(out / name)} is already prepared")
