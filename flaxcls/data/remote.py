@@ -192,6 +192,13 @@ def _is_beyond_the_end(error: Exception) -> bool:
     )
 
 
+def forget_listings(path: str) -> None:
+    """Makes clients of others, as etils has them, ask again what is in a bucket."""
+    client, _ = client_and_name(path)
+    for other in [*type(client)._cache.values()]:
+        other.invalidate_cache()
+
+
 def client_and_name(path: str) -> tuple[Any, str]:
     """fsspec's file system for a path, which it keeps and which threads may share, and the rest."""
     import fsspec

@@ -69,7 +69,7 @@ def _open_remote(name: str, split: str, root: epath.Path) -> "TfdsSource":
     os.environ.setdefault("EPATH_USE_TF", "false")  # else etils loads TensorFlow where it finds it
     path = os.fspath(root)
     try:
-        remote.client_and_name(path)  # says what is not installed
+        remote.forget_listings(path)  # and says what is not installed
         directory = find_prepared(name, root)
         if directory is not None:
             return TfdsSource(name, split, directory)

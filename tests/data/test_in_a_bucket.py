@@ -1,6 +1,7 @@
 """Data in a bucket are those on a disk: the same examples, fingerprints and sentences."""
 
 import gzip
+import itertools
 import json
 import pickle
 import struct
@@ -15,6 +16,7 @@ import pytest
 
 from flaxcls import cli
 from flaxcls.data import naming, open_source, remote
+from flaxcls.data.commands import prepare
 from flaxcls.errors import ConfigError, DataError
 
 
@@ -202,3 +204,97 @@ def test_data_of_tfds_are_the_same(write_dataset, tmp_path, put, bucket, bucket_
     message = f"^{bucket}/tiny/1.0.0/{shard.name} cannot be read: No such file or directory$"
     with pytest.raises(DataError, match=message):
         open_source("tiny", "train", data_dir=bucket)
+
+
+@pytest.fixture
+def prepare_pets(pets):
+    """Prepares `pets` in three shards of 4 pixels; returns the exit code of the command."""
+
+    def run(out, quality=90):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare, "SHARD_BYTES", 2000)
+            return command(out, quality)
+
+    def command(out, quality):
+        flags = [f"--source={pets}", f"--out={out}", f"--quality={quality}", "--short_side=4"]
+        return prepare.main(["prepare", *flags, "--config.data.eval_split=val", "--threads=2"])
+
+    return run
+
+
+class Interrupted(Exception):
+    """The process is killed, as good as."""
+
+
+@pytest.fixture
+def interrupt():
+    """Lets so many more files be written to the cloud, and then no more."""
+    patch = pytest.MonkeyPatch()
+
+    def after(count):
+        patch.undo()
+        left = itertools.count(count, -1)
+        for name in ("write", "upload"):
+            write = getattr(remote, name)
+
+            def checked(*arguments, write=write):
+                if next(left) <= 0:
+                    raise Interrupted
+                write(*arguments)
+
+            patch.setattr(remote, name, checked)
+
+    yield after
+    patch.undo()
+
+
+def test_a_data_set_is_in_a_bucket_when_it_is_whole(prepare_pets, bucket, tmp_path, interrupt):
+    prepare_pets(tmp_path / "here")
+    here = [open_source("pets_4", split, data_dir=tmp_path / "here") for split in ("train", "val")]
+    everything = 14  # begun.json twice, four shards with notes, four files of metadata
+    points = (
+        (*range(0, everything, 2), everything - 1)
+        if bucket.startswith("gs:")
+        else (5, everything - 1)
+    )
+    for point in points:
+        out = f"{bucket}/{point}"
+        interrupt(point)
+        with pytest.raises(Interrupted):
+            prepare_pets(out)
+        with pytest.raises(ConfigError, match=f"pets_4 is not in {out}: prepare it"):
+            open_source("pets_4", "train", data_dir=out)
+        if point % 4 == 1:  # what is left is of other pictures: not to be used
+            interrupt(point)
+            with pytest.raises(Interrupted):
+                prepare_pets(out, quality=50)
+        interrupt(everything)
+        prepare_pets(out)
+    there = [open_source("pets_4", split, data_dir=out) for split in ("train", "val")]
+    assert [each.fingerprint for each in there] == [each.fingerprint for each in here]
+    assert list(map(examples, there)) == list(map(examples, here))
+    assert not remote.entries(f"{out}/.pets_4.incomplete")
+    interrupt(0)
+    prepare_pets(out)  # once more does nothing
+    with pytest.raises(ConfigError, match=f"^{out}/pets_4 exists and is not what this command"):
+        prepare_pets(out, quality=50)
+    interrupt(1)
+    remote.write(f"{bucket}/other/pets_4/notes.txt", b"mine")
+    with pytest.raises(ConfigError, match=f"^{bucket}/other/pets_4 exists and is not what this"):
+        prepare_pets(f"{bucket}/other")
+
+
+def test_two_that_prepare_something_else_don_t_mix(prepare_pets, bucket, monkeypatch):
+    upload = remote.upload
+
+    def upload_and_let_another_begin(source, path):
+        upload(source, path)
+        monkeypatch.setattr(remote, "upload", upload)
+        prepare_pets(f"{bucket}/out", quality=50)
+
+    monkeypatch.setattr(remote, "upload", upload_and_let_another_begin)
+    with pytest.raises(ConfigError, match=f"another process is writing {bucket}/out/pets_4"):
+        prepare_pets(f"{bucket}/out", quality=90)
+    prepare_pets(f"{bucket}/out", quality=50)
+    with pytest.raises(ConfigError, match="cannot be read: there is no such bucket|can't be writ"):
+        prepare_pets(f"{bucket}x/out")
