@@ -186,11 +186,18 @@ def bucket_server(bucket, request):
 # What follows runs in a server's own process.
 
 
+_DENIAL = {  # what the stores say to who may not read
+    "gcs": b'{"error": {"code": 403, "message": "Caller does not have storage.objects.list access '
+    b'to the Google Cloud Storage bucket."}}',
+    "s3": b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>",
+}
+
+
 class _Requests:
     """What every request goes through: written down, delayed, refused as the control file says."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._lock, self._read = folder, threading.Lock(), 0
+    def __init__(self, kind: str, folder: Path):
+        self._kind, self._folder, self._lock, self._read = kind, folder, threading.Lock(), 0
         self._control: dict = {}
 
     def refuse(self, handler: http.server.BaseHTTPRequestHandler) -> bool:
@@ -199,7 +206,7 @@ class _Requests:
             with (self._folder / "requests.txt").open("a") as log:
                 log.write(f"{handler.command} {handler.path}\n")
             control = self._folder / "control.json"
-            changed = control.stat().st_ino if control.exists() else 0
+            changed = control.stat().st_mtime_ns if control.exists() else 0
             if changed != self._read:
                 self._read, self._control = changed, json.loads(control.read_text())
             seconds, fail = self._control.get("seconds", 0), self._control.get("fail", 0)
@@ -208,15 +215,18 @@ class _Requests:
         if not fail:
             return False
         handler.close_connection = True
-        handler.send_response(self._control["status"])
-        handler.send_header("Content-Length", "0")
+        status = self._control["status"]
+        body = _DENIAL[self._kind] if status in (401, 403) and handler.command != "HEAD" else b""
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
+        handler.wfile.write(body)
         return True
 
 
 def _serve(kind: str, folder: Path) -> None:
     """Serves until standard input ends; says first where."""
-    requests = _Requests(folder)
+    requests = _Requests(kind, folder)
 
     def through(handler: type) -> type:
         """The same handler, whose requests go through `requests`."""

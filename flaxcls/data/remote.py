@@ -167,7 +167,9 @@ def os_error(path: str, error: Exception) -> OSError:
         return FileNotFoundError(errno.ENOENT, what)
     names = [type(each).__name__ for each in _chain(error)]
     text = f"{names} {error}"
-    if isinstance(error, PermissionError) or any(word in text for word in _DENIED):
+    codes = {getattr(each, "code", None) for each in _chain(error)}
+    denied = isinstance(error, PermissionError) or codes & {401, 403}
+    if denied or any(word in text for word in _DENIED):
         return PermissionError(errno.EACCES, f"access is denied ({reason[-1]}){_advice(path)}")
     if "NoCredentialsError" in names or "DefaultCredentialsError" in names:
         return PermissionError(errno.EACCES, f"there are no credentials{_advice(path)}")

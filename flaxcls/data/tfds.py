@@ -236,6 +236,8 @@ def _default_config(folder: epath.Path) -> str | None:
     try:
         return dataset_builder.load_default_config_name(folder)
     except (AttributeError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_remote(folder):
+            raise
         path = folder / ".config/metadata.json"
         raise DataError(f"{path} is damaged: {_first_line(error)}") from error
 

@@ -298,3 +298,34 @@ def test_two_that_prepare_something_else_don_t_mix(prepare_pets, bucket, monkeyp
     prepare_pets(f"{bucket}/out", quality=50)
     with pytest.raises(ConfigError, match="cannot be read: there is no such bucket|can't be writ"):
         prepare_pets(f"{bucket}x/out")
+
+
+def test_who_may_not_read_is_told_what_gives_credentials(put, pets, bucket, bucket_server):
+    path = put(pets)
+    source = open_source("folder", "train", path=path)
+    advice = "`gcloud auth application-default login`" if path[:2] == "gs" else "`aws configure`"
+    bucket_server.faults(fail=10**6, status=403)
+    denied = rf"access is denied \(.*\): {advice} or .* credentials$"
+    where = f"^config.data.path must be a folder of pictures, but {path} can't be reached: "
+    with pytest.raises(ConfigError, match=where + denied):
+        open_source("folder", "train", path=path)
+    with pytest.raises(DataError, match=f"^{path}/train/.*png cannot be read: {denied}"):
+        source[0]
+    with pytest.raises(ConfigError, match=f"^tiny in {bucket} cannot be read: {denied}"):
+        open_source("tiny", "train", data_dir=bucket)
+    with pytest.raises(ConfigError, match=f"^{path} can't be reached: {denied}"):
+        naming.name_and_path(path)
+    with pytest.raises(ConfigError, match=f"{bucket}/out/.* cannot be read: {denied}"):
+        prepare.main(["prepare", "--source=digits", f"--out={bucket}/out"])
+    bucket_server.faults(fail=2, status=503)
+    assert source[0] == open_source("folder", "train", path=str(pets))[0]
+
+
+def test_no_credentials_are_a_sentence(s3_bucket, monkeypatch, tmp_path):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    message = "x can't be reached: there are no credentials: `aws configure` or AWS_ACCESS_KEY_ID"
+    with pytest.raises(ConfigError, match=message):
+        open_source("folder", "train", path=f"{s3_bucket}/x")
