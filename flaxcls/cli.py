@@ -167,14 +167,16 @@ def check_pictures(paths: Sequence[str]) -> None:
     """ConfigError unless pictures are named behind the flags, one of which is there."""
     if not paths:
         raise ConfigError("no pictures are given: name files, or folders that hold them")
-    if not any(map(os.path.exists, paths)):
+    if not any("://" in path or os.path.exists(path) for path in paths):
         raise ConfigError(f"there is no file {paths[0]}")
 
 
 def find_pictures(paths: Iterable[str]) -> Iterator[str]:
     """The files among the paths, and all pictures in and below the folders, sorted."""
     for path in paths:
-        if os.path.isdir(path):
+        if "://" in path:
+            yield from _remote_pictures(path)
+        elif os.path.isdir(path):
             yield from _pictures_below(path, ())
         else:
             yield path
@@ -206,6 +208,21 @@ def _pictures_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator
             yield from _pictures_below(path, (*above, identity))
         elif is_picture(path):
             yield path
+
+
+def _remote_pictures(path: str) -> list[str]:
+    """The pictures in and below a folder in the cloud, sorted; `path` itself if it is no folder."""
+    from flaxcls.data import remote
+    from flaxcls.data.files import is_picture
+
+    if is_picture(path):
+        return [path]
+    try:
+        found = [entry.path for entry in remote.below(path)]
+    except OSError:
+        return [path]  # reading it will say why
+    hidden = len(path.rstrip("/"))
+    return [each for each in found if is_picture(each) and "/." not in each[hidden:]]
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:

@@ -101,6 +101,11 @@ class Server:
         log.unlink(missing_ok=True)
         return lines
 
+    def reads(self) -> int:
+        """The objects and parts of them that were read since the last call."""
+        kind = "alt=media" if self.kind == "gcs" else "GET /"
+        return sum(kind in line and "list-type" not in line for line in self.requests())
+
     def close(self) -> None:
         self._process.stdin.close()
         self._process.stdout.close()
@@ -143,8 +148,10 @@ def _bucket(server: Server, monkeypatch):
 def _forget_clients() -> None:
     """Makes fsspec read the environment again, which it does once for a process."""
     import fsspec
+    from etils import epath
     from fsspec.config import set_conf_env
 
+    epath.backend.fsspec_backend._get_filesystem.cache_clear()
     for protocol in ("gcs", "s3"):
         fsspec.config.conf.pop(protocol, None)
     set_conf_env(fsspec.config.conf)
@@ -180,11 +187,18 @@ def bucket_server(bucket, request):
 # What follows runs in a server's own process.
 
 
+_DENIAL = {  # what the stores say to who may not read
+    "gcs": b'{"error": {"code": 403, "message": "Caller does not have storage.objects.list access '
+    b'to the Google Cloud Storage bucket."}}',
+    "s3": b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>",
+}
+
+
 class _Requests:
     """What every request goes through: written down, delayed, refused as the control file says."""
 
-    def __init__(self, folder: Path):
-        self._folder, self._lock, self._read = folder, threading.Lock(), 0
+    def __init__(self, kind: str, folder: Path):
+        self._kind, self._folder, self._lock, self._read = kind, folder, threading.Lock(), 0
         self._control: dict = {}
 
     def refuse(self, handler: http.server.BaseHTTPRequestHandler) -> bool:
@@ -193,7 +207,7 @@ class _Requests:
             with (self._folder / "requests.txt").open("a") as log:
                 log.write(f"{handler.command} {handler.path}\n")
             control = self._folder / "control.json"
-            changed = control.stat().st_ino if control.exists() else 0
+            changed = control.stat().st_mtime_ns if control.exists() else 0
             if changed != self._read:
                 self._read, self._control = changed, json.loads(control.read_text())
             seconds, fail = self._control.get("seconds", 0), self._control.get("fail", 0)
@@ -202,15 +216,18 @@ class _Requests:
         if not fail:
             return False
         handler.close_connection = True
-        handler.send_response(self._control["status"])
-        handler.send_header("Content-Length", "0")
+        status = self._control["status"]
+        body = _DENIAL[self._kind] if status in (401, 403) and handler.command != "HEAD" else b""
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
         handler.end_headers()
+        handler.wfile.write(body)
         return True
 
 
 def _serve(kind: str, folder: Path) -> None:
     """Serves until standard input ends; says first where."""
-    requests = _Requests(folder)
+    requests = _Requests(kind, folder)
 
     def through(handler: type) -> type:
         """The same handler, whose requests go through `requests`."""
@@ -311,15 +328,10 @@ def _gcs(through) -> http.server.HTTPServer:
 
     emulator._read_data = functools.partial(_read_data, emulator._read_data)
     handler = functools.partial(through(Gcs), store)
-
-    class Quick(http.server.ThreadingHTTPServer):
-        request_queue_size = 128  # as many connections as a client opens at once
-
-        def handle_error(self, *_):
-            """A client that has gone."""
-
-    server = Quick(("127.0.0.1", 0), handler)
+    http.server.ThreadingHTTPServer.request_queue_size = 128  # connections that wait
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
+    server.handle_error = lambda *_: None  # of clients that have gone
     return server
 
 

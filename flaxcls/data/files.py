@@ -5,13 +5,13 @@ list.
 """
 
 import hashlib
-import os
 import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from flaxcls.data.remote import is_remote, join
 from flaxcls.data.source import (
     Example,
     Ignored,
@@ -73,9 +73,9 @@ class FileSource(Source):
         order = take_slices(splits, resolve_split(known, sizes))
         self.root, self._max_bytes = root, max_bytes
         self._paths = [files.paths[index] for index in order]
-        self._labels = files.labels[order]
+        self._sizes, self._labels = files.sizes[order], files.labels[order]
         content = hashlib.sha256("\0".join(self._paths).encode("utf-8", "surrogateescape"))
-        content.update(files.sizes[order].astype("<i8").tobytes())
+        content.update(self._sizes.astype("<i8").tobytes())
         content.update(self._labels.astype("<i4").tobytes())
         super().__init__(
             name=name,
@@ -88,6 +88,7 @@ class FileSource(Source):
             splits=there,
         )
         self.ignored = ignored
+        self.is_remote = is_remote(root) or any(map(is_remote, self._paths))
         if files.times is not None:
             last = int(np.argmax(files.times[order]))
             self.modified = float(files.times[order[last]] / 1e9), self.where(last)
@@ -96,7 +97,8 @@ class FileSource(Source):
         return len(self._paths)
 
     def __getitem__(self, index: int) -> Example:
-        picture = read_picture(self.file(index), self.where(index), self._max_bytes)
+        size, where = int(self._sizes[index]), self.where(index)
+        picture = read_picture(self.file(index), where, self._max_bytes, size)
         return Example(picture, int(self._labels[index]))
 
     def labels(self) -> np.ndarray:
@@ -106,7 +108,7 @@ class FileSource(Source):
         return printable(self.file(index))
 
     def file(self, index: int) -> str:
-        return os.path.join(self.root or "", self._paths[index])
+        return join(self.root or "", self._paths[index])
 
 
 def _nothing_held_out(name: str, split: str, class_names: Sequence[str], files: Files) -> str:

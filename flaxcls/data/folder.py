@@ -1,5 +1,10 @@
-"""A folder of pictures: `DIR/train/CLASS/*` with `DIR/val/CLASS/*`, or `DIR/CLASS/*`."""
+"""A folder of pictures: `DIR/train/CLASS/*` with `DIR/val/CLASS/*`, or `DIR/CLASS/*`.
 
+In the cloud every folder of a class is listed by itself, with all that is below it, in threads: as
+one list of all a million pictures would take minutes, a thousand after the other.
+"""
+
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flaxcls.data import remote
 from flaxcls.data.files import (
     EXTENSIONS,
     NOT_READ,
@@ -19,11 +25,13 @@ from flaxcls.data.files import (
     divide,
     is_picture,
 )
+from flaxcls.data.remote import is_remote
 from flaxcls.data.source import Ignored
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.runtime.output import printable
 
 _LAYOUT = "the layout should be DIR/train/CLASS/* with DIR/val/CLASS/*, or DIR/CLASS/*"
+_THREADS = 32  # that wait for disks or the cloud, and don't compute
 _IGNORED = ("__MACOSX", "@eaDir")  # what macOS's zip files and Synology's disks put beside pictures
 
 
@@ -62,9 +70,12 @@ def open_folder(
         for part in asked
         for folder, name in sorted(classes[part].items())
     ]
-    above = {_identity(folder) for folder in (root, *folders.values())}
-    with ThreadPoolExecutor(16) as threads:  # waiting for disks, not computing
-        found = list(threads.map(lambda job: _pictures(job[-1], root, above), jobs))
+    with ThreadPoolExecutor(_THREADS) as threads:
+        if is_remote(root):
+            found = list(threads.map(lambda job: _remote_pictures(job[-1], root), jobs))
+        else:
+            above = {_identity(folder) for folder in (root, *folders.values())}
+            found = list(threads.map(lambda job: _pictures(job[-1], root, above), jobs))
     counts = [len(pictures.paths) for pictures in found]
     for (_, _, folder), count in zip(jobs, counts, strict=True):
         if to_train and not count:
@@ -107,14 +118,8 @@ def contents(path: str, needs_train: bool = True) -> tuple[list[str], list[str]]
 
 def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
     """The folder of every split, by the split's name; nothing where `root` has those of classes."""
-    if not os.path.isdir(root):
-        found = "is a file"
-        try:
-            os.stat(root)
-        except OSError as error:  # or it is in a folder that may not be looked into
-            missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-            found = "does not exist" if missing else f"can't be reached: {error.strerror}"
-        raise ConfigError(f"config.data.path must be a folder of pictures, but {root} {found}")
+    if missing := _missing(root):
+        raise ConfigError(f"config.data.path must be a folder of pictures, but {root} {missing}")
     names: dict[str, str] = {}
     subfolders = _list_folder(root).folders
     for folder in subfolders:
@@ -129,6 +134,28 @@ def _split_folders(root: str, needs_train: bool) -> dict[str, str]:
     if folders and "train" not in folders and needs_train:
         raise ConfigError(f"{root} has {', '.join(names.values())} but no train: {_LAYOUT}")
     return folders
+
+
+def _missing(root: str) -> str:
+    """Why there is no folder at a path; empty where there is one."""
+    try:
+        if is_remote(root):
+            if remote.entries(root):
+                return ""
+            remote.information(root)
+        elif os.path.isdir(root):
+            return ""
+        else:
+            os.stat(root)
+        return "is a file"
+    except OSError as error:  # or it is in a folder that may not be looked into
+        if error.errno == errno.EIO:
+            raise DataError(f"{printable(root)} cannot be listed: {error.strerror}") from error
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        no_bucket = missing and is_remote(root) and error.strerror != os.strerror(errno.ENOENT)
+        if missing and not no_bucket:
+            return "does not exist"
+        return f"can't be reached: {error.strerror}"
 
 
 def _class_folders(folder: str) -> dict[str, str]:
@@ -211,15 +238,43 @@ def _pictures(folder: str, root: str, above: set[tuple[int, int]]) -> _Pictures:
     return _Pictures([*paths], np.array(sizes, np.int64), np.array(times, np.int64), others)
 
 
-def visible_entries(folder: str) -> Iterator[tuple[os.DirEntry, bool]]:
+def _remote_pictures(folder: str, root: str) -> _Pictures:
+    """As `_pictures`, in the cloud, which has no links."""
+    try:
+        entries = remote.below(folder)
+    except OSError as error:
+        raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
+    names = [entry.path[len(root.rstrip("/")) + 1 :] for entry in entries]
+    above = os.path.relpath(folder, root).count("/") + 1
+    seen = [
+        (name, entry.size, entry.time)
+        for name, entry in zip(names, entries, strict=True)
+        if not any(map(_is_hidden, name.split("/")[above:]))
+    ]
+    found = [file for file in seen if is_picture(file[0])]
+    paths, sizes, times = zip(*found, strict=True) if found else ((), (), ())
+    others = [name for name, _, _ in seen if not is_picture(name)]
+    return _Pictures([*paths], np.array(sizes, np.int64), np.array(times, np.int64), others)
+
+
+def visible_entries(folder: str) -> Iterator[tuple[os.DirEntry | remote.Entry, bool]]:
     """What is in a folder and isn't hidden, and whether each is a folder."""
     try:
+        if is_remote(folder):
+            for entry in remote.entries(folder):
+                if not _is_hidden(entry.name):
+                    yield entry, entry.is_folder
+            return
         with os.scandir(folder) as entries:
             for entry in entries:
-                if not entry.name.startswith(".") and entry.name not in _IGNORED:
+                if not _is_hidden(entry.name):
                     yield entry, _is_folder(entry)
     except OSError as error:
         raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in _IGNORED
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

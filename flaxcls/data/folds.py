@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxcls.data.source import Source, Subset
-from flaxcls.data.storage import open_regular
+from flaxcls.data.storage import open_text
 from flaxcls.errors import ConfigError
 from flaxcls.runtime.output import printable
 
@@ -116,7 +116,7 @@ def read_groups(path: str, source: Source) -> np.ndarray:
     """
     path, column, rows = os.path.expanduser(path), "index", []
     try:
-        with open(path, encoding="utf-8-sig", newline="", opener=open_regular) as file:
+        with open_text(path) as file:
             table = csv.DictReader(file, strict=True)
             names = {name.strip().lower(): name for name in table.fieldnames or ()}
             column = next((name for name in ("file", "index") if name in names), None)

@@ -14,7 +14,7 @@ import numpy as np
 
 from flaxcls.data.files import asked_splits, known_split
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split, take_slices
-from flaxcls.data.storage import open_regular
+from flaxcls.data.storage import exists, is_remote, read_bytes
 from flaxcls.errors import ConfigError, DataError
 
 _PREFIXES = {"train": "train", "test": "t10k"}
@@ -50,7 +50,7 @@ class Idx(Source):
 
     def __init__(self, split: str, path: str):
         folder = os.path.expanduser(path)
-        if not os.path.isdir(folder):
+        if not is_remote(folder) and not os.path.isdir(folder):
             raise ConfigError(f"config.data.path must be a folder of IDX files, got {folder}")
         asked = asked_splits(split, _PREFIXES)
         parts = {part: _read_split(folder, _PREFIXES[part]) for part in asked}
@@ -93,16 +93,18 @@ def _read_split(folder: str, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 def _read(folder: str, stem: str, dimensions: int) -> np.ndarray:
     """The array in a file, uint8."""
     names = [f"{stem}{dot}idx{dimensions}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
-    path = next(filter(os.path.exists, (os.path.join(folder, name) for name in names)), None)
-    if path is None:
-        raise ConfigError(f"{folder} has no {names[0]}, compressed (.gz) or not")
+    path = folder
     try:
-        with open(path, "rb", opener=open_regular) as file:
-            content = file.read()
+        path = next(filter(exists, (os.path.join(folder, name) for name in names)), None)
+        if path is None:
+            raise ConfigError(f"{folder} has no {names[0]}, compressed (.gz) or not")
+        content = read_bytes(path)
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error
     header = struct.Struct(f">4B{dimensions}I")
     if len(content) < header.size or content[:4] != bytes((0, 0, _UINT8, dimensions)):
         raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions")

@@ -20,7 +20,8 @@ from flaxcls.data.files import (
     divide,
     is_picture,
 )
-from flaxcls.data.storage import open_regular
+from flaxcls.data.remote import is_remote
+from flaxcls.data.storage import open_text
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.runtime.output import printable, say
 
@@ -144,7 +145,7 @@ def _say_missing(class_names: Sequence[str], labels: set[str], path: str) -> Non
 def _rows(path: str) -> Iterator[tuple[int, _Row]]:
     """Every row and the number of its line; the list's form is checked, not the files."""
     read = _READERS.get(os.path.splitext(path)[1].lower())
-    if os.path.isdir(path):
+    if not is_remote(path) and os.path.isdir(path):
         raise ConfigError(
             f"config.data.path must be a .csv or .jsonl file for list, but {path} is a folder, "
             "which config.data.name = 'folder' is for"
@@ -153,7 +154,7 @@ def _rows(path: str) -> Iterator[tuple[int, _Row]]:
         raise ConfigError(f"config.data.path must be a .csv or .jsonl file, got {printable(path)}")
     has_split = None
     try:
-        with open(path, encoding="utf-8-sig", newline="", opener=open_regular) as file:
+        with open_text(path) as file:
             for line, record in read(path, file):
                 row = _checked(path, line, record)
                 has_split = bool(row.split) if has_split is None else has_split

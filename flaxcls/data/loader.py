@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from flaxcls.data.decode import MAX_PIXELS, Picture, set_up
-from flaxcls.data.source import Source
+from flaxcls.data.source import Source, reading_threads
 from flaxcls.data.transform import Transform
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.runtime.cores import available_cores
@@ -218,16 +218,17 @@ def materialize(
             "config.input.mode = 'stream' reads it as it goes"
         ) from error
     labels = np.empty(count, np.int32)
+    chunk = 8 if source.is_remote else _CHUNK  # so that all threads have something to wait for
 
     def load(start: int) -> tuple[int, list[Broken]]:
-        part = slice(start, min(start + _CHUNK, count))
+        part = slice(start, min(start + chunk, count))
         _, labels[part], found = loader.fill(
             images[part], indices[part], draws[part], substitute=broken is not None
         )
         return part.stop, found
 
-    with ThreadPoolExecutor(_threads(source.image_shape)) as threads:
-        for done, found in threads.map(load, range(0, count, _CHUNK)):
+    with ThreadPoolExecutor(_threads(source)) as threads:
+        for done, found in threads.map(load, range(0, count, chunk)):
             if broken is not None:
                 broken.note(found)
             if progress is not None:
@@ -235,15 +236,17 @@ def materialize(
     return images, labels
 
 
-def _threads(shape: Sequence[int | None]) -> int:
-    """How many are fastest for images of a shape: one for each 32 pixels of a side.
+def _threads(source: Source) -> int:
+    """How many are fastest for a source's images on this machine: one for each 32 pixels of a side.
 
     Python's part of an image is as long as the decoding of one of 32 pixels, and threads that wait
     for Python slow each other down: 50,000 of those take 1 thread 6.3 s, 16 threads 12.9 s; images
     of 64 and 128 pixels are fastest with 2 and 4 (16 cores).
     """
-    side = None if None in shape else max(shape[:2])
-    return available_cores() if side is None else max(1, min(available_cores(), side // 32))
+    shape = source.image_shape
+    if source.is_remote or None in shape:
+        return reading_threads(source.is_remote)
+    return max(1, min(available_cores(), max(shape[:2]) // 32))
 
 
 def _empty(shape: tuple[int, ...]) -> np.ndarray:

@@ -9,7 +9,7 @@ import numpy as np
 from flaxcls.data.decode import MAX_PIXELS, Picture, stretch
 from flaxcls.data.files import class_name
 from flaxcls.data.source import Example, Source, fingerprint, some_names
-from flaxcls.data.storage import open_regular
+from flaxcls.data.storage import open_text
 from flaxcls.errors import ConfigError, did_you_mean
 from flaxcls.runtime.output import printable
 
@@ -41,6 +41,7 @@ class Matched(Source):
         max_pixels: int = MAX_PIXELS,
     ):
         self._source, self._max_pixels = source, max_pixels
+        self.is_remote = source.is_remote
         self._label_of = match_classes(source, class_names, class_of or {})
         self._stretched = image_shape if source.image_shape != image_shape else None
         self._indices = np.arange(len(source))
@@ -118,9 +119,7 @@ def read_class_map(path: str) -> dict[str, str]:
     """
     where, found = printable(path), {}
     try:
-        with open(
-            os.path.expanduser(path), encoding="utf-8-sig", newline="", opener=open_regular
-        ) as file:
+        with open_text(os.path.expanduser(path)) as file:
             reader = csv.reader(file, strict=True)
             for number, cells in enumerate(cells for cells in reader if any(cells)):
                 if len(cells) != 2 or not cells[0].strip():

@@ -12,7 +12,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from flaxcls.data.storage import is_remote, open_regular
+from flaxcls.data.storage import read_bytes
 from flaxcls.errors import DataError
 from flaxcls.runtime.output import printable
 
@@ -75,11 +75,7 @@ def damaged(directory: epath.PathLike, error: Exception) -> DataError:
 def _read_object(path: epath.Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
-        if is_remote(path):
-            content = path.read_bytes()
-        else:
-            with open(path, "rb", opener=open_regular) as file:
-                content = file.read(_MAX_BYTES + 1)
+        content = read_bytes(path, _MAX_BYTES)
         if len(content) > _MAX_BYTES:
             raise DataError(f"{path} is damaged: it has more than {_MAX_BYTES:,} bytes")
         found = json.loads(content)

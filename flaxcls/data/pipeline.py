@@ -6,15 +6,17 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from flaxcls.data.loader import BrokenImages, Loader, materialize
+from flaxcls.data.decode import Picture
+from flaxcls.data.loader import BrokenImages, Decoded, Loader, materialize
 from flaxcls.data.order import Order, evenly_spaced
 from flaxcls.data.resident import Resident
-from flaxcls.data.source import Source
+from flaxcls.data.source import Source, reading_threads
 from flaxcls.data.statistics import channel_statistics
 from flaxcls.data.stream import Stream, Workers, default_workers
 from flaxcls.data.transform import Transform
 from flaxcls.errors import DataError
 from flaxcls.runtime import output
+from flaxcls.runtime.read_ahead import in_order
 
 Input = Resident | Stream
 Rows = Callable[[int], np.ndarray]  # from a batch's size to those of its rows that one reads
@@ -58,10 +60,9 @@ class InputOptions:
     max_bytes: int = 2**28
     policies: Literal["auto", "host", "device"] = "auto"
 
-    @property
-    def workers(self) -> Workers:
-        """Who decodes: as given, else by the cores of this machine."""
-        default = default_workers(self.read_ahead)
+    def workers(self, source: Source) -> Workers:
+        """Who decodes: as given, else by the cores of this machine and where the data are."""
+        default = default_workers(self.read_ahead, source.is_remote)
         processes = default.processes if self.processes is None else self.processes
         return default._replace(threads=self.threads or default.threads, processes=processes)
 
@@ -125,7 +126,7 @@ class Pipeline:
             Loader(self.source, self.transform, self.options.max_pixels),
             self.order,
             image_size=self.sizes,
-            workers=self.options.workers,
+            workers=self.options.workers(self.source),
             rows=rows,
             broken=broken,
         )
@@ -137,7 +138,7 @@ class Pipeline:
             images = np.broadcast_to(np.uint8(0), (len(self.source), *self.image_shape()))
             return Resident(images, np.zeros(len(self.source), np.int32), self.order)
         loader = Loader(self.source, self.transform, self.options.max_pixels)
-        workers = self.options.workers
+        workers = self.options.workers(self.source)
         return Stream(loader, self.order, image_size=self.sizes, workers=workers)
 
     def sample(self, count: int) -> np.ndarray:
@@ -202,13 +203,18 @@ class DatasetSummary(NamedTuple):
 def summarize(source: Source, count: int = 300) -> DatasetSummary:
     """Reads the headers of some pictures; for the recipes that adapt to their data."""
     loader, sides, grey = Loader(source), [], True
-    for index in evenly_spaced(len(source), count):
+    threads = reading_threads(source.is_remote)
+
+    def read(index: int) -> Picture | Decoded | None:
         try:
-            picture = loader.picture(source[index].image, index)
+            return loader.picture(source[index].image, index)
         except DataError:  # reported when it is read
-            continue
-        sides.append(min(picture.height, picture.width))
-        grey &= picture.is_grey
+            return None
+
+    for picture in in_order(read, evenly_spaced(len(source), count), threads):
+        if picture is not None:
+            sides.append(min(picture.height, picture.width))
+            grey &= picture.is_grey
     if not sides:
         raise DataError(f"none of the images of {source.name} that were tried can be read")
     return DatasetSummary(len(source), len(source.class_names), int(np.median(sides)), grey)

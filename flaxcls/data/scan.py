@@ -90,7 +90,8 @@ def scan(source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> Scan:
             histogram += channel_histogram(pixels)
         return broken, formats, histogram
 
-    chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
+    size = 1 if source.is_remote else _CHUNK
+    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
     with progress(f"reading {source.name} '{source.split}'", count) as advance:
         for chunk, (broken, formats, histogram) in zip(
             chunks, in_order(read, chunks, threads), strict=True

@@ -1,18 +1,20 @@
-"""Parts of files, on this machine or in the cloud ("gs://bucket/file", "s3://bucket/file").
+"""Files and parts of them, on this machine or in the cloud ("gs://bucket/file", "s3://...").
 
-Local files are read by the operating system alone. For the others fsspec is needed with its
-package for the cloud (gcsfs, s3fs, adlfs, huggingface_hub).
+Local files are read by the operating system alone, the others by `flaxcls.data.remote`.
 """
 
 import contextlib
 import errno
 import functools
+import io
 import os
 import stat
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TextIO
 
+from flaxcls.data import remote
+from flaxcls.data.remote import is_remote
 from flaxcls.errors import DataError
 
 MAX_BYTES = 2**28  # of a picture's file; more is taken for a mistake or an attack
@@ -23,11 +25,6 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _BLOCK = 2**23  # bytes that are fetched at a time from a file that is scanned
-
-
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path names a file in the cloud."""
-    return "://" in os.fspath(path)
 
 
 def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> int:
@@ -56,30 +53,87 @@ def _refuse_others(status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, f"it is {kind}, not a file")
 
 
-def read_picture(path: str | os.PathLike, where: str, max_bytes: int = MAX_BYTES) -> bytes:
+def read_bytes(path: str | os.PathLike, max_bytes: int | None = None) -> bytes:
+    """All of a file, or one byte more than `max_bytes` of it.
+
+    Raises:
+      OSError: it can't be read; `strerror` says why.
+    """
+    if is_remote(path):
+        size = remote.information(path)["size"] if max_bytes is None else max_bytes + 1
+        return remote.read(os.fspath(path), size)
+    with open(path, "rb", opener=open_regular) as file:
+        return file.read(-1 if max_bytes is None else max_bytes + 1)
+
+
+@contextlib.contextmanager
+def open_text(path: str) -> Iterator[TextIO]:
+    """A file of UTF-8 text, with its ends of lines as they are.
+
+    Raises:
+      OSError: as `read_bytes`.
+    """
+    options = {"encoding": "utf-8-sig", "newline": ""}
+    if is_remote(path):
+        yield io.TextIOWrapper(io.BytesIO(read_bytes(path)), **options)
+        return
+    with open(path, **options, opener=open_regular) as file:
+        yield file
+
+
+def read_picture(
+    path: str | os.PathLike, where: str, max_bytes: int = MAX_BYTES, size: int = -1
+) -> bytes:
     """The bytes of a picture's file; what is no file or too large is refused before it is read.
+
+    Of a file in the cloud whose `size` is not known (-1) no more than `max_bytes` are fetched.
 
     Raises:
       DataError: it can't be read; the sentence begins with `where`.
     """
     try:
-        descriptor = open_regular(path)
-        try:
-            size = os.fstat(descriptor).st_size
-            if size > max_bytes:
-                raise DataError(
-                    f"{where} has {size:,} bytes, more than the {max_bytes:,} that "
-                    "config.input.max_bytes allows"
-                )
-            # So much and no more: there are files in /proc that have no size and never end.
-            content = os.read(descriptor, size)
-            while len(content) < size and (more := os.read(descriptor, size - len(content))):
-                content += more
-            return content
-        finally:
-            os.close(descriptor)
+        if not is_remote(path):
+            return _read_local_picture(path, where, max_bytes)
+        _check_size(size, where, max_bytes)
+        content = remote.read(os.fspath(path), max_bytes + 1)
+        if len(content) > max_bytes:
+            _check_size(remote.information(os.fspath(path))["size"], where, max_bytes)
+        return content
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror}") from error
+
+
+def _read_local_picture(path: str | os.PathLike, where: str, max_bytes: int) -> bytes:
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        _check_size(size, where, max_bytes)
+        # So much and no more: there are files in /proc that have no size and never end.
+        content = os.read(descriptor, size)
+        while len(content) < size and (more := os.read(descriptor, size - len(content))):
+            content += more
+        return content
+    finally:
+        os.close(descriptor)
+
+
+def _check_size(size: int, where: str, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise DataError(
+            f"{where} has {size:,} bytes, more than the {max_bytes:,} that "
+            "config.input.max_bytes allows"
+        )
+
+
+def exists(path: str) -> bool:
+    """Whether there is a file; OSError where the cloud does not say."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    try:
+        remote.information(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def size_and_version(path: str) -> tuple[int, int]:
@@ -91,9 +145,7 @@ def size_and_version(path: str) -> tuple[int, int]:
     if not is_remote(path):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns
-    with _os_errors():
-        filesystem, name = _filesystem(path)
-        info = filesystem.info(name)
+    info = remote.information(path)
     tag = next((info[key] for key in ("etag", "ETag", "mtime", "created") if key in info), "")
     return info["size"], zlib.crc32(str(tag).encode())
 
@@ -105,9 +157,7 @@ def read_part(path: str, size: int, begin: int) -> bytes:
       OSError: the file can't be read.
     """
     if is_remote(path):
-        with _os_errors():
-            filesystem, name = _filesystem(path)
-            return filesystem.cat_file(name, start=begin, end=begin + size)
+        return remote.read(path, size, begin)
     descriptor = os.open(path, os.O_RDONLY)  # no file stays open: a data set may have thousands
     try:
         return os.pread(descriptor, size, begin)
@@ -128,31 +178,11 @@ def open_to_scan(path: str) -> Iterator[Callable[[int, int], bytes]]:
         with open(path, "rb", buffering=0) as file:
             yield functools.partial(os.pread, file.fileno())
         return
-    with _os_errors():
-        filesystem, name = _filesystem(path)
-        file = filesystem.open(name, block_size=_BLOCK, cache_type="readahead")
+    with remote.open_to_read(path, _BLOCK) as file:
 
-    def read(size: int, begin: int) -> bytes:
-        with _os_errors():
-            file.seek(begin)
-            return file.read(size)
+        def read(size: int, begin: int) -> bytes:
+            with remote.os_errors(path):
+                file.seek(begin)
+                return file.read(size)
 
-    with file:
         yield read
-
-
-def _filesystem(path: str) -> tuple[Any, str]:
-    """fsspec's file system for a path, which it keeps and which threads may share, and the rest."""
-    from fsspec.core import url_to_fs
-
-    return url_to_fs(path)
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Makes an OSError of whatever a cloud's client raises."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise OSError(errno.EIO, f"{type(error).__name__}: {reason}") from error

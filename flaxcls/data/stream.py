@@ -13,6 +13,7 @@ import numpy as np
 
 from flaxcls.data.loader import BrokenImages, Loader
 from flaxcls.data.order import Batch, Order, Shapes, batch_shapes, evaluation_batches, take_rows
+from flaxcls.data.source import WAITING
 from flaxcls.data.workers import (
     SHARED_MEMORY,
     NoSharedMemory,
@@ -30,12 +31,12 @@ from flaxcls.runtime.output import say
 RESTARTS = 3  # of the workers of a stream: what kills them more often is no accident
 
 
-def default_workers(read_ahead: int) -> Workers:
-    """One thread per core; from 16 cores on one process per 8 of them."""
-    cores = available_cores()
+def default_workers(read_ahead: int, is_remote: bool = False) -> Workers:
+    """One thread per core, or `WAITING` of data in the cloud; from 16 cores on processes, of 8."""
+    cores, threads = available_cores(), WAITING if is_remote else 1
     if cores < 16:
-        return Workers(cores, 0, read_ahead)
-    return Workers(8, cores // 8, read_ahead)
+        return Workers(cores * threads, 0, read_ahead)
+    return Workers(8 * threads, cores // 8, read_ahead)
 
 
 class Stream:

@@ -22,7 +22,8 @@ from tensorflow_datasets.core import dataset_builder, naming
 from tensorflow_datasets.core.utils import version as versions
 from tensorflow_datasets.proto import tf_example_pb2
 
-from flaxcls.data import metadata
+from flaxcls.data import metadata, remote
+from flaxcls.data.array_record import RemoteArrayRecords
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split
 from flaxcls.data.storage import is_remote, size_and_version
 from flaxcls.data.tfrecord import FilePart, TfRecords, check_count
@@ -66,17 +67,22 @@ def _data_root(data_dir: str | Path | None) -> epath.Path:
 def _open_remote(name: str, split: str, root: epath.Path) -> "TfdsSource":
     """Opens a data set that is in the cloud, whatever goes wrong there."""
     os.environ.setdefault("EPATH_USE_TF", "false")  # else etils loads TensorFlow where it finds it
+    path = os.fspath(root)
     try:
+        remote.forget_listings(path)  # and says what is not installed
         directory = find_prepared(name, root)
         if directory is not None:
             return TfdsSource(name, split, directory)
     except FlaxclsError:
         raise
-    except ImportError as error:
-        raise ConfigError(f"{root} cannot be reached: {error}") from error
     except Exception as error:  # every cloud's client has its own
-        raise DataError(f"{name} in {root} cannot be read: {_first_line(error)}") from error
-    raise ConfigError(f"{name} is not in {root}: prepare it in a local folder and copy it there")
+        found = remote.os_error(path, error)
+        kind = ConfigError if isinstance(found, PermissionError) else DataError
+        raise kind(f"{name} in {root} cannot be read: {found.strerror}") from error
+    raise ConfigError(
+        f"{name} is not in {root}: prepare it in a local folder and copy it there, or write it "
+        f"there by `python -m flaxcls.data prepare --out={root}`"
+    )
 
 
 def _first_line(error: Exception) -> str:
@@ -102,6 +108,7 @@ class TfdsSource(Source):
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise metadata.damaged(directory, error) from error
         self._records = _open_records(parts, info.file_format.value)
+        self.is_remote = any(is_remote(part.filename) for part in parts)
         super().__init__(
             name=name,
             split=split,
@@ -123,7 +130,8 @@ class TfdsSource(Source):
             try:
                 self._records.verify(index)
             except OSError as error:
-                raise DataError(f"{self.where(index)} cannot be read: {error}") from error
+                reason = error.strerror or error
+                raise DataError(f"{self.where(index)} cannot be read: {reason}") from error
 
     def __getitem__(self, index: int) -> Example:
         # Seven times as fast as the features' own deserialize_example_np, which converts all.
@@ -135,7 +143,8 @@ class TfdsSource(Source):
         except (DecodeError, ValueError) as error:
             raise DataError(f"{self.where(index)} is not a record of image and label") from error
         except (OSError, RuntimeError) as error:  # RuntimeError: ARRAY_RECORD's checksums
-            raise DataError(f"{self.where(index)} cannot be read: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.where(index)} cannot be read: {reason}") from error
         return Example(image, label)
 
 
@@ -172,12 +181,8 @@ def _open_records(parts: Sequence[FilePart], file_format: str) -> Any:
         raise ConfigError(
             f"files of format {file_format} are not read; prepare the data set as array_record"
         )
-    for part in parts:
-        if is_remote(part.filename) and not part.filename.startswith("gs://"):
-            raise ConfigError(
-                f"ARRAY_RECORD files are read from local folders and gs://, not {part.filename}: "
-                "copy the data set"
-            )
+    if any(is_remote(part.filename) for part in parts):
+        return RemoteArrayRecords(parts)
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     with ThreadPoolExecutor(16) as threads:
@@ -231,6 +236,8 @@ def _default_config(folder: epath.Path) -> str | None:
     try:
         return dataset_builder.load_default_config_name(folder)
     except (AttributeError, OSError, ValueError) as error:
+        if isinstance(error, OSError) and is_remote(folder):
+            raise
         path = folder / ".config/metadata.json"
         raise DataError(f"{path} is damaged: {_first_line(error)}") from error
 

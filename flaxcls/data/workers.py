@@ -59,12 +59,12 @@ class Work:
         release()
 
 
-def _parts(rows: int, workers: int) -> list[slice]:
+def _parts(rows: int, workers: int, smallest: int = 8) -> list[slice]:
     """A batch in parts: some for every worker, so that none waits long for the slowest at the end.
 
     But not too small ones, or handing them out costs more than decoding small images.
     """
-    size = max(8, -(-rows // (4 * workers)))
+    size = max(smallest, -(-rows // (4 * workers)))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
@@ -73,6 +73,7 @@ class Threads:
 
     def __init__(self, loader: Loader, workers: Workers):
         self._loader, self._count = loader, workers.threads
+        self._smallest = 1 if loader.source.is_remote else 8
         self._executor: Executor = ThreadPoolExecutor(workers.threads, "flaxcls-decode")
 
     def start(self, indices, draws, shape, substitute) -> Work:
@@ -84,7 +85,7 @@ class Threads:
             self._executor.submit(
                 self._loader.fill, images[part], indices[part], draws[part], substitute=substitute
             )
-            for part in _parts(len(indices), self._count)
+            for part in _parts(len(indices), self._count, self._smallest)
         ]
         return Work(parts, lambda: images)
 

@@ -23,6 +23,7 @@ from flaxcls.runtime.read_ahead import in_order
 
 VERSION = "1.0.0"
 METADATA = "prepared.json"  # beside the data: of what they were made, and how
+_UNFINISHED = ".tmp"
 _CHUNK = 8  # examples that a thread makes at a time
 
 
@@ -47,12 +48,7 @@ def is_complete(target: Path, metadata: Mapping[str, Any]) -> bool:
     """Whether the data set is there already; ConfigError if something else is."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return False
-    found = _read_json(target / VERSION / METADATA)
-    if {key: found.get(key) for key in metadata} != metadata:
-        raise ConfigError(
-            f"{target} exists and is not what this command would write: choose another --name or "
-            "--out, or remove it"
-        )
+    check_metadata(_read_json(target / VERSION / METADATA), metadata, target)
     _remove_staging(target)
     return True
 
@@ -127,30 +123,35 @@ class DatasetWriter:
         Returns:
           What became of the examples of every shard.
         """
-        name = f"{self._target.name}-{split}.array_record"
-        paths = [self._folder / f"{name}-{i:05d}-of-{len(shards):05d}" for i in range(len(shards))]
-        count = sum(map(len, shards))
-        done = sum(len(part) for path, part in zip(paths, shards, strict=True) if path.exists())
+        names = shard_names(self._target.name, split, len(shards))
+        count, there = sum(map(len, shards)), self._complete_shards()
+        done = sum(len(part) for name, part in zip(names, shards, strict=True) if name in there)
         tallies = []
         with progress(f"writing {self._target.name} '{split}'", count, done) as advance:
-            for path, examples in zip(paths, shards, strict=True):
-                note = self._staging / "shards" / f"{path.name}.json"
-                if not path.exists():
+            for name, examples in zip(names, shards, strict=True):
+                if name not in there:
                     parts = [examples[i : i + _CHUNK] for i in range(0, len(examples), _CHUNK)]
-                    self._write_shard(path, note, in_order(make, parts, threads), advance)
-                tallies.append(Tally(**_read_json(note)))
+                    self._write_shard(name, in_order(make, parts, threads), advance)
+                tallies.append(self._tally(name))
         return tallies
+
+    def _complete_shards(self) -> set[str]:
+        """The names of the shards that are there."""
+        return {path.name for path in self._folder.iterdir() if path.suffix != _UNFINISHED}
+
+    def _tally(self, name: str) -> Tally:
+        """What became of the examples of a shard."""
+        return Tally(**_read_json(self._staging / "shards" / f"{name}.json"))
 
     def _write_shard(
         self,
-        path: Path,
-        note: Path,
+        name: str,
         made: Iterable[tuple[list[bytes], Tally]],
         advance: Callable[[int], None],
     ) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        total, temporary = Tally(), path.with_name(f"{path.name}.tmp")
+        total, temporary = Tally(), self._folder / f"{name}{_UNFINISHED}"
         try:
             # Each record by itself, for random access; JPEG can't be compressed any further.
             writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
@@ -165,9 +166,13 @@ class DatasetWriter:
         except RuntimeError as error:  # the writer's only kind, such as of a full disk
             temporary.unlink(missing_ok=True)
             raise OSError(0, str(error).partition(";")[0]) from error
+        self._keep_shard(temporary, name, dataclasses.asdict(total))
+
+    def _keep_shard(self, temporary: Path, name: str, tally: dict[str, Any]) -> None:
+        """Makes a written file a shard, and keeps what became of its examples."""
         _sync(temporary)
-        write_json(note, dataclasses.asdict(total), fsync=True)
-        os.replace(temporary, path)
+        write_json(self._staging / "shards" / f"{name}.json", tally, fsync=True)
+        os.replace(temporary, self._folder / name)
 
     def finish(
         self,
@@ -178,10 +183,19 @@ class DatasetWriter:
         description: str,
     ) -> None:
         """Writes the metadata, checks that all can be read, and makes it the data set."""
+        self._write_metadata(tallies, class_names, image_shape, description)
+        self._check(tallies, class_names)
+        self._publish()
+
+    def _write_metadata(
+        self,
+        tallies: Mapping[str, Sequence[Tally]],
+        class_names: Sequence[str],
+        image_shape: tuple[int | None, int | None, int],
+        description: str,
+    ) -> None:
         import tensorflow_datasets as tfds
         from tensorflow_datasets.core.splits import SplitInfo
-
-        from flaxcls.data.tfds import TfdsSource
 
         template = tfds.core.ShardedFileTemplate(
             data_dir=self._folder,
@@ -214,15 +228,37 @@ class DatasetWriter:
         left_out = {split: sum(parts, Tally()).left_out for split, parts in tallies.items()}
         metadata = {**self._metadata, "left_out": left_out}
         write_json(self._folder / METADATA, metadata, fsync=True)
+
+    def _check(self, tallies: Mapping[str, Sequence[Tally]], class_names: Sequence[str]) -> None:
+        """Raises DataError unless the data set gives back its classes, and as many records."""
+        from flaxcls.data.tfds import TfdsSource
+
         for split in tallies:
             source = TfdsSource(self._target.name, split, self._folder)  # counts the records
             if list(source.class_names) != list(class_names):
                 raise DataError(f"{self._folder} does not give back the names of the classes")
+
+    def _publish(self) -> None:
         for path in (*self._folder.iterdir(), self._folder, self._folder.parent):
             _sync(path)
         os.rename(self._folder.parent, self._target)
         _sync(self._target.parent)
         _remove_staging(self._target)
+
+
+def shard_names(dataset: str, split: str, count: int) -> list[str]:
+    """The names of a split's files, as TFDS has them."""
+    name = f"{dataset}-{split}.array_record"
+    return [f"{name}-{number:05d}-of-{count:05d}" for number in range(count)]
+
+
+def check_metadata(found: Mapping[str, Any], metadata: Mapping[str, Any], target: Any) -> None:
+    """ConfigError unless what was `found` of a data set that is there is `metadata` and more."""
+    if {key: found.get(key) for key in metadata} != metadata:
+        raise ConfigError(
+            f"{target} exists and is not what this command would write: choose another --name or "
+            "--out, or remove it"
+        )
 
 
 def _lock(descriptor: int, target: Path) -> None:

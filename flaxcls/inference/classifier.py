@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from flaxcls.data.remote import is_remote
+from flaxcls.data.source import reading_threads
 from flaxcls.errors import DataError
 from flaxcls.inference.calibration import Calibration
-from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.read_ahead import in_order
 
 
@@ -139,7 +140,10 @@ class Classifier:
                 return file, error
 
         def pictures() -> Iterator[tuple[str, Any]]:
-            for file, image in in_order(read, files, available_cores()):
+            rest = iter(files)
+            first = [*itertools.islice(rest, 1)]
+            threads = reading_threads(any(map(is_remote, first)))
+            for file, image in in_order(read, itertools.chain(first, rest), threads):
                 if isinstance(image, DataError):
                     report(image)
                 else:

@@ -520,7 +520,7 @@ def test_recipe_of_a_folder_trains_on_the_prepared_data(pictures, tmp_path, run_
     [
         (["--source=digits"], "--out=DIR is missing"),
         (["--out=OUT"], "--source=NAME-or-PATH is missing"),
-        (["--source=digits", "--out=gs://bucket"], "--out must be a local folder"),
+        (["--source=digits", "--out=ftpx://bucket"], "--out=ftpx://bucket has an unknown URL"),
         (["--source=digits", "--out=OUT", "--name=Big"], "--name must be letters"),
         (["--source=digits", "--out=OUT", "--name=folder"], "none of digits, fake, folder"),
         (

@@ -38,10 +38,9 @@ from flaxcls.data import FILES, contents
 from flaxcls.data.commands.shared import define_flags, read_config
 from flaxcls.data.files import asked_splits
 from flaxcls.data.scan import Problem, Scan, find_problems, scan
-from flaxcls.data.source import Source, all_ignored
+from flaxcls.data.source import Source, all_ignored, reading_threads
 from flaxcls.data.statistics import mean_and_std
 from flaxcls.errors import ConfigError, DataError, FlaxclsError
-from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import Guarded, printable
 
 _CLASSES_SHOWN = 20
@@ -61,8 +60,10 @@ def main(argv: Sequence[str]) -> int:
     named = any(override.startswith("data.eval_split=") for override in overrides)
     named = named or bool(FLAGS.config and config.data.name not in FILES)
     sources, problems = open_splits(config, named_only=named, is_recipe=bool(FLAGS.config))
-    threads = FLAGS.threads or available_cores()
-    scans = [scan(source, threads, config.input.max_pixels) for source in sources]
+    scans = [
+        scan(source, FLAGS.threads or reading_threads(source.is_remote), config.input.max_pixels)
+        for source in sources
+    ]
     problems += find_problems(scans[0], scans[1:], config.input.max_broken)
     ignored = all_ignored(sources)
     if ignored.pictures:

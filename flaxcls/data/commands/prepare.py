@@ -10,7 +10,8 @@ read are skipped in the training split, up to a share of config.input.max_broken
 more, or any to evaluate on, no data set is made and the exit code is 45.
 
 The data set is written atomically. The same command resumes where it was interrupted, with what is
-in DIR/.NAME.incomplete; remove that to start from scratch.
+in DIR/.NAME.incomplete; remove that to start from scratch. --out=gs://BUCKET/FOLDER or s3://... is
+written to, shard by shard, by way of a temporary folder on this machine.
 """
 
 import re
@@ -18,7 +19,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -28,15 +29,15 @@ from PIL import Image
 
 from flaxcls import cli
 from flaxcls.config.recipes import load_recipe
-from flaxcls.data import SOURCES
+from flaxcls.data import SOURCES, writer
 from flaxcls.data.commands.shared import define_flags, read_config
 from flaxcls.data.decode import MAX_PIXELS, Picture
 from flaxcls.data.loader import check_label
 from flaxcls.data.order import evenly_spaced
-from flaxcls.data.source import Source, fingerprint
-from flaxcls.data.writer import DatasetWriter, Tally, is_complete
+from flaxcls.data.remote import is_remote
+from flaxcls.data.source import Source, fingerprint, reading_threads
+from flaxcls.data.writer import Tally
 from flaxcls.errors import ConfigError, DataError
-from flaxcls.runtime.cores import available_cores
 from flaxcls.runtime.output import printable, say
 
 SHARD_BYTES = 200_000_000  # about
@@ -71,8 +72,6 @@ def main(argv: Sequence[str]) -> int:
     cli.parse(FLAGS, argv, __doc__)
     if FLAGS.out is None:
         raise ConfigError("--out=DIR is missing: the folder for prepared data sets")
-    if "://" in FLAGS.out:
-        raise ConfigError(f"--out must be a local folder, got {FLAGS.out}: copy it afterwards")
     config = read_config(FLAGS, overrides)
     name = FLAGS.name or _default_name(config, FLAGS.short_side)
     if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in SOURCES:
@@ -80,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
             f"--name must be letters, digits and underscores such as pictures_256, and none of "
             f"{', '.join(SOURCES)}, got {name!r}"
         )
-    out = Path(FLAGS.out).expanduser()
+    out = _folder(FLAGS.out)
     train, evaluation = _whole_splits(config)
     began = time.perf_counter()
     totals = prepare(
@@ -89,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
         out / name,
         Recipe(FLAGS.short_side, FLAGS.quality, config.input.max_pixels),
         max_broken=config.input.max_broken,
-        threads=FLAGS.threads or available_cores(),
+        threads=FLAGS.threads or reading_threads(train.is_remote),
     )
     if totals is None:
         say(f"{printable(out / name)} is already prepared")
@@ -99,6 +98,18 @@ def main(argv: Sequence[str]) -> int:
     command = ["python", "-m", "flaxcls.main", *_flags_to_train(config, name, out)]
     say(f"To train on it:  {shlex.join(command)}")
     return 0
+
+
+def _folder(path: str) -> Any:
+    """The folder that --out names: a Path of this machine or epath's in the cloud."""
+    if not is_remote(path):
+        return Path(path).expanduser()
+    from etils import epath
+
+    try:
+        return epath.Path(path)
+    except KeyError as error:
+        raise ConfigError(f"--out={path} has an unknown URL scheme") from error
 
 
 def _default_name(config: ConfigDict, short_side: int) -> str:
@@ -139,7 +150,7 @@ def _print_totals(totals: Mapping[str, Tally]) -> None:
             say(f"  skipped: {sentence}")
 
 
-def _flags_to_train(config: ConfigDict, name: str, out: Path) -> list[str]:
+def _flags_to_train(config: ConfigDict, name: str, out: Any) -> list[str]:
     given = [f"--config={FLAGS.config or 'FILE'}"]
     given += [f"--config.data.name={name}", f"--config.data.dir={out}"]
     for field in ("train_split", "eval_split"):
@@ -155,7 +166,7 @@ def _flags_to_train(config: ConfigDict, name: str, out: Path) -> list[str]:
 def prepare(
     train: Source,
     evaluation: Source,
-    target: Path,
+    target: Any,
     recipe: Recipe,
     *,
     max_broken: float,
@@ -165,7 +176,7 @@ def prepare(
 
     Args:
       train, evaluation: the sources, whole splits.
-      target: the new folder, DIR/NAME.
+      target: the new folder, DIR/NAME: a Path, or epath's in the cloud.
       recipe: what becomes of the pictures.
       max_broken: share of the training pictures that may be skipped because they can't be read.
       threads: that decode and encode.
@@ -188,6 +199,11 @@ def prepare(
         "image_shape": list(shape),
         **recipe._asdict(),
     }
+    is_complete, new_writer = writer.is_complete, writer.DatasetWriter
+    if is_remote(target):
+        from flaxcls.data import bucket_writer  # and TFDS, which takes a second
+
+        is_complete, new_writer = bucket_writer.is_complete, bucket_writer.BucketWriter
     if is_complete(target, metadata):
         return None
     if None not in shape:
@@ -196,15 +212,15 @@ def prepare(
     shards = {split: _shards(len(source), makers[split]) for split, source in sources.items()}
     metadata["shards"] = {split: len(parts) for split, parts in shards.items()}
     try:
-        with DatasetWriter(target, metadata) as writer:
+        with new_writer(target, metadata) as new:
             tallies = {
-                split: writer.write_split(split, shards[split], makers[split], threads)
+                split: new.write_split(split, shards[split], makers[split], threads)
                 for split in sources
             }
             totals = {split: sum(parts, Tally()) for split, parts in tallies.items()}
             _refuse_broken(totals[train.split], train.split, max_broken)
             _refuse_broken(totals[evaluation.split], evaluation.split, 0.0)
-            writer.finish(
+            new.finish(
                 tallies,
                 class_names=names,
                 image_shape=shape,
