@@ -49,9 +49,10 @@ class SaveBarrier:
         for name in (_WRITTEN, _COMMITTED):
             if name in key:
                 self._post(name, "")
-                for self.failure in processes.posted(self._key(name), timeout_ms / 1000):
-                    if self.failure:
-                        raise CheckpointError(self.failure)
+                told = processes.posted(self._key(name), timeout_ms / 1000)
+                self.failure = next(filter(None, told), "")
+                if self.failure:
+                    raise CheckpointError(self.failure)
                 return
         processes.wait_at_barrier(key, timeout_ms / 1000)
 
