@@ -183,8 +183,8 @@ class MetricLog:
         if self._trackers:
             self._trackers.add(step, values)
 
-    def flush(self) -> None:
-        """Writes the rows that there was no room for when they came, if there is now."""
+    def flush(self) -> bool:
+        """Writes the rows that there was no room for when they came; whether all are written."""
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -193,6 +193,7 @@ class MetricLog:
             if not self._waiting:  # said once
                 self.say(f"{self._path} can't be written: {error.strerror}; its rows are kept")
             self._waiting = True
+        return not self._waiting
 
     def __enter__(self) -> "MetricLog":
         if self._live:
