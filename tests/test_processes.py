@@ -1,9 +1,11 @@
 """What several processes agree on, without starting them; tests/integration starts them."""
 
 import errno
+import itertools
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +14,7 @@ import pytest
 
 from flaxcls.config import fields
 from flaxcls.errors import SIGNAL_EXIT_CODES, CheckpointError, ConfigError, ProcessesError
-from flaxcls.runs import run_folder
+from flaxcls.runs import run_folder, save_barrier
 from flaxcls.runs.save_barrier import SaveBarrier
 from flaxcls.runtime import cluster, processes, sharding, stop_request
 
@@ -200,6 +202,10 @@ class Store:
 def test_save_that_fails_in_one_process_fails_in_all_with_its_reason(monkeypatch):
     store, barriers = Store(), [SaveBarrier(), SaveBarrier()]
 
+    def in_background(*arguments):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(meet, *arguments).result()
+
     def meet(number, key, error=None):
         state = SimpleNamespace(client=store, process_id=number, num_processes=2)
         monkeypatch.setattr(processes.distributed, "global_state", state)
@@ -215,27 +221,33 @@ def test_save_that_fails_in_one_process_fails_in_all_with_its_reason(monkeypatch
 
     def begin():
         for number in (1, 0):
+            save_barrier._saves = itertools.count(begin.count)
             meet(number, None)
+            meet(number, "set_value_start", OSError("that is being handled, as in a second try"))
+        store.met.clear()
+        begin.count += 1
+
+    begin.count = 1
 
     written, committed, end = "async_write_complete.7", "async_commit_complete.7", "set_value_start"
     begin()
     store.content["flaxcls/save/1/async_write_complete/1"] = ""  # process 1 has written its part
-    meet(0, written)
+    in_background(0, written)
     with pytest.raises(jax.errors.JaxRuntimeError, match="DEADLINE_EXCEEDED after (5000|49..)$"):
-        meet(0, committed)
+        in_background(0, committed)
 
     begin()  # process 1 can't write
-    meet(1, end, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    in_background(1, end, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     with pytest.raises(CheckpointError, match="^process 1: No space left on device$"):
-        meet(0, written)
+        in_background(0, written)
     assert barriers[0].failure == barriers[1].failure and store.met == [end]
 
     begin()  # process 0 can't complete the checkpoint, which process 1 waits for
     store.content["flaxcls/save/3/async_write_complete/0"] = ""
-    meet(1, written)
-    meet(0, end, OSError(errno.EIO, os.strerror(errno.EIO)))
+    in_background(1, written)
+    in_background(0, end, OSError(errno.EIO, os.strerror(errno.EIO)))
     with pytest.raises(CheckpointError, match="^process 0: Input/output error$"):
-        meet(1, committed)
+        in_background(1, committed)
 
     begin()  # and the next one is a new one
     assert not store.content and not barriers[0].failure

@@ -6,7 +6,9 @@ instead, and on its way tells the others here, who then need not wait.
 """
 
 import contextlib
+import itertools
 import sys
+import threading
 
 import jax
 
@@ -16,12 +18,14 @@ from flaxcls.runtime import processes
 
 # As Orbax names them, in their order; were it to rename them, the others would wait their time.
 _WRITTEN, _COMMITTED = "async_write_complete", "async_commit_complete"
+_saves = itertools.count(1)  # of this process; in step with the others
 
 
 class SaveBarrier:
     """What Orbax calls, in the thread that saves, to wait for the other processes.
 
-    `begin` is to be called before each save, by all processes, when none is still saving.
+    `begin` is to be called before each save, by all processes, when none is still saving, in the
+    thread that asks for it.
 
     Attributes:
       failure: why this save failed, and in which process; "" if it did not.
@@ -29,12 +33,13 @@ class SaveBarrier:
 
     def __init__(self):
         self._save, self.failure = 0, ""
+        self._asking: int | None = None  # the thread
 
     def begin(self) -> None:
         """Forgets the last save."""
         for name in (_WRITTEN, _COMMITTED):
             processes.withdraw(self._key(name))
-        self._save, self.failure = self._save + 1, ""
+        self._save, self.failure, self._asking = next(_saves), "", threading.get_ident()
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Waits until all processes are here.
@@ -42,7 +47,8 @@ class SaveBarrier:
         Raises CheckpointError at once if one of them failed to write its part or, in process 0, to
         complete the checkpoint; JaxRuntimeError when the time is up.
         """
-        if error := sys.exception():  # Orbax comes here while it handles that
+        error = None if threading.get_ident() == self._asking else sys.exception()
+        if error:  # Orbax comes here while it handles that
             self.failure = self.failure or f"process {processes.index()}: {cause_of(error)}"
             for name in (_WRITTEN, _COMMITTED):
                 self._post(name, self.failure)

@@ -20,20 +20,22 @@ text { font: 11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #59
 .title { font-size: 13px; fill: #1b1f24; } .x { text-anchor: middle; }
 .y, .label { text-anchor: end; } path { fill: none; } .grid { stroke: #d9dde3; }
 .axis { stroke: #59626e; } .mark { stroke: #b8bec6; stroke-dasharray: 1 3; }
-.line { stroke-width: 1.25; stroke-linejoin: round; } .c0 { stroke: #1f6feb; }
+.line { stroke-width: 1.25; stroke-linejoin: round; } .dashed { stroke-dasharray: 3 2; } .c0 { stroke: #1f6feb; }
 .c1 { stroke: #cf5a0c; } .dot { stroke: none; } .dot.c1 { fill: #cf5a0c; }
 """
-PANELS = (  # what is measured, its title, what one of its units is, and over how many saves
-    ("memory", "Resident memory, MB", 1e6, 1),
-    ("seconds", "Seconds a save (median of 15)", 1, 15),
-    ("files", "Open files", 1, 1),
-    ("threads", "Threads", 1, 1),
-)
+# A panel each: what it shows, in units of so many, the median of OVER saves, and how it is drawn.
+PANELS = {
+    "Resident memory, MB": (("memory", 1e6, ""),),
+    "Seconds a save": (("seconds", 1, ""),),
+    "Processor seconds a step and its save": (("cpu", 1, ""),),
+    "Threads, and open files (dashed)": (("threads", 1, ""), ("files", 1, " dashed")),
+}
+OVER = 15
 
 
 def main(source: str, target: str) -> None:
     week = json.loads(Path(source).read_text())
-    panels = [panel(week, *each) for each in PANELS]
+    panels = [panel(week, title, shown) for title, shown in PANELS.items()]
     size = 2 * WIDTH, 2 * HEIGHT + 24
     drawing = Markup(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" width="{}" height="{}">'
@@ -55,29 +57,43 @@ def main(source: str, target: str) -> None:
     print(sentence(week))
 
 
-def panel(week: dict, name: str, title: str, unit: float, over: int) -> Markup:
-    """A quantity over the checkpoints that were saved: of one process, and of many."""
-    alone, many = ([row[name] / unit for row in week[run]] for run in ("undisturbed", "week"))
-    lines = [Line("undisturbed", "c0", medians(alone, 0, over))]
-    ends = [0]
-    for _, rows in itertools.groupby(week["week"], key=lambda row: row["process"]):
-        first, count = ends[-1], len([*rows])
-        lines.append(Line("week", "c1", medians(many[first : first + count], first, over)))
-        ends.append(first + count)
-    shown = [value for line in lines for _, value in line.points]
-    y = axis("", [0, *shown])
-    x = Axis("checkpoints saved", 0, len(many), lambda value: f"{value:,.0f}")
-    chart = line_chart(lines[::-1], x, y, marks=ends[1:-1], says=title)
+def panel(week: dict, title: str, shown: tuple) -> Markup:
+    """Quantities over the checkpoints that were saved: of one process, and of many."""
+    lines, ends = [], []
+    for run, style in (("week", "c1"), ("undisturbed", "c0")):
+        end = 0
+        for life in lives(week[run]):
+            for name, unit, dashed in shown:
+                values = [value / unit for value in quantity(life, name)]
+                lines.append(Line(run, f"{style} thin{dashed}", medians(values, end)))
+            end += len(life)
+            ends.append(end)
+    y = axis("", [0, *(value for line in lines for _, value in line.points)])
+    x = Axis("checkpoints saved", 0, len(week["week"]), lambda value: f"{value:,.0f}")
+    marks = ends[: len(lives(week["week"])) - 1]
+    chart = line_chart([line for line in lines if line.points], x, y, marks=marks, says=title)
     chart = Markup(str(chart).replace("<svg ", f'<svg y="{TITLE}" width="360" height="230" ', 1))
     return Markup('<text class="title" x="16" y="24">{}</text>{}').format(title, chart)
 
 
-def medians(values: list[float], first: int, over: int) -> list[tuple[float, float]]:
-    """Points: the median of each so many values, at the last one of them."""
+def lives(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each process."""
+    return [[*life] for _, life in itertools.groupby(rows, key=lambda row: row["process"])]
+
+
+def quantity(life: list[dict], name: str) -> list[float]:
+    values = [row[name] for row in life]
+    return (
+        [after - value for value, after in itertools.pairwise(values)] if name == "cpu" else values
+    )
+
+
+def medians(values: list[float], first: int) -> list[tuple[float, float]]:
+    """Points: the median of each OVER values, at the last one of them."""
     return [
         (first + begin + len(some) - 1, statistics.median(some))
-        for begin in range(0, len(values), over)
-        if (some := values[begin : begin + over])
+        for begin in range(0, len(values), OVER)
+        if (some := values[begin : begin + OVER])
     ]
 
 
@@ -92,10 +108,8 @@ def legend(y: int) -> Markup:
 def sentence(week: dict) -> str:
     events = ", ".join(f"{name} {count}" for name, count in sorted(week["events"].items()))
     waits = [
-        min(rows[0]["time"] - start for start in week["starts"] if start < rows[0]["time"])
-        for rows in (
-            [*group] for _, group in itertools.groupby(week["week"], key=lambda r: r["process"])
-        )
+        min(life[0]["time"] - start for start in week["starts"] if start < life[0]["time"])
+        for life in lives(week["week"])
     ]
     saves = [
         statistics.median(row["seconds"] for row in week[run]) for run in ("undisturbed", "week")

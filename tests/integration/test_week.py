@@ -8,6 +8,7 @@ doesn't: it is compared, bit by bit, with a run of the same batches that nothing
 """
 
 import collections
+import itertools
 import json
 import math
 import os
@@ -84,6 +85,7 @@ def measured(self, state, must=False):
     memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     row = (self.step, offset, os.getpid(), time.time(), seconds, memory)
     row += (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")))
+    row += (time.process_time(),)
     with contextlib.suppress(OSError):  # the disk is full
         os.write(rows, (" ".join(map(str, row)) + "\\n").encode())
     while (self.step + offset) % STRETCH == STRETCH // 2 - 8 and (FOLDER / "fault").exists():
@@ -94,7 +96,7 @@ FOLDER.mkdir(exist_ok=True)
 rows = os.open(FOLDER / "rows", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 augment.build, session.Session._save = poisoned, measured
 """
-COLUMNS = ("step", "offset", "process", "time", "seconds", "memory", "files", "threads")
+COLUMNS = ("step", "offset", "process", "time", "seconds", "memory", "files", "threads", "cpu")
 
 
 class LocalDisk:
@@ -248,21 +250,26 @@ def assert_flat(undisturbed, week, starts):
     assert growth(life, "memory") < STEPS * 60_000
     for name in ("files", "threads"):  # not one more by the end of the week; they vary by some
         assert abs(growth(life, name)) < 3, name
-    quarter = len(life) // 4
-    early, late = (
-        statistics.median(row["seconds"] for row in life[begin : begin + quarter])
-        for begin in (quarter, 3 * quarter)
-    )
-    assert late < 2 * early  # on a machine that does other things as well
+    # On a machine that does other things as well: processor time, and the fastest saves.
+    for name, seconds in (
+        ("cpu", [after["cpu"] - row["cpu"] for row, after in itertools.pairwise(life)]),
+        ("seconds", [row["seconds"] for row in life]),
+    ):
+        quarter = len(seconds) // 4
+        early, late = (
+            statistics.quantiles(seconds[begin : begin + quarter], n=10)[0]
+            for begin in (quarter, 3 * quarter)
+        )
+        assert late < 1.3 * early, name
 
     resumed = [life[0]["time"] for life in lives(week)]
     waits = [min(time - start for start in starts if start < time) for time in resumed]
     half = len(waits) // 2
-    assert statistics.median(waits[half:]) < 2 * statistics.median(waits[1:half])
+    assert min(waits[half:]) < 1.5 * min(waits[:half])
 
     old = [life for life in lives(week) if len(life) > 30]
     halves = old[: len(old) // 2], old[len(old) // 2 :]
-    for name, most in (("memory", 1.1), ("files", 1.2), ("threads", 1.2), ("seconds", 2)):
+    for name, most in (("memory", 1.1), ("files", 1.2), ("threads", 1.2)):
         first, second = (
             statistics.median(row[name] for life in half for row in life[10:30]) for half in halves
         )
@@ -304,7 +311,7 @@ def test_week_of_faults_ends_bitwise_as_if_there_had_been_none_and_nothing_grows
     path = os.environ.get("WEEK_JSON", tmp_path / "week.json")
     with open(path, "w") as file:
         json.dump(measured, file)
-    print({name: value for name, value in measured.items() if name not in ("undisturbed", "week")})
+    print(events)
 
     assert events["killed"] >= 15 and events["full disk"] >= 5 and events["rolled back"] >= 20
     logs = [(world.run / "metrics.jsonl").read_bytes() for world in (undisturbed, week)]
