@@ -20,8 +20,9 @@ text { font: 11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #59
 .title { font-size: 13px; fill: #1b1f24; } .x { text-anchor: middle; }
 .y, .label { text-anchor: end; } path { fill: none; } .grid { stroke: #d9dde3; }
 .axis { stroke: #59626e; } .mark { stroke: #b8bec6; stroke-dasharray: 1 3; }
-.line { stroke-width: 1.25; stroke-linejoin: round; } .dashed { stroke-dasharray: 3 2; } .c0 { stroke: #1f6feb; }
-.c1 { stroke: #cf5a0c; } .dot { stroke: none; } .dot.c1 { fill: #cf5a0c; }
+.line { stroke-width: 1.25; stroke-linejoin: round; } .dashed { stroke-dasharray: 3 2; }
+.c0 { stroke: #1f6feb; } .c1 { stroke: #cf5a0c; } .dot { stroke: none; }
+.dot.c0 { fill: #1f6feb; } .dot.c1 { fill: #cf5a0c; }
 """
 # A panel each: what it shows, in units of so many, the median of OVER saves, and how it is drawn.
 PANELS = {
