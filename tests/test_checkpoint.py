@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import socket
@@ -5,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from flaxcls.errors import CheckpointError, ConfigError
+from flaxcls.errors import CheckpointError, ConfigError, ProcessesError
 from flaxcls.runs import checkpoint, manifest, recovery
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.checkpoint_reader import CheckpointReader
@@ -497,6 +499,23 @@ def test_what_a_killed_process_left_is_removed_by_the_next_save(tmp_path):
         assert checkpoints.steps() == [] and left.exists()  # it may be another process's
         save(checkpoints, 1)
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
+
+
+def test_save_that_can_begin_in_some_processes_only_ends_them_all(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c")
+    save(checkpoints, 1)
+
+    def refused(*arguments, **options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", refused)
+    with pytest.raises(CheckpointError, match="step 2 not saved: Input/output error"):
+        save(checkpoints, 2)
+    checkpoints._barrier = SimpleNamespace(begin=lambda: None, failure="")  # of several
+    with pytest.raises(ProcessesError, match="step 3 not saved: Input/output error"):
+        save(checkpoints, 3)
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
 
 
 def test_too_little_space_is_reported_before_saving(run, monkeypatch):

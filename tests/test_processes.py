@@ -1,7 +1,11 @@
 """What several processes agree on, without starting them; tests/integration starts them."""
 
+import errno
+import itertools
 import json
+import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import jax
@@ -9,8 +13,9 @@ import numpy as np
 import pytest
 
 from flaxcls.config import fields
-from flaxcls.errors import SIGNAL_EXIT_CODES, ConfigError, ProcessesError
-from flaxcls.runs import run_folder
+from flaxcls.errors import SIGNAL_EXIT_CODES, CheckpointError, ConfigError, ProcessesError
+from flaxcls.runs import run_folder, save_barrier
+from flaxcls.runs.save_barrier import SaveBarrier
 from flaxcls.runtime import cluster, processes, sharding, stop_request
 
 
@@ -169,3 +174,80 @@ def test_rows_of_all_processes_are_the_batch():
 def test_cpu_devices_of_all_processes_divide_the_batch(monkeypatch, batch_size, count, expected):
     monkeypatch.setattr(sharding.os, "sched_getaffinity", lambda _: range(8), raising=False)
     assert sharding.cpu_devices(batch_size, count) == expected
+
+
+class Store:
+    """JAX's key-value store, for processes that take turns in this one."""
+
+    def __init__(self):
+        self.content, self.met = {}, []
+
+    def key_value_set(self, key, value):
+        if key in self.content:
+            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+        self.content[key] = value
+
+    def blocking_key_value_get(self, key, milliseconds):
+        if key not in self.content:
+            raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED after {milliseconds}")
+        return self.content[key]
+
+    def key_value_delete(self, key):
+        self.content.pop(key, None)
+
+    def wait_at_barrier(self, key, milliseconds):
+        self.met.append(key)
+
+
+def test_save_that_fails_in_one_process_fails_in_all_with_its_reason(monkeypatch):
+    store, barriers = Store(), [SaveBarrier(), SaveBarrier()]
+
+    def in_background(*arguments):
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(meet, *arguments).result()
+
+    def meet(number, key, error=None):
+        state = SimpleNamespace(client=store, process_id=number, num_processes=2)
+        monkeypatch.setattr(processes.distributed, "global_state", state)
+        if key is None:
+            barriers[number].begin()
+        elif error is None:
+            barriers[number](key=key, timeout_ms=5000)
+        else:
+            try:
+                raise error
+            except OSError:
+                barriers[number](key=key, timeout_ms=5000)
+
+    def begin():
+        for number in (1, 0):
+            save_barrier._saves = itertools.count(begin.count)
+            meet(number, None)
+            meet(number, "set_value_start", OSError("that is being handled, as in a second try"))
+        store.met.clear()
+        begin.count += 1
+
+    begin.count = 1
+
+    written, committed, end = "async_write_complete.7", "async_commit_complete.7", "set_value_start"
+    begin()
+    store.content["flaxcls/save/1/async_write_complete/1"] = ""  # process 1 has written its part
+    in_background(0, written)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="DEADLINE_EXCEEDED after (5000|49..)$"):
+        in_background(0, committed)
+
+    begin()  # process 1 can't write
+    in_background(1, end, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    with pytest.raises(CheckpointError, match="^process 1: No space left on device$"):
+        in_background(0, written)
+    assert barriers[0].failure == barriers[1].failure and store.met == [end]
+
+    begin()  # process 0 can't complete the checkpoint, which process 1 waits for
+    store.content["flaxcls/save/3/async_write_complete/0"] = ""
+    in_background(1, written)
+    in_background(0, end, OSError(errno.EIO, os.strerror(errno.EIO)))
+    with pytest.raises(CheckpointError, match="^process 0: Input/output error$"):
+        in_background(1, committed)
+
+    begin()  # and the next one is a new one
+    assert not store.content and not barriers[0].failure

@@ -18,6 +18,7 @@ from flaxcls.config.durations import Duration
 from flaxcls.errors import ConfigError, DataError, DivergedError, Interrupted
 from flaxcls.runs import checkpoint_reader, manifest
 from flaxcls.runs.checkpoint import Checkpoints
+from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runtime import sharding
 from flaxcls.training import due
 from flaxcls.training.due import Due
@@ -222,6 +223,27 @@ def test_signal_saves_and_the_run_goes_on_bitwise(
     assert logs[0] == logs[1]
     arrays = [saved_arrays(tmp_path / name, 12) for name in ("whole", "stopped")]
     assert_same_arrays(*arrays)
+
+
+def test_checkpoint_whose_rows_a_full_disk_has_no_room_for_is_not_saved(
+    tiny_config, tmp_path, monkeypatch, capfd
+):
+    flush = MetricLog.flush
+    written = {4: False, 8: True, 12: False}  # the last one is saved in any case
+    rows = {"steps": 0}
+
+    def without_room(self):
+        flush(self)
+        return written.get(rows["steps"], True)
+
+    def stepped(self, step, epoch):
+        rows["steps"] = step
+
+    monkeypatch.setattr(MetricLog, "flush", without_room)
+    monkeypatch.setattr(MetricLog, "stepped", stepped)
+    train(tiny_config(log_every="4 steps", eval__every="100%"), tmp_path / "run")
+    assert saved_steps(tmp_path / "run") == [8, 12]
+    assert "step 4 not saved: its rows of metrics.jsonl can't be" in capfd.readouterr().out
 
 
 def diverging(tiny_config, **changes):

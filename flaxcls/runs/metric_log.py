@@ -186,15 +186,13 @@ class MetricLog:
         if self._trackers:
             self._trackers.add(step, values)
 
-    def flush(self) -> None:
-        """Returns when all rows are written, those too that there was no room for when they came.
-
-        If that fails they are kept, which is said.
-        """
+    def flush(self) -> bool:
+        """Writes the rows that there was no room for when they came; whether all are written."""
         with self._noting_failure():
             self._write_pending()
             self._file.flush()
         self._board.flush()
+        return not self._waiting
 
     def _write_pending(self) -> None:
         while self._pending:

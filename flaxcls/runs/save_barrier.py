@@ -6,7 +6,9 @@ instead, and on its way tells the others here, who then need not wait.
 """
 
 import contextlib
+import itertools
 import sys
+import threading
 
 import jax
 
@@ -18,12 +20,14 @@ from flaxcls.runtime import processes
 _WRITTEN, _COMMITTED = "async_write_complete", "async_commit_complete"
 UPLOADED = "flaxcls_parts_uploaded"  # in between, where what they write goes to a bucket
 _ALL = (_WRITTEN, UPLOADED, _COMMITTED)
+_saves = itertools.count(1)  # of this process; in step with the others
 
 
 class SaveBarrier:
     """What Orbax calls, in the thread that saves, to wait for the other processes.
 
-    `begin` is to be called before each save, by all processes, when none is still saving.
+    `begin` is to be called before each save, by all processes, when none is still saving, in the
+    thread that asks for it.
 
     Attributes:
       failure: why this save failed, and in which process; "" if it did not.
@@ -31,12 +35,13 @@ class SaveBarrier:
 
     def __init__(self):
         self._save, self.failure = 0, ""
+        self._asking: int | None = None  # the thread
 
     def begin(self) -> None:
         """Forgets the last save."""
         for name in _ALL:
             processes.withdraw(self._key(name))
-        self._save, self.failure = self._save + 1, ""
+        self._save, self.failure, self._asking = next(_saves), "", threading.get_ident()
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
         """Waits until all processes are here.
@@ -44,17 +49,18 @@ class SaveBarrier:
         Raises CheckpointError at once if one of them failed to write its part or, in process 0, to
         complete the checkpoint; JaxRuntimeError when the time is up.
         """
-        if error := sys.exception():  # Orbax comes here while it handles that
+        error = None if threading.get_ident() == self._asking else sys.exception()
+        if error:  # Orbax comes here while it handles that
             self.failure = self.failure or f"process {processes.index()}: {cause_of(error)}"
             for name in _ALL:
                 self._post(name, self.failure)
         for name in _ALL:
             if name in key:
                 self._post(name, "")
-                failures = filter(None, processes.posted(self._key(name), timeout_ms / 1000))
-                if failure := next(failures, ""):
-                    self.failure = failure
-                    raise CheckpointError(failure)
+                told = processes.posted(self._key(name), timeout_ms / 1000)
+                self.failure = next(filter(None, told), "")
+                if self.failure:
+                    raise CheckpointError(self.failure)
                 return
         processes.wait_at_barrier(key, timeout_ms / 1000)
 

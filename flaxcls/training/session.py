@@ -342,12 +342,16 @@ class Session:
                 raise DivergedError(f"the state after step {self.step} is not finite")
             with self._saving(must=False), self._watchdog.pause():  # a slow disk is no hang
                 self._checkpoints.wait()  # the last time's failure: this is the next try
-            self._log.flush()  # what a checkpoint counts as done has its rows
+            must = must or self.step == self._total_steps
+            has_rows = self._log.flush()  # in process 0
             self._progress["seconds"] = self._clock.totals
             # A copy: it is written in the background, while training continues.
             metadata = {**self._program.metadata, "progress": dict(self._progress)}
-            must = must or self.step == self._total_steps
             with self._saving(must), self._watchdog.pause():
+                if not must and not processes.from_first(has_rows):
+                    # Resumed from here, the run would never write them again.
+                    why = "its rows of metrics.jsonl can't be written"
+                    raise CheckpointError(f"checkpoint of step {self.step} not saved: {why}")
                 self._checkpoints.save(self.step, state, metadata)
                 if must:
                     self._checkpoints.wait()

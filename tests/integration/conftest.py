@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 # All that a run can carry: BatchNorm, Adam's moments, an average, a best result, augmentation,
@@ -180,3 +182,51 @@ def run_two(start_two):
         return [(p.returncode, *texts) for p, texts in zip(started, outputs, strict=True)]
 
     return run
+
+
+@pytest.fixture
+def start_processes(start_main):
+    """Starts N processes by launch/local.py."""
+
+    def start(*arguments, count=2, heartbeat=60):
+        own = ("-n", count, f"--heartbeat_timeout={heartbeat}", "--")
+        return start_main(*own, *arguments, "--noreport", module="launch.local")
+
+    return start
+
+
+@pytest.fixture
+def run_processes(start_processes):
+    """Runs N processes to their end: their code and what they said."""
+
+    def run(*arguments, count=2):
+        process = start_processes(*arguments, count=count)
+        stdout, stderr = process.communicate(timeout=240)
+        return process.returncode, stdout, stderr
+
+    return run
+
+
+def assert_close(first, second):
+    """The same rows with the same counts, and all numbers equal to float tolerance."""
+    assert [row[:2] for row in first] == [row[:2] for row in second]
+    for (step, group, one), (_, _, other) in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=2e-3, abs=1e-5), (step, group)
+        assert one.get("count") == other.get("count")
+        assert one.get("accuracy") == other.get("accuracy"), (step, group)
+
+
+@pytest.fixture(name="assert_close")
+def _assert_close():
+    return assert_close
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 24 pictures of two classes; its path."""
+    random = np.random.default_rng(0)
+    for number in range(24):
+        path = tmp_path / "pictures" / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
+    return tmp_path / "pictures"

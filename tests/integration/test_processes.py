@@ -6,10 +6,8 @@ import signal
 import socket
 import time
 
-import numpy as np
 import psutil
 import pytest
-from PIL import Image
 
 from flaxcls.errors import SIGNAL_EXIT_CODES
 
@@ -23,44 +21,12 @@ LONG = (
 HEARTBEAT = 10  # seconds, where a process is killed; elsewhere long enough for a busy machine
 
 
-@pytest.fixture
-def start_processes(start_main):
-    """Starts N processes by launch/local.py."""
-
-    def start(*arguments, count=2, heartbeat=60):
-        own = ("-n", count, f"--heartbeat_timeout={heartbeat}", "--")
-        return start_main(*own, *arguments, "--noreport", module="launch.local")
-
-    return start
-
-
-@pytest.fixture
-def run_processes(start_processes):
-    """Runs N processes to their end: their code and what they said."""
-
-    def run(*arguments, count=2):
-        process = start_processes(*arguments, count=count)
-        stdout, stderr = process.communicate(timeout=240)
-        return process.returncode, stdout, stderr
-
-    return run
-
-
 def signal_one(processes, number, mark):
     """Sends a signal to the process whose command line holds a mark, a child of launch/local.py."""
     (child,) = [
         child for child in psutil.Process(processes.pid).children() if mark in child.cmdline()
     ]
     child.send_signal(number)
-
-
-def assert_close(first, second):
-    """The same rows with the same counts, and all numbers equal to float tolerance."""
-    assert [row[:2] for row in first] == [row[:2] for row in second]
-    for (step, group, one), (_, _, other) in zip(first, second, strict=True):
-        assert one == pytest.approx(other, rel=2e-3, abs=1e-5), (step, group)
-        assert one.get("count") == other.get("count")
-        assert one.get("accuracy") == other.get("accuracy"), (step, group)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +37,7 @@ def assert_close(first, second):
     ],
 )
 def test_two_processes_of_two_devices_equal_one_of_four(
-    tmp_path, everything, run_main, run_processes, run_folder, mode
+    tmp_path, everything, run_main, run_processes, run_folder, assert_close, mode
 ):
     arguments = [
         f"--config={everything}",
@@ -110,7 +76,14 @@ def test_first_of_two_processes_traces(tmp_path, recipe, run_processes):
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_stops_both_at_one_step_and_they_go_on(
-    tmp_path, recipe, run_main, start_processes, run_processes, run_folder, wait_until, stopped_step
+    tmp_path,
+    recipe,
+    run_main,
+    start_processes,
+    run_processes,
+    run_folder,
+    wait_until,
+    assert_close,
 ):
     arguments = [f"--config={recipe}", *LONG, "--config.mesh.cpu_devices=1"]
     code, _, stderr = run_processes(*arguments, f"--workdir={tmp_path / 'whole'}")
@@ -194,17 +167,6 @@ def test_mistake_of_any_process_ends_all_with_one_sentence(
     arguments = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
     results = run_two([*arguments, *first], [*arguments, *second])
     assert_fail_alike(results, 2, message)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """A folder of 24 pictures of two classes; its path."""
-    random = np.random.default_rng(0)
-    for number in range(24):
-        path = tmp_path / "pictures" / ("cat" if number % 2 else "dog") / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), np.uint8)).save(path)
-    return tmp_path / "pictures"
 
 
 SMALL = (  # a folder's recipe in seconds
