@@ -1,7 +1,6 @@
 """Objects in buckets ("gs://bucket/run/config.json", "s3://..."), with the methods of pathlib.Path.
 
-fsspec reads and writes them, by gcsfs and s3fs (the extras "cloud" and "s3"), which sign the
-requests and repeat those that fail for a while. What is different from a file system:
+`flaxcls.remote` reads and writes them. What is different from a file system:
 
 - An object is written whole, in one step, and nothing is renamed or appended to.
 - Folders are only the beginnings of names: they are there as long as something is in them.
@@ -14,15 +13,15 @@ import datetime
 import errno
 import fnmatch
 import io
-import logging
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
+from flaxcls import remote
 from flaxcls.errors import ConfigError
 
-EXTRAS = {"gs": "cloud", "s3": "s3"}  # which `pip install flaxcls[...]` brings a scheme's package
+SCHEMES = ("gs", "s3")  # of stores that can write an object on a condition
 ABSENT = ""  # the version of an object that is not there
 
 
@@ -129,7 +128,7 @@ class BucketPath:
 
     def iterdir(self) -> Iterator["BucketPath"]:
         with self._os_errors():
-            names = self._filesystem.ls(str(self), detail=False)
+            names = self._client.ls(str(self), detail=False)
         for name in sorted(names):
             if (path := self._with(PurePosixPath(name))) != self:
                 yield path
@@ -146,7 +145,7 @@ class BucketPath:
     def files(self) -> dict[str, Status]:
         """All that is below the folder, by its path from there; empty where there is no folder."""
         with self._os_errors():
-            found = self._filesystem.find(str(self), detail=True)
+            found = self._client.find(str(self), detail=True)
         found = {PurePosixPath(name): info for name, info in found.items()}
         return {
             path.relative_to(self._name).as_posix(): _status(info)
@@ -158,7 +157,7 @@ class BucketPath:
 
     def read_bytes(self) -> bytes:
         with self._os_errors():
-            return self._filesystem.cat_file(str(self))
+            return self._client.cat_file(str(self))
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         return self.read_bytes().decode(encoding, errors)
@@ -179,7 +178,7 @@ class BucketPath:
 
     def write_bytes(self, content: bytes) -> None:
         with self._os_errors():
-            self._filesystem.pipe_file(str(self), content)
+            self._client.pipe_file(str(self), content)
 
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode())
@@ -192,7 +191,7 @@ class BucketPath:
         """
         try:
             with self._os_errors():
-                return _PUT[self._scheme](self._filesystem, self._name, content, version)
+                return _PUT[self._scheme](self._client, self._name, content, version)
         except OSError:
             now = self.version()
             if now == version:
@@ -206,7 +205,7 @@ class BucketPath:
     def unlink(self, missing_ok: bool = False) -> None:
         try:
             with self._os_errors():
-                self._filesystem.rm_file(str(self))
+                self._client.rm_file(str(self))
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -220,8 +219,8 @@ class BucketPath:
     def rmtree(self) -> None:
         """Removes everything below the folder, what there is of it."""
         with contextlib.suppress(FileNotFoundError), self._os_errors():
-            if names := self._filesystem.find(str(self)):
-                self._filesystem.rm(names)
+            if names := self._client.find(str(self)):
+                self._client.rm(names)
 
     def upload(self, files: Mapping[str, Path]) -> None:
         """Writes local files as objects below the folder, several at a time.
@@ -233,7 +232,7 @@ class BucketPath:
             return
         try:
             with self._os_errors():
-                self._filesystem.put(
+                self._client.put(
                     [str(path) for path in files.values()],
                     [str(self / name) for name in files],
                     mode="create",
@@ -250,9 +249,9 @@ class BucketPath:
     def copy_to(self, target: "BucketPath") -> None:
         """Copies all that is below the folder, within the store."""
         with self._os_errors():
-            names = [self._with(PurePosixPath(name)) for name in self._filesystem.find(str(self))]
+            names = [self._with(PurePosixPath(name)) for name in self._client.find(str(self))]
             targets = [str(target / name._name.relative_to(self._name)) for name in names]
-            self._filesystem.copy(list(map(str, names)), targets)
+            self._client.copy(list(map(str, names)), targets)
 
     def download(self, files: Mapping[str, Path]) -> None:
         """Writes objects below the folder, by their path in it, into local files."""
@@ -260,20 +259,20 @@ class BucketPath:
             path.parent.mkdir(parents=True, exist_ok=True)
         if files:
             with self._os_errors():
-                self._filesystem.get(
+                self._client.get(
                     [str(self / name) for name in files], [str(path) for path in files.values()]
                 )
 
     # How.
 
     @property
-    def _filesystem(self) -> Any:
-        return filesystem(self._scheme)
+    def _client(self) -> Any:
+        return remote.client_and_name(str(self))[0]
 
     def _info(self) -> dict[str, Any] | None:
         try:
             with self._os_errors():
-                return self._filesystem.info(str(self))
+                return self._client.info(str(self))
         except FileNotFoundError:
             return None
 
@@ -281,7 +280,7 @@ class BucketPath:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
 
     def _os_errors(self) -> contextlib.AbstractContextManager[None]:
-        return os_errors(str(self))
+        return remote.os_errors(str(self))
 
 
 AnyPath: TypeAlias = Path | BucketPath
@@ -289,7 +288,7 @@ AnyPath: TypeAlias = Path | BucketPath
 
 def is_remote(path: str | os.PathLike | BucketPath) -> bool:
     """Whether a path names something in the cloud."""
-    return isinstance(path, BucketPath) or "://" in os.fspath(path)
+    return isinstance(path, BucketPath) or remote.is_remote(path)
 
 
 def as_path(path: str | os.PathLike | BucketPath, what: str = "") -> AnyPath:
@@ -307,54 +306,10 @@ def as_path(path: str | os.PathLike | BucketPath, what: str = "") -> AnyPath:
         return Path(path).expanduser()
     url = os.fspath(path)
     scheme, _, name = url.partition("://")
-    if scheme not in EXTRAS or not name.strip("/"):
+    if scheme not in SCHEMES or not name.strip("/"):
         raise ConfigError(f"{what}{url} must be a folder, gs://BUCKET/... or s3://BUCKET/...")
-    try:
-        filesystem(scheme)
-    except ImportError as error:
-        extra = f"pip install 'flaxcls[{EXTRAS[scheme]}]'"
-        raise ConfigError(f"{what}{url} needs a package: {extra}") from error
-    except Exception as error:  # wrong settings in the environment, such as an endpoint
-        raise ConfigError(f"{what}{url} can't be reached: {_reason(error)}") from error
+    remote.client_and_name(url)
     return BucketPath(url)
-
-
-def filesystem(scheme: str) -> Any:
-    """fsspec's file system for "gs" or "s3", which threads share; it caches no listing.
-
-    Raises:
-      ImportError: its package is missing.
-    """
-    import fsspec
-
-    for name in ("gcsfs", "s3fs", "aiobotocore", "google.auth"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # what they log is raised, too
-    return fsspec.filesystem(scheme, use_listings_cache=False)
-
-
-@contextlib.contextmanager
-def os_errors(url: str) -> Iterator[None]:
-    """Makes an OSError with a `strerror` of whatever the client of a cloud raises."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from error
-    except FileExistsError as error:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), url) from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror and error.errno:
-            raise
-        reason = _reason(error)
-        denied = isinstance(error, PermissionError) or reason.startswith("Forbidden")
-        denied = denied or getattr(error, "code", None) in (401, 403)
-        # OSError itself makes a PermissionError of EACCES.
-        raise OSError(errno.EACCES if denied else errno.EIO, reason, url) from error
-
-
-def _reason(error: BaseException) -> str:
-    """One line of what a client says, with its kind where that alone says nothing."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, OSError) and text else f"{type(error).__name__}: {text}"
 
 
 def _status(info: Mapping[str, Any]) -> Status:
@@ -363,12 +318,12 @@ def _status(info: Mapping[str, Any]) -> Status:
     return Status(info.get("size") or 0, seconds)
 
 
-def _put_gs(filesystem: Any, name: PurePosixPath, content: bytes, version: str) -> str:
+def _put_gs(client: Any, name: PurePosixPath, content: bytes, version: str) -> str:
     """https://cloud.google.com/storage/docs/request-preconditions, which gcsfs has for ABSENT."""
     bucket, *key = name.parts
-    answer = filesystem.call(
+    answer = client.call(
         "POST",
-        f"{filesystem.base.replace('/storage/v1/', '/upload/storage/v1/')}b/{bucket}/o",
+        f"{client.base.replace('/storage/v1/', '/upload/storage/v1/')}b/{bucket}/o",
         uploadType="media",
         name="/".join(key),
         ifGenerationMatch=version or "0",
@@ -379,11 +334,11 @@ def _put_gs(filesystem: Any, name: PurePosixPath, content: bytes, version: str) 
     return str(answer["generation"])
 
 
-def _put_s3(filesystem: Any, name: PurePosixPath, content: bytes, version: str) -> str:
+def _put_s3(client: Any, name: PurePosixPath, content: bytes, version: str) -> str:
     """https://docs.aws.amazon.com/AmazonS3/latest/userguide/conditional-writes.html"""
     bucket, *key = name.parts
     condition = {"IfMatch": version} if version else {"IfNoneMatch": "*"}
-    answer = filesystem.call_s3(
+    answer = client.call_s3(
         "put_object", Bucket=bucket, Key="/".join(key), Body=content, **condition
     )
     return str(answer["ETag"])

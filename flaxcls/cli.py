@@ -212,7 +212,7 @@ def _pictures_below(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator
 
 def _remote_pictures(path: str) -> list[str]:
     """The pictures in and below a folder in the cloud, sorted; `path` itself if it is no folder."""
-    from flaxcls.data import remote
+    from flaxcls import remote
     from flaxcls.data.files import is_picture
 
     if is_picture(path):

@@ -118,11 +118,11 @@ def test_what_is_no_bucket_is_said(url, sentence):
 
 @pytest.mark.parametrize(("scheme", "extra"), [("gs", "cloud"), ("s3", "s3")])
 def test_missing_package_is_named(monkeypatch, scheme, extra):
-    def filesystem(*arguments, **options):
+    def unknown(protocol):
         raise ImportError("install it")
 
-    monkeypatch.setattr(pytest.importorskip("fsspec"), "filesystem", filesystem)
-    with pytest.raises(ConfigError, match=rf"needs a package: pip install 'flaxcls\[{extra}\]'"):
+    monkeypatch.setattr(pytest.importorskip("fsspec"), "get_filesystem_class", unknown)
+    with pytest.raises(ConfigError, match=rf"reached: pip install 'flaxcls\[{extra}\]'"):
         as_path(f"{scheme}://bucket/run", "--workdir=")
 
 

@@ -46,6 +46,7 @@ FLOORS = (
     ("runtime",),
     ("files",),
     ("buckets",),
+    ("remote",),
     ("errors",),
 )
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from flaxcls import remote
 from flaxcls.data import metadata as written
-from flaxcls.data import remote
 from flaxcls.data.array_record import RemoteArrayRecords
 from flaxcls.data.storage import exists, read_bytes
 from flaxcls.data.writer import METADATA, VERSION, DatasetWriter, Tally, check_metadata, shard_names

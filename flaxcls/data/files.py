@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data.remote import is_remote, join
 from flaxcls.data.source import (
     Example,
     Ignored,
@@ -23,6 +22,7 @@ from flaxcls.data.source import (
 )
 from flaxcls.data.storage import read_picture
 from flaxcls.errors import ConfigError
+from flaxcls.remote import is_remote, join
 from flaxcls.runtime.output import printable
 
 EXTENSIONS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff")  # any case

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from flaxcls.data import remote
+from flaxcls import remote
 from flaxcls.data.files import (
     EXTENSIONS,
     NOT_READ,
@@ -25,9 +25,9 @@ from flaxcls.data.files import (
     divide,
     is_picture,
 )
-from flaxcls.data.remote import is_remote
 from flaxcls.data.source import Ignored
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.remote import is_remote
 from flaxcls.runtime.output import printable
 
 _LAYOUT = "the layout should be DIR/train/CLASS/* with DIR/val/CLASS/*, or DIR/CLASS/*"

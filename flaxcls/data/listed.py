@@ -20,9 +20,9 @@ from flaxcls.data.files import (
     divide,
     is_picture,
 )
-from flaxcls.data.remote import is_remote
 from flaxcls.data.storage import open_text
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.remote import is_remote
 from flaxcls.runtime.output import printable, say
 
 # What the columns of other people's lists are called, in any case; "file name" is file_name too.

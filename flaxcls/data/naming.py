@@ -4,10 +4,11 @@ import errno
 import os
 from pathlib import Path
 
-from flaxcls.data import SOURCES, remote
+from flaxcls import remote
+from flaxcls.data import SOURCES
 from flaxcls.data.files import is_picture
-from flaxcls.data.remote import is_remote
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.remote import is_remote
 
 _OF_TFDS = (
     "is a data set of TFDS: give its name as --source, and the folder that holds it as "

@@ -1,6 +1,6 @@
 """Files and parts of them, on this machine or in the cloud ("gs://bucket/file", "s3://...").
 
-Local files are read by the operating system alone, the others by `flaxcls.data.remote`.
+Local files are read by the operating system alone, the others by `flaxcls.remote`.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from flaxcls.data import remote
-from flaxcls.data.remote import is_remote
+from flaxcls import remote
 from flaxcls.errors import DataError
+from flaxcls.remote import is_remote
 
 MAX_BYTES = 2**28  # of a picture's file; more is taken for a mistake or an attack
 _KINDS = {

@@ -22,7 +22,8 @@ from tensorflow_datasets.core import dataset_builder, naming
 from tensorflow_datasets.core.utils import version as versions
 from tensorflow_datasets.proto import tf_example_pb2
 
-from flaxcls.data import metadata, remote
+from flaxcls import remote
+from flaxcls.data import metadata
 from flaxcls.data.array_record import RemoteArrayRecords
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split
 from flaxcls.data.storage import is_remote, size_and_version

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from flaxcls.data.remote import is_remote
 from flaxcls.data.source import reading_threads
 from flaxcls.errors import DataError
 from flaxcls.inference.calibration import Calibration
+from flaxcls.remote import is_remote
 from flaxcls.runtime.read_ahead import in_order
 
 

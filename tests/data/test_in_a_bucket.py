@@ -14,8 +14,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from flaxcls import cli
-from flaxcls.data import naming, open_source, remote
+from flaxcls import cli, remote
+from flaxcls.data import naming, open_source
 from flaxcls.data.commands import prepare
 from flaxcls.errors import ConfigError, DataError
 

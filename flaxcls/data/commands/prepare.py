@@ -34,10 +34,10 @@ from flaxcls.data.commands.shared import define_flags, read_config
 from flaxcls.data.decode import MAX_PIXELS, Picture
 from flaxcls.data.loader import check_label
 from flaxcls.data.order import evenly_spaced
-from flaxcls.data.remote import is_remote
 from flaxcls.data.source import Source, fingerprint, reading_threads
 from flaxcls.data.writer import Tally
 from flaxcls.errors import ConfigError, DataError
+from flaxcls.remote import is_remote
 from flaxcls.runtime.output import printable, say
 
 SHARD_BYTES = 200_000_000  # about

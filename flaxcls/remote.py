@@ -165,6 +165,8 @@ def os_error(path: str, error: Exception) -> OSError:
         no_bucket |= "/" not in path.partition("://")[2].rstrip("/")
         what = "there is no such bucket" if no_bucket else os.strerror(errno.ENOENT)
         return FileNotFoundError(errno.ENOENT, what)
+    if isinstance(error, FileExistsError):
+        return FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
     names = [type(each).__name__ for each in _chain(error)]
     text = f"{names} {error}"
     codes = {getattr(each, "code", None) for each in _chain(error)}
