@@ -106,7 +106,7 @@ def node_down(cluster):
 @pytest.fixture(scope="module")
 def lost(cluster):
     """A job that trains on, on a node that SLURM has lost."""
-    run = (*RUN, "--config.data.seconds=0.3")  # longer than SLURM takes to find out
+    run = (*RUN, "--config.data.seconds=0.4")  # longer than SLURM takes to find out
     options = ("--max_failures=20", "--sbatch=--partition=lost")
     job = cluster.submit("lost", *CPUS, *options, run=run)
     job.wait_for_step(1)
@@ -248,8 +248,9 @@ def test_mistake_ends_the_job_of_all_its_processes(cluster):
 
 def test_job_at_its_time_limit_saves_and_is_queued_again(limited):
     state, code, restarts = limited.wait()
-    assert (state, code) == DONE and restarts >= 1
-    assert limited.log().count("limited: preempted, saved; into the queue again") == restarts
+    assert (state, code) == DONE
+    # On a very busy machine one may not even have come to its first step.
+    assert 1 <= limited.log().count("limited: preempted, saved; into the queue again") <= restarts
     assert trained(limited) == list(range(1, STEPS + 1))
 
 
