@@ -58,6 +58,12 @@ class DataError(FlaxclsError):
     exit_code = 45
 
 
+class UnreachableError(DataError):
+    """What holds the data does not answer, or to nobody: restarting the run may help."""
+
+    exit_code = FlaxclsError.exit_code
+
+
 class CheckpointError(FlaxclsError):
     """A checkpoint could not be written or read."""
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxcls.data.storage import read_part, size_and_version
+from flaxcls.data.storage import data_error, read_part, size_and_version
 from flaxcls.data.tfrecord import FilePart, check_count
 from flaxcls.errors import ConfigError, DataError
 
@@ -56,7 +56,7 @@ def _part_chunks(part: FilePart) -> np.ndarray:
     try:
         offsets, counts = _chunks(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise data_error(f"{path} cannot be read", error) from error
     check_count(part, int(counts.sum()))
     of = np.repeat(np.arange(len(counts)), counts)
     number = np.arange(len(of)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -26,6 +26,7 @@ from flaxcls.data.files import (
     is_picture,
 )
 from flaxcls.data.source import Ignored
+from flaxcls.data.storage import data_error
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.remote import is_remote
 from flaxcls.runtime.output import printable
@@ -150,7 +151,7 @@ def _missing(root: str) -> str:
         return "is a file"
     except OSError as error:  # or it is in a folder that may not be looked into
         if error.errno == errno.EIO:
-            raise DataError(f"{printable(root)} cannot be listed: {error.strerror}") from error
+            raise data_error(f"{printable(root)} cannot be listed", error) from error
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
         no_bucket = missing and is_remote(root) and error.strerror != os.strerror(errno.ENOENT)
         if missing and not no_bucket:
@@ -243,7 +244,7 @@ def _remote_pictures(folder: str, root: str) -> _Pictures:
     try:
         entries = remote.below(folder)
     except OSError as error:
-        raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
+        raise data_error(f"{printable(folder)} cannot be listed", error) from error
     names = [entry.path[len(root.rstrip("/")) + 1 :] for entry in entries]
     above = os.path.relpath(folder, root).count("/") + 1
     seen = [
@@ -270,7 +271,7 @@ def visible_entries(folder: str) -> Iterator[tuple[os.DirEntry | remote.Entry, b
                 if not _is_hidden(entry.name):
                     yield entry, _is_folder(entry)
     except OSError as error:
-        raise DataError(f"{printable(folder)} cannot be listed: {error.strerror}") from error
+        raise data_error(f"{printable(folder)} cannot be listed", error) from error
 
 
 def _is_hidden(name: str) -> bool:

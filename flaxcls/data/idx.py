@@ -14,7 +14,7 @@ import numpy as np
 
 from flaxcls.data.files import asked_splits, known_split
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split, take_slices
-from flaxcls.data.storage import exists, is_remote, read_bytes
+from flaxcls.data.storage import data_error, exists, is_remote, read_bytes
 from flaxcls.errors import ConfigError, DataError
 
 _PREFIXES = {"train": "train", "test": "t10k"}
@@ -101,10 +101,10 @@ def _read(folder: str, stem: str, dimensions: int) -> np.ndarray:
         content = read_bytes(path)
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    except OSError as error:
+        raise data_error(f"{path} cannot be read", error) from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
     header = struct.Struct(f">4B{dimensions}I")
     if len(content) < header.size or content[:4] != bytes((0, 0, _UINT8, dimensions)):
         raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions")

@@ -10,7 +10,7 @@ import numpy as np
 from flaxcls.data.decode import MAX_PIXELS, Picture, set_up
 from flaxcls.data.source import Source, reading_threads
 from flaxcls.data.transform import Transform
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.errors import ConfigError, DataError, UnreachableError
 from flaxcls.runtime.cores import available_cores
 
 _CHUNK = 256  # examples that a thread loads at a time
@@ -125,7 +125,7 @@ class Loader:
 
         Raises:
           DataError: an example can't be read and must not be, or can't be, replaced; or a label is
-            out of range, which no other example makes right.
+            out of range, or a store does not answer, which no other example makes right.
         """
         taken, labels = indices.astype(np.int32), np.empty(len(indices), np.int32)
         broken = []
@@ -135,7 +135,7 @@ class Loader:
                 try:
                     image, labels[row] = self(int(taken[row]), images.shape[1], draws[row].tolist())
                     break
-                except LabelError:
+                except (LabelError, UnreachableError):
                     raise
                 except DataError as error:
                     if not substitute or attempt == _SUBSTITUTES - 1:

@@ -7,8 +7,14 @@ from pathlib import Path
 from flaxcls import remote
 from flaxcls.data import SOURCES
 from flaxcls.data.files import is_picture
+<<<<<<< HEAD
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.remote import is_remote
+=======
+from flaxcls.data.remote import is_remote
+from flaxcls.data.storage import data_error
+from flaxcls.errors import ConfigError
+>>>>>>> whD
 
 _OF_TFDS = (
     "is a data set of TFDS: give its name as --source, and the folder that holds it as "
@@ -58,8 +64,9 @@ def _kind_in_the_cloud(source: str, path: Path) -> str:
             folder = next((entry.path for entry in below if entry.is_folder), None)
             below = remote.entries(folder) if folder else []
     except OSError as error:
-        kind = DataError if error.errno == errno.EIO else ConfigError
-        raise kind(f"{source} can't be reached: {error.strerror}") from error
+        if error.errno == errno.EIO:
+            raise data_error(f"{source} can't be reached", error) from error
+        raise ConfigError(f"{source} can't be reached: {error.strerror}") from error
     return "idx" if any("idx3-ubyte" in entry.name for entry in inside) else "folder"
 
 

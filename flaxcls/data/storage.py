@@ -13,9 +13,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
+<<<<<<< HEAD
 from flaxcls import remote
 from flaxcls.errors import DataError
 from flaxcls.remote import is_remote
+=======
+from flaxcls.data import remote
+from flaxcls.data.remote import is_remote
+from flaxcls.errors import DataError, UnreachableError
+>>>>>>> whD
 
 MAX_BYTES = 2**28  # of a picture's file; more is taken for a mistake or an attack
 _KINDS = {
@@ -100,7 +106,7 @@ def read_picture(
             _check_size(remote.information(os.fspath(path))["size"], where, max_bytes)
         return content
     except OSError as error:
-        raise DataError(f"{where} cannot be read: {error.strerror}") from error
+        raise data_error(f"{where} cannot be read", error) from error
 
 
 def _read_local_picture(path: str | os.PathLike, where: str, max_bytes: int) -> bytes:
@@ -123,6 +129,12 @@ def _check_size(size: int, where: str, max_bytes: int) -> None:
             f"{where} has {size:,} bytes, more than the {max_bytes:,} that "
             "config.input.max_bytes allows"
         )
+
+
+def data_error(what: str, error: OSError) -> DataError:
+    """The error of a file that can't be read; `what` begins its sentence."""
+    kind = UnreachableError if isinstance(error, remote.Fault) else DataError
+    return kind(f"{what}: {error.strerror or error}")
 
 
 def exists(path: str) -> bool:

@@ -7,6 +7,7 @@ which `python -m flaxcls.data.tfds prepare NAME DIR` does in a process of its ow
 
 import contextlib
 import difflib
+import errno
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from flaxcls import remote
 from flaxcls.data import metadata
 from flaxcls.data.array_record import RemoteArrayRecords
 from flaxcls.data.source import Example, Source, fingerprint, resolve_split
-from flaxcls.data.storage import is_remote, size_and_version
+from flaxcls.data.storage import data_error, is_remote, size_and_version
 from flaxcls.data.tfrecord import FilePart, TfRecords, check_count
 from flaxcls.errors import ConfigError, DataError, FlaxclsError, did_you_mean
 from flaxcls.runtime.output import printable, say
@@ -78,8 +79,10 @@ def _open_remote(name: str, split: str, root: epath.Path) -> "TfdsSource":
         raise
     except Exception as error:  # every cloud's client has its own
         found = remote.os_error(path, error)
-        kind = ConfigError if isinstance(found, PermissionError) else DataError
-        raise kind(f"{name} in {root} cannot be read: {found.strerror}") from error
+        what = f"{name} in {root} cannot be read"
+        if found.errno == errno.EACCES:
+            raise ConfigError(f"{what}: {found.strerror}") from error
+        raise data_error(what, found) from error
     raise ConfigError(
         f"{name} is not in {root}: prepare it in a local folder and copy it there, or write it "
         f"there by `python -m flaxcls.data prepare --out={root}`"
@@ -131,8 +134,7 @@ class TfdsSource(Source):
             try:
                 self._records.verify(index)
             except OSError as error:
-                reason = error.strerror or error
-                raise DataError(f"{self.where(index)} cannot be read: {reason}") from error
+                raise data_error(f"{self.where(index)} cannot be read", error) from error
 
     def __getitem__(self, index: int) -> Example:
         # Seven times as fast as the features' own deserialize_example_np, which converts all.
@@ -143,9 +145,10 @@ class TfdsSource(Source):
             (label,) = features[self._label_key].int64_list.value
         except (DecodeError, ValueError) as error:
             raise DataError(f"{self.where(index)} is not a record of image and label") from error
-        except (OSError, RuntimeError) as error:  # RuntimeError: ARRAY_RECORD's checksums
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.where(index)} cannot be read: {reason}") from error
+        except OSError as error:
+            raise data_error(f"{self.where(index)} cannot be read", error) from error
+        except RuntimeError as error:  # ARRAY_RECORD's checksums
+            raise DataError(f"{self.where(index)} cannot be read: {error}") from error
         return Example(image, label)
 
 

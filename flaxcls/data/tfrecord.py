@@ -16,7 +16,14 @@ from typing import Protocol
 
 import numpy as np
 
-from flaxcls.data.storage import is_remote, open_regular, open_to_scan, read_part, size_and_version
+from flaxcls.data.storage import (
+    data_error,
+    is_remote,
+    open_regular,
+    open_to_scan,
+    read_part,
+    size_and_version,
+)
 from flaxcls.errors import DataError
 from flaxcls.files import atomic_write
 
@@ -98,7 +105,7 @@ def _part_offsets(part: FilePart) -> np.ndarray:
     try:
         offsets = record_offsets(part.filename)
     except OSError as error:
-        raise DataError(f"{part.filename} cannot be read: {error.strerror}") from error
+        raise data_error(f"{part.filename} cannot be read", error) from error
     check_count(part, len(offsets) - 1)
     return offsets[part.skip : part.skip + part.take + 1]
 

@@ -1,11 +1,14 @@
 """Data in a bucket are those on a disk: the same examples, fingerprints and sentences."""
 
+import contextlib
+import functools
 import gzip
 import itertools
 import json
 import pickle
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +20,10 @@ import pytest
 from flaxcls import cli, remote
 from flaxcls.data import naming, open_source
 from flaxcls.data.commands import prepare
-from flaxcls.errors import ConfigError, DataError
+from flaxcls.data.loader import Loader, materialize
+from flaxcls.data.stream import default_workers
+from flaxcls.data.workers import Threads
+from flaxcls.errors import ConfigError, DataError, UnreachableError
 
 
 def png(value: int) -> bytes:
@@ -329,3 +335,36 @@ def test_no_credentials_are_a_sentence(s3_bucket, monkeypatch, tmp_path):
     message = "x can't be reached: there are no credentials: `aws configure` or AWS_ACCESS_KEY_ID"
     with pytest.raises(ConfigError, match=message):
         open_source("folder", "train", path=f"{s3_bucket}/x")
+
+
+def test_a_store_that_is_down_ends_what_may_be_restarted(pets, put, bucket_server, monkeypatch):
+    source = open_source("folder", "train", path=put(pets))
+    loader, images = Loader(source), np.zeros((9, 6, 5, 3), np.uint8)
+    fill = functools.partial(loader.fill, images, np.arange(9), np.zeros((9, 0)), substitute=True)
+    bucket_server.faults(fail=10**6)
+    if source.root.startswith("s3:"):  # whose client gives up after 12 seconds; the other's, 34
+        monkeypatch.setattr(remote, "PATIENCE", 0)
+        with pytest.raises(UnreachableError, match="png cannot be read: the store fails") as caught:
+            fill()
+        assert caught.value.exit_code == 1  # and no picture is replaced by another
+    monkeypatch.setattr(remote, "PATIENCE", 60)
+    threading.Timer(1, bucket_server.faults).start()
+    assert fill()[0].tolist() == [*range(9)]
+
+
+def test_latency_is_hidden_by_threads(tmp_path, put, bucket_server):
+    for name in ("ant", "bee"):
+        (tmp_path / "slow" / name).mkdir(parents=True)
+        for number in range(100):
+            (tmp_path / "slow" / name / f"{number}.png").write_bytes(png(number))
+    source = open_source("folder", "all", path=put(tmp_path / "slow"))
+    bucket_server.faults(seconds=0.05)
+    began = time.perf_counter()
+    images, labels = materialize(source)
+    assert time.perf_counter() - began < 200 * 0.05 / 2
+    assert sorted(images[:, 0, 0, 0].tolist()) == sorted([*range(100)] * 2) and labels.sum() == 100
+    with contextlib.closing(Threads(Loader(source), default_workers(4, is_remote=True))) as pool:
+        began = time.perf_counter()
+        work = pool.start(np.arange(200), np.zeros((200, 0)), (6, 5, 3), False)
+        assert np.array_equal(work.finish()[0], images)
+        assert time.perf_counter() - began < 200 * 0.05 / 2

@@ -43,13 +43,16 @@ class There:
 
     def steps(self):
         time.sleep(0.05)  # between two looks, which are requests
-        names = [name.split("/") for name in (self.path / "checkpoints").files()]
-        return sorted(int(step) for step, *rest in names if rest == ["manifest.json"])
+        return self._look()[0]
 
     def unfinished(self):
         """The steps of which something, but no manifest, is there."""
-        names = {name.partition("/")[0] for name in (self.path / "checkpoints").files()}
-        return names - set(map(str, self.steps()))
+        return self._look()[1]
+
+    def _look(self):
+        names = [name.split("/") for name in (self.path / "checkpoints").files()]
+        whole = {step for step, *rest in names if rest == ["manifest.json"]}
+        return sorted(map(int, whole)), {step for step, *_ in names} - whole
 
     def log(self):
         path = self.path / "metrics.jsonl"

@@ -54,7 +54,7 @@ def test_every_dependency_is_pinned_exactly():
     names = {re.sub("[-_.]+", "-", name).lower() for name in pinned}
     project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names_of_extras = ("cloud", "cuda12", "cuda13", "fast", "fast-cuda12", "tpu")
+    names_of_extras = ("cloud", "cuda12", "cuda13", "fast", "fast-cuda12", "s3", "tpu")
     required = sum((extras[name] for name in names_of_extras), [])
     for requirement in project["dependencies"] + required:
         name = re.match("[A-Za-z0-9_.-]+", requirement)[0]
