@@ -7,14 +7,9 @@ from pathlib import Path
 from flaxcls import remote
 from flaxcls.data import SOURCES
 from flaxcls.data.files import is_picture
-<<<<<<< HEAD
-from flaxcls.errors import ConfigError, DataError
-from flaxcls.remote import is_remote
-=======
-from flaxcls.data.remote import is_remote
 from flaxcls.data.storage import data_error
 from flaxcls.errors import ConfigError
->>>>>>> whD
+from flaxcls.remote import is_remote
 
 _OF_TFDS = (
     "is a data set of TFDS: give its name as --source, and the folder that holds it as "

@@ -13,15 +13,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-<<<<<<< HEAD
 from flaxcls import remote
-from flaxcls.errors import DataError
-from flaxcls.remote import is_remote
-=======
-from flaxcls.data import remote
-from flaxcls.data.remote import is_remote
 from flaxcls.errors import DataError, UnreachableError
->>>>>>> whD
+from flaxcls.remote import is_remote
 
 MAX_BYTES = 2**28  # of a picture's file; more is taken for a mistake or an attack
 _KINDS = {
