@@ -188,7 +188,7 @@ def simulate(world, rng):
     while True:
         world.start()
         before = len(world.rows())
-        end = before + math.exp(rng.uniform(math.log(5), math.log(400)))
+        end = before + math.exp(rng.uniform(math.log(4), math.log(250)))  # some 60
         fault = before + rng.randint(20, 200)
         is_faulty = False
         while world.process.poll() is None and len(world.rows()) < end:
