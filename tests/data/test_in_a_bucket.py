@@ -24,6 +24,7 @@ from flaxcls.data.loader import Loader, materialize
 from flaxcls.data.stream import default_workers
 from flaxcls.data.workers import Threads
 from flaxcls.errors import ConfigError, DataError, UnreachableError
+from flaxcls.training.train import train_config
 
 
 def png(value: int) -> bytes:
@@ -368,3 +369,18 @@ def test_latency_is_hidden_by_threads(tmp_path, put, bucket_server):
         work = pool.start(np.arange(200), np.zeros((200, 0)), (6, 5, 3), False)
         assert np.array_equal(work.finish()[0], images)
         assert time.perf_counter() - began < 200 * 0.05 / 2
+
+
+def test_training_is_the_same(pets, put, tiny_config, tmp_path):
+    results = []
+    for number, path in enumerate((str(pets), put(pets))):
+        workdir = tmp_path / f"run{number}"
+        config = tiny_config(
+            **dict(data__name="folder", data__path=path, data__eval_split="val"),
+            **dict(data__image_shape=None, data__num_classes=None, data__num_examples=None),
+            **dict(batch_size=8, image_size=4, crop__name="random_resized_crop"),
+            **dict(duration="3 steps", checkpoint__every="3 steps", eval__every="3 steps"),
+        )
+        train_config(config, workdir)
+        results.append(json.loads((workdir / "summary.json").read_text())["eval"])
+    assert results[0] == results[1]
