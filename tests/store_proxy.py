@@ -12,7 +12,8 @@ Prints its port. `PUT /_plan` with JSON, a list of faults, replaces the plan; ea
     {"fault": "lost"}                   the store does what is asked, the answer is lost
     {"fault": "refuse"}                 the connection is closed at once
 
-`GET /_log` has every request so far as "METHOD path?query -> status", a line each.
+`GET /_log` has every request so far as "METHOD path?query -> status", and what went wrong, a line
+each.
 """
 
 import http.client
@@ -82,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
         status, headers, answer = self._ask(body)
         if kind == "lost":
             return self._cut(line, f"{status} lost")
-        self._note(line, status)
+        self._note(line, f"{status} {kind}" if kind else status)
         self._send(status, headers, answer, half=kind == "cut")
         return None
 

@@ -1,16 +1,20 @@
 """What the tests of whole runs share: recipes, waiting for a moment, and what a run has left."""
 
+import itertools
 import json
 import re
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from flaxcls.buckets import as_path
 
 ROOT = Path(__file__).parents[2]
 # All that a run can carry: BatchNorm, Adam's moments, an average, a best result, augmentation,
@@ -127,6 +131,88 @@ class Run:
 @pytest.fixture
 def run_folder():
     return Run
+
+
+class There:
+    """The folder of a run in a bucket, looked at from outside."""
+
+    def __init__(self, url, tmp_path):
+        self.path, self._copies = as_path(url), itertools.count()
+        self._tmp_path = tmp_path
+
+    def steps(self):
+        time.sleep(0.05)  # between two looks, which are requests
+        return self._look()[0]
+
+    def unfinished(self):
+        """The steps of which something, but no manifest, is there."""
+        return self._look()[1]
+
+    def _look(self):
+        names = [name.split("/") for name in (self.path / "checkpoints").files()]
+        whole = {step for step, *rest in names if rest == ["manifest.json"]}
+        return sorted(map(int, whole)), {step for step, *_ in names} - whole
+
+    def log(self):
+        path = self.path / "metrics.jsonl"
+        return path.read_bytes() if path.exists() else b""
+
+    def copy(self):
+        """A copy of all of it."""
+        target = self._tmp_path / f"copy{next(self._copies)}"
+        self.path.download({name: target / name for name in self.path.files()})
+        return target
+
+
+@pytest.fixture
+def bucket_folder():
+    return There
+
+
+@pytest.fixture
+def there(bucket, tmp_path):
+    return There(f"{bucket}/run", tmp_path)
+
+
+class Faults:
+    """A proxy before the server of a bucket, which does what its plan says."""
+
+    def __init__(self, server):
+        command = [sys.executable, str(ROOT / "tests" / "store_proxy.py")]
+        self._process = subprocess.Popen(
+            [*command, server.url.removeprefix("http://")], stdout=subprocess.PIPE, text=True
+        )
+        self.url = f"http://127.0.0.1:{self._process.stdout.readline().strip()}"
+        self.environment = dict.fromkeys(("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL"), self.url)
+
+    def plan(self, *faults):
+        body = json.dumps(faults).encode()
+        request = urllib.request.Request(f"{self.url}/_plan", data=body, method="PUT")
+        urllib.request.urlopen(request, timeout=30).close()
+
+    def log(self):
+        with urllib.request.urlopen(f"{self.url}/_log", timeout=30) as answer:
+            return answer.read().decode().splitlines()
+
+    def close(self):
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def proxy(bucket_server):
+    """A proxy before the store, for who is given its `environment`."""
+    proxy = Faults(bucket_server)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def faults(proxy, monkeypatch):
+    """What the processes that a test starts take for the store."""
+    for name, value in proxy.environment.items():
+        monkeypatch.setenv(name, value)
+    return proxy
 
 
 def wait_until(process, condition, timeout=120):
