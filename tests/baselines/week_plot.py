@@ -1,7 +1,8 @@
 """Draws what tests/integration/test_week.py has measured, and prints it as a sentence.
 
-WEEK_JSON=week.json python -m pytest -m torture tests/integration/test_week.py
-python tests/baselines/week_plot.py week.json docs/week.svg
+WEEK_FOLDER=. python -m pytest -m torture tests/integration/test_week.py
+python tests/baselines/week_plot.py week_disk.json docs/week.svg
+python tests/baselines/week_plot.py week_bucket.json docs/week_bucket.svg
 """
 
 import itertools

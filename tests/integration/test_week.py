@@ -1,192 +1,34 @@
-"""A simulated week: 2,000 checkpoints of one run whose processes, disk and data fail at random.
+"""A simulated week: checkpoints of one run whose processes, store and data fail at random.
 
-    WEEK_JSON=week.json python -m pytest -m torture tests/integration/test_week.py
-    python tests/baselines/week_plot.py week.json docs/week.svg
+    WEEK_FOLDER=. python -m pytest -m torture tests/integration/test_week.py
+    python tests/baselines/week_plot.py week_disk.json docs/week.svg
+    python tests/baselines/week_plot.py week_bucket.json docs/week_bucket.svg
 
 What befalls the run is drawn with a fixed seed, when it does so depends on the machine. Its end
 doesn't: it is compared, bit by bit, with a run of the same batches that nothing befell.
 """
 
 import collections
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
-import resource
-import shutil
 import signal
 import statistics
-import subprocess
-import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-STEPS = 2000  # each is saved: a checkpoint every five minutes of a week
-STRETCH = 150  # batches, of which six in a row are NaN: the run rolls back twice
-# What is measured in the process at each save, and the bad batches. A full disk changes to which
-# checkpoint a run rolls back, and with it the examples that follow, rightly so; it may therefore
-# not begin near a bad batch, and be over before one comes, for which the run waits here.
-RECIPE = """
-import contextlib
-import os
-import time
-from pathlib import Path
-
-import jax.numpy as jnp
-
-from flaxcls import augment
-from flaxcls.config import default
-from flaxcls.training import session
-
-FOLDER, STRETCH = Path({folder!r}), {stretch}
-build, save = augment.build, session.Session._save
-
-
-def get_config():
-    config = default()
-    config.batch_size = 16
-    config.duration = "{steps} steps"
-    config.log_every = "1 steps"
-    config.eval.every = "100 steps"
-    config.checkpoint.every = "1 steps"
-    config.checkpoint.keep = 3
-    config.divergence.max_skipped = 3
-    config.divergence.within = "100 steps"
-    config.data.name = "digits"
-    config.data.train_split = "train[:96]"
-    config.data.eval_split = "test[:50]"
-    config.model.name = "dense"
-    config.model.widths = (16,)
-    config.ema_decay = 0.9
-    config.optimizer.momentum = 0.9
-    config.mesh.cpu_devices = 1
-    return config
-
-
-def poisoned(*arguments, **options):
-    augmentation = build(*arguments, **options)
-
-    def apply(key, batch):
-        bad = (batch["epoch"] % (STRETCH // 6) == STRETCH // 12)[:, None, None, None]
-        batch = augmentation(key, batch)
-        return {{**batch, "image": jnp.where(bad, jnp.nan, batch["image"])}}
-
-    return apply
-
-
-def measured(self, state, must=False):
-    began = time.perf_counter()
-    save(self, state, must)
-    seconds = time.perf_counter() - began
-    offset = self._progress["data_offset"]
-    memory = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    row = (self.step, offset, os.getpid(), time.time(), seconds, memory)
-    row += (len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")))
-    row += (time.process_time(),)
-    with contextlib.suppress(OSError):  # the disk is full
-        os.write(rows, (" ".join(map(str, row)) + "\\n").encode())
-    while (self.step + offset) % STRETCH == STRETCH // 2 - 8 and (FOLDER / "fault").exists():
-        time.sleep(0.01)
-
-
-FOLDER.mkdir(exist_ok=True)
-rows = os.open(FOLDER / "rows", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-augment.build, session.Session._save = poisoned, measured
-"""
-COLUMNS = ("step", "offset", "process", "time", "seconds", "memory", "files", "threads", "cpu")
-
-
-class LocalDisk:
-    """A run in a folder of this machine, and what can befall it there.
-
-    The driver of the week knows only these methods, so that a run in a bucket, whose store fails
-    in other ways, can be put in its place.
-    """
-
-    def __init__(self, folder, start_main, rng):
-        self.run, self._measured, self._rng = folder / "run", folder / "measured", rng
-        self._recipe, self._start_main, self.process = folder / "week.py", start_main, None
-        folder.mkdir()
-        self._recipe.write_text(
-            RECIPE.format(folder=str(self._measured), steps=STEPS, stretch=STRETCH)
-        )
-        self._seen, self._rows = 0, []
-        self.starts, self.not_saved = [], 0  # when it was started; what it has said
-
-    def start(self):
-        """Starts the run, or resumes it."""
-        arguments = (f"--config={self._recipe}", f"--workdir={self.run}")
-        self.starts.append(time.time())
-        self.process = self._start_main(*arguments, stderr=subprocess.STDOUT)
-        threading.Thread(target=self._listen, args=(self.process.stdout,), daemon=True).start()
-
-    def _listen(self, output):
-        # Not a file, which a limit of the size of files would reach as well.
-        with (self.run.parent / "output").open("a") as file:
-            for line in output:
-                file.write(line)
-                self.not_saved += " not saved: " in line
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def fault(self):
-        """From now on no checkpoint can be written: the disk is full; False if that may not be."""
-        self.process.send_signal(signal.SIGSTOP)
-        last = self.rows()[-1]
-        batch = (last["step"] + last["offset"]) % STRETCH
-        may_be = not STRETCH // 2 - 20 <= batch < STRETCH // 2 + 20
-        if may_be:
-            (self._measured / "fault").touch()
-            self._limit(64)
-        self.process.send_signal(signal.SIGCONT)
-        return may_be
-
-    def mend(self):
-        self._limit(resource.RLIM_INFINITY)
-        (self._measured / "fault").unlink(missing_ok=True)
-
-    def _limit(self, size):
-        """RLIMIT_FSIZE stands for a full disk: what is written beyond it fails."""
-        if self.process.poll() is None:
-            limits = size, resource.RLIM_INFINITY
-            resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, limits)
-
-    def damage(self):
-        """Damages a file of the newest checkpoint, while no process runs; how."""
-        newest = max(self.steps())
-        files = sorted(p for p in (self.run / f"checkpoints/{newest}").rglob("*") if p.is_file())
-        path = self._rng.choice([file for file in files if not file.name.startswith("_CHECKP")])
-        how = self._rng.choice(("a bit flipped", "truncated", "missing"))
-        if how == "missing":
-            path.unlink()
-        elif how == "truncated":
-            os.truncate(path, path.stat().st_size // 2)
-        else:
-            content = bytearray(path.read_bytes())
-            content[self._rng.randrange(len(content))] ^= 1 << self._rng.randrange(8)
-            path.write_bytes(content)
-        return how
-
-    def steps(self):
-        return [int(p.name) for p in self.run.glob("checkpoints/[0-9]*") if p.name.isdigit()]
-
-    def is_saving(self):
-        return any(self.run.glob("checkpoints/*tmp*"))
-
-    def rows(self):
-        """What was measured until now, a dict for each save."""
-        path = self._measured / "rows"
-        content = path.read_bytes()[self._seen :] if path.exists() else b""
-        content = content[: content.rfind(b"\n") + 1]  # the last line may be half written
-        self._seen += len(content)
-        for line in content.decode().splitlines():
-            self._rows.append(dict(zip(COLUMNS, map(float, line.split()), strict=True)))
-        return self._rows
+_spec = importlib.util.spec_from_file_location(
+    "week_worlds", Path(__file__).parents[1] / "week_worlds.py"
+)
+worlds = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(worlds)
+SAVES = 2000  # of a week, one every five minutes
 
 
 def simulate(world, rng):
@@ -196,26 +38,27 @@ def simulate(world, rng):
         world.start()
         before = len(world.rows())
         end = before + math.exp(rng.uniform(math.log(4), math.log(250)))  # some 60
-        fault = before + rng.randint(20, 200)
+        fault = before + rng.randint(*world.first_fault)
         is_faulty = False
         while world.process.poll() is None and len(world.rows()) < end:
-            if len(world.rows()) >= fault and world.fault():
-                is_faulty, fault = True, fault + rng.randint(60, 300)
-                events["full disk"] += 1
+            if len(world.rows()) >= fault and (what := world.fault()):
+                is_faulty, fault = True, fault + rng.randint(*world.next_fault)
+                events[what] += 1
                 wait_until_not_saved(world, 2)
                 if rng.random() < 0.25:
                     break
                 world.mend()
             time.sleep(0.002)
         if world.process.poll() is None:
-            events["killed"] += 1
-            events["killed in the middle of a save"] += world.is_saving()
             world.kill()
+            events["killed in the middle of a save"] += world.is_torn()
         world.mend()
         code = world.process.returncode
+        events["killed"] += code == -signal.SIGKILL
         if code == 0:
             return events
         assert code == -signal.SIGKILL or (is_faulty and code == 1), code
+        events["ended by a fault"] += code == 1
         if rng.random() < 0.5:
             events[f"damaged: {world.damage()}"] += 1
 
@@ -225,19 +68,19 @@ def wait_until_not_saved(world, count):
 
     At most some seconds: the process may have come to where it waits for the end of the fault.
     """
-    most, end = world.not_saved + count, time.monotonic() + 5
+    most, end = world.not_saved + count, time.monotonic() + world.patience
     while world.process.poll() is None and world.not_saved < most and time.monotonic() < end:
         time.sleep(0.002)
 
 
 def growth(rows, name):
-    """By how much a quantity grows over STEPS saves of one process, by least squares.
+    """By how much a quantity grows over SAVES saves of one process, by least squares.
 
     Of the first 200 saves none counts: caches and pools of threads fill up.
     """
     counted = rows[200:]
     slope, _ = np.polyfit(np.arange(len(counted)), [row[name] for row in counted], 1)
-    return slope * STEPS
+    return slope * SAVES
 
 
 def lives(rows):
@@ -248,14 +91,17 @@ def lives(rows):
     return list(found.values())
 
 
-def assert_flat(undisturbed, week, starts):
-    """Nothing grows with the number of checkpoints, in a process or from one to the next."""
+def assert_flat(undisturbed, week, connections):
+    """Nothing grows with the number of checkpoints, in a process or from one to the next.
+
+    So many files and threads, for connections to a store, come and go.
+    """
     (life,) = lives(undisturbed)
     # TensorStore's metrics, which Orbax asks for four times a save, leak some 4 KB each time: see
     # docs/faults.md. All else, of logging, evaluating, saving and rolling back, is the rest.
-    assert growth(life, "memory") < STEPS * 60_000
+    assert growth(life, "memory") < SAVES * 60_000
     for name in ("files", "threads"):  # not one more by the end of the week; they vary by some
-        assert abs(growth(life, name)) < 3, name
+        assert abs(growth(life, name)) < 3 + connections, name
     # On a machine that does other things as well: processor time, and the fastest saves.
     for name, seconds in (
         ("cpu", [after["cpu"] - row["cpu"] for row, after in itertools.pairwise(life)]),
@@ -268,18 +114,21 @@ def assert_flat(undisturbed, week, starts):
         )
         assert late < 1.3 * early, name
 
-    resumed = [life[0]["time"] for life in lives(week)]
-    waits = [min(time - start for start in starts if start < time) for time in resumed]
-    half = len(waits) // 2
-    assert min(waits[half:]) < 1.5 * min(waits[:half])
+    resuming = [life[0]["cpu"] for life in lives(week)]  # until the first save of a process
+    half = len(resuming) // 2
+    assert min(resuming[half:]) < 1.5 * min(resuming[:half])
 
     old = [life for life in lives(week) if len(life) > 30]
     halves = old[: len(old) // 2], old[len(old) // 2 :]
-    for name, most in (("memory", 1.1), ("files", 1.2), ("threads", 1.2)):
+    for name, most, more in (
+        ("memory", 1.1, 0),
+        ("files", 1.2, connections),
+        ("threads", 1.2, connections),
+    ):
         first, second = (
             statistics.median(row[name] for life in half for row in life[10:30]) for half in halves
         )
-        assert second < most * first, name  # a run that is resumed for the twentieth time
+        assert second < most * first + more, name  # a run that is resumed for the twentieth time
 
 
 def progress_of(run, step):
@@ -289,46 +138,94 @@ def progress_of(run, step):
     return metadata
 
 
+@pytest.fixture
+def assert_same_end(saved_arrays, assert_same_arrays):
+    """Fails unless a run has ended, to the last bit, as another one."""
+
+    def check(undisturbed, week):
+        runs = undisturbed, week
+        summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
+        for name in ("best", "eval", "ema", "rollbacks"):
+            assert summaries[0][name] == summaries[1][name], name
+        logs = [(run / "metrics.jsonl").read_bytes() for run in runs]
+        assert logs[0] == logs[1]
+        steps, others = ({path.name for path in (run / "checkpoints").iterdir()} for run in runs)
+        assert steps == others and len(steps) >= 3
+        for step in steps:
+            assert_same_arrays(*(saved_arrays(run, step) for run in runs))
+            assert progress_of(undisturbed, step) == progress_of(week, step)
+
+    return check
+
+
+@pytest.fixture
+def live(tmp_path, assert_same_end):
+    """Runs a world that nothing befalls and one of the week to their ends, which are the same.
+
+    What is true of any world is checked; returned is what has befallen the second one.
+    """
+
+    def run(undisturbed, week, rng, name):
+        began = time.time()
+        undisturbed.start()
+        assert undisturbed.process.wait() == 0
+        middle = time.time()
+        events = simulate(week, rng)
+        runs = undisturbed.copy(), week.copy()
+        events["rolled back"] = json.loads((runs[1] / "summary.json").read_text())["rollbacks"]
+        measured = {
+            "events": events,
+            "seconds": {"undisturbed": middle - began, "week": time.time() - middle},
+            "starts": week.starts,
+            "not saved": week.not_saved,
+            "left": week.left,
+            "undisturbed": undisturbed.rows(),
+            "week": week.rows(),
+        }
+        folder = Path(os.environ.get("WEEK_FOLDER", tmp_path))
+        (folder / f"week_{name}.json").write_text(json.dumps(measured))
+        print(events)
+
+        assert_same_end(*runs)
+        assert len([*(runs[1] / "quarantine").iterdir()]) <= 5
+        assert not week.is_torn() and not week.temporary()
+        assert max(week.left) <= 2  # a folder of its own, which the next one removes
+        assert_flat(undisturbed.rows(), week.rows(), week.connections)
+        return events
+
+    return run
+
+
 @pytest.mark.torture
 def test_week_of_faults_ends_bitwise_as_if_there_had_been_none_and_nothing_grows(
-    tmp_path, start_main, saved_arrays, assert_same_arrays
+    tmp_path, start_main, live
 ):
-    rng, began = random.Random(2026), time.time()
-    undisturbed = LocalDisk(tmp_path / "undisturbed", start_main, rng)
-    undisturbed.start()
-    assert undisturbed.process.wait() == 0
-    middle = time.time()
-    week = LocalDisk(tmp_path / "week", start_main, rng)
-    events = simulate(week, rng)
+    rng = random.Random(2026)
+    undisturbed, week = (
+        worlds.LocalDisk(tmp_path / name, start_main, rng) for name in ("undisturbed", "week")
+    )
+    events = live(undisturbed, week, rng, "disk")
+    assert week.not_saved >= events["full disk"] >= 5
+    assert events["killed"] >= 15 and events["rolled back"] >= 20
 
-    summaries = [
-        json.loads((world.run / "summary.json").read_text()) for world in (undisturbed, week)
-    ]
-    events["rolled back"] = summaries[1]["rollbacks"]
-    assert week.not_saved >= events["full disk"]
-    measured = {
-        "events": events,
-        "seconds": {"undisturbed": middle - began, "week": time.time() - middle},
-        "starts": week.starts,
-        "not saved": week.not_saved,
-        "undisturbed": undisturbed.rows(),
-        "week": week.rows(),
-    }
-    path = os.environ.get("WEEK_JSON", tmp_path / "week.json")
-    with open(path, "w") as file:
-        json.dump(measured, file)
-    print(events)
 
-    assert events["killed"] >= 15 and events["full disk"] >= 5 and events["rolled back"] >= 20
-    logs = [(world.run / "metrics.jsonl").read_bytes() for world in (undisturbed, week)]
-    assert logs[0] == logs[1]
-    assert sorted(undisturbed.steps()) == sorted(week.steps())
-    for step in week.steps():
-        assert_same_arrays(*(saved_arrays(world.run, step) for world in (undisturbed, week)))
-        assert progress_of(undisturbed.run, step) == progress_of(week.run, step)
-    for name in ("best", "eval", "ema", "rollbacks"):
-        assert summaries[0][name] == summaries[1][name]
-    assert len([*(week.run / "quarantine").iterdir()]) <= 5
-    assert not week.is_saving()
-    assert_flat(undisturbed.rows(), week.rows(), week.starts)
-    shutil.rmtree(week.run)
+@pytest.mark.parametrize("bucket", ["s3"], indirect=True)
+@pytest.mark.torture
+def test_week_in_a_bucket_that_fails_ends_bitwise_as_if_it_had_not_and_nothing_grows(
+    tmp_path, bucket, bucket_folder, proxy, start_main, live
+):
+    rng = random.Random(2026)
+    undisturbed, week = (
+        worlds.Bucket(
+            tmp_path / name, bucket_folder(f"{bucket}/{name}", tmp_path), before, start_main, rng
+        )
+        for name, before in (("undisturbed", None), ("week", proxy))
+    )
+    events = live(undisturbed, week, rng, "bucket")
+    passed = week.passed()
+    print(passed)
+    assert week.not_saved >= events["writing is denied (403)"]
+    assert all(events[name] >= 1 for name in week.LASTING)
+    assert all(passed[kind] >= 1 for kind in ("503", "429", "slow", "cut", "lost", "refused"))
+    assert events["killed"] >= 5 and events["killed in the middle of a save"] >= 2
+    assert events["rolled back"] >= 6
