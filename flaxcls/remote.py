@@ -20,7 +20,7 @@ from flaxcls.errors import ConfigError, FlaxclsError
 CONNECTIONS = 128  # of a process to a store at a time; s3fs would have 10
 PATIENCE = 120  # seconds that a read is tried again
 TIMEOUT = 60  # seconds without a byte, after which gcsfs would wait on
-_CHUNK = 2**24  # bytes that are uploaded at a time
+CHUNK = 2**24  # bytes that are uploaded at a time
 _EXTRAS = {"gs": "cloud", "gcs": "cloud", "s3": "s3", "s3a": "s3"}
 _CREDENTIALS = {
     "cloud": "`gcloud auth application-default login` or GOOGLE_APPLICATION_CREDENTIALS gives "
@@ -92,7 +92,7 @@ def upload(source: str | os.PathLike, path: str) -> None:
     """Copies a file from this machine, whole or not at all."""
     with os_errors(path):
         client, name = client_and_name(path)
-        client.put_file(os.fspath(source), name, chunksize=_CHUNK)
+        client.put_file(os.fspath(source), name, chunksize=CHUNK)
 
 
 def remove(path: str) -> None:
