@@ -226,6 +226,9 @@ def client_and_name(path: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = path.partition("://")[0]
+    # Else gcsfs asks by gRPC for the kind of a bucket; where that is blocked, before each read, for
+    # up to a minute. It is read when gcsfs is imported.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except ImportError as error:
