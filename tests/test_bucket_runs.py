@@ -444,3 +444,16 @@ def test_commands_take_a_run_in_a_bucket(digits_there, digits_run, tmp_path):
     assert "parity.json" in as_path(out).files()
     with pytest.raises(ConfigError, match="is there already"):
         flaxcls.export(digits_there, out, format="safetensors", pictures=5)
+
+
+def test_failure_of_a_store_that_refuses_everything_is_told_once(folder, bucket_server):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1), progress())
+        checkpoints.wait()
+        bucket_server.faults(fail=10**6, status=403)
+        with pytest.raises(CheckpointError, match="checkpoint of step 2 not saved: access is deni"):
+            checkpoints.save(2, state(2), progress())
+            checkpoints.wait()
+        bucket_server.faults()
+        checkpoints.save(3, state(3), progress())
+    assert_is(newest(folder), 3)

@@ -256,7 +256,8 @@ class Checkpoints(CheckpointReader):
 
     def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
         """Why `state` can't be saved now."""
-        self._remove_unfinished()
+        if self._saving is None or not self._is_remote:  # else a request for nothing
+            self._remove_unfinished()
         folder = self._folder.working
         arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = max(int(1.02 * arrays) + 2**20, self._bytes)
@@ -275,7 +276,8 @@ class Checkpoints(CheckpointReader):
         """Frees the space of what a failure or the end of a process left half written."""
         if processes.is_first():
             self.check()
-            self._folder.remove_unfinished()
+            with contextlib.suppress(OSError):  # a bucket that does not answer: the next time
+                self._folder.remove_unfinished()
 
     def _unfinished(self, step: int) -> Path:
         return self._folder.working / f"{step}{UNFINISHED}"

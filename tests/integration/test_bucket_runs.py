@@ -184,6 +184,7 @@ def test_store_that_fails_now_and_then_is_asked_again_and_nothing_is_lost(
         {"fault": "refuse", "every": 31, "times": 2},
     )
     result = run_main(f"--config={everything}", f"--workdir={there.path}")
+    print(f"RECOVERY a failing store: the run took {result.seconds:.1f} s")
     assert result.returncode == 0, result.stderr
     answers = [line.rpartition(" -> ")[2] for line in faults.log()]
     print({answer: answers.count(answer) for answer in sorted(set(answers))})
@@ -210,6 +211,7 @@ def test_store_that_refuses_ends_the_run_with_a_sentence_and_no_checkpoint_is_lo
 
     # Denied from the beginning, alone and as two; and not there at all.
     result = run_main(*arguments)
+    print(f"RECOVERY a store that refuses: ended after {result.seconds:.1f} s")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert f"{there.path}" in result.stderr and "can't be written" in result.stderr
     codes = run_two(arguments, arguments)
@@ -233,16 +235,20 @@ def test_second_job_is_refused_and_one_that_was_taken_over_wakes_up_and_writes_n
     for code, _, stderr in run_two(arguments, arguments):  # it is alive, elsewhere
         assert code == 2, stderr
     first.send_signal(signal.SIGSTOP)
+    began = time.perf_counter()
     second = start_python("-c", ELSEWHERE, "two", *arguments)
     lease = there.path / "lease.json"
     assert wait_until(second, lambda: json.loads(lease.read_bytes()).get("pid") == second.pid)
     before = there.log()
     assert wait_until(second, lambda: there.log() not in (before, b""))
+    print(f"RECOVERY another host, in a bucket: {time.perf_counter() - began:.1f} s")
     second.send_signal(signal.SIGSTOP)  # what is written from here on is by the first one
     time.sleep(0.5)
     before = {str(path): path.version() for path in map(there.path.__truediv__, there.path.files())}
+    began = time.perf_counter()
     first.send_signal(signal.SIGCONT)
     _, stderr = first.communicate(timeout=60)
+    print(f"RECOVERY woken up, in a bucket: ended after {time.perf_counter() - began:.1f} s")
     assert first.returncode == 2 and "Traceback" not in stderr, stderr
     assert f"the run was taken over: it is now that of process {second.pid} on" in stderr
     after = {str(path): path.version() for path in map(there.path.__truediv__, there.path.files())}
