@@ -12,7 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls.buckets import AnyPath, as_path
+from flaxcls.buckets import AnyPath, as_path, is_remote
 from flaxcls.config.recipes import docstring, load_recipe
 from flaxcls.errors import (
     SIGNAL_EXIT_CODES,
@@ -144,9 +144,13 @@ def folder(flag: str, text: str) -> AnyPath:
     return as_path(text, f"--{flag}=")
 
 
-def check_folder(flag: str, path: str | Path) -> None:
-    """ConfigError unless the folder that a flag's file shall be in is there."""
-    if not Path(path).absolute().parent.is_dir():
+def check_folder(flag: str, path: str | Path, *, bucket: bool = False) -> None:
+    """ConfigError unless the folder that a flag's file shall be in is there; or a `bucket` may."""
+    if is_remote(path):
+        if not bucket:
+            raise ConfigError(f"--{flag}={path} must be on this machine, not in a bucket")
+        as_path(path, f"--{flag}=")
+    elif not Path(path).absolute().parent.is_dir():
         raise ConfigError(f"--{flag}={output.printable(path)} is in a folder that does not exist")
 
 

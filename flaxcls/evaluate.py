@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
     cli.check_run(FLAGS.run)
     if FLAGS.out:
-        cli.check_folder("out", FLAGS.out)
+        cli.check_folder("out", FLAGS.out, bucket=True)
 
     from flaxcls.insight.evaluation import evaluate_runs
     from flaxcls.insight.tables import print_comparison, print_detailed

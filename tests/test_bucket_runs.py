@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import flaxcls
 from flaxcls.buckets import ABSENT, BucketPath, Changed, as_path
 from flaxcls.errors import CheckpointError, ConfigError, RunTakenError
 from flaxcls.files import GrowingObject, append_line, atomic_write, read_json, write_json
@@ -17,6 +18,7 @@ from flaxcls.runs import lease, manifest
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runs.recovery import restore_newest
+from flaxcls.runs.robustness_log import read as read_rows
 from flaxcls.runs.tensorboard import read_events
 from flaxcls.runtime import machine, scratch
 from flaxcls.training.train import train_config
@@ -387,3 +389,32 @@ def test_run_in_a_bucket_is_the_one_on_a_disk(
         assert_same_arrays(
             saved_arrays(tmp_path / "copy", step), saved_arrays(tmp_path / "run", step)
         )
+
+
+@pytest.fixture
+def digits_there(digits_run, bucket):
+    """The URL of a copy of a trained run of digits_cnn."""
+    as_path(f"{bucket}/digits").upload_folder(digits_run)
+    return f"{bucket}/digits"
+
+
+@pytest.mark.parametrize("bucket", ["gcs"], indirect=True)
+def test_commands_take_a_run_in_a_bucket(digits_there, digits_run, tmp_path):
+    there = as_path(digits_there)
+    picture = np.full((8, 8, 1), 128, np.uint8)
+    assert flaxcls.evaluate(digits_there) == flaxcls.evaluate(digits_run)
+    on_disk, in_bucket = flaxcls.Predictor(digits_run), flaxcls.Predictor(digits_there)
+    assert on_disk(picture) == in_bucket(picture)
+    flaxcls.write_report(digits_there)
+    assert b"<html" in (there / "report.html").read_bytes()
+    flaxcls.calibrate(digits_there)
+    assert read_json(there / "calibration.json")["temperature"]
+    found = flaxcls.attack(digits_there, attack="fgsm", eps="0.1", count=20)
+    assert found and read_rows(there)
+    flaxcls.average([digits_there, digits_run], f"{digits_there}-mean")
+    assert flaxcls.evaluate(f"{digits_there}-mean")
+    out = f"{digits_there}-exported"
+    flaxcls.export(digits_there, out, format="safetensors", pictures=5)
+    assert "parity.json" in as_path(out).files()
+    with pytest.raises(ConfigError, match="is there already"):
+        flaxcls.export(digits_there, out, format="safetensors", pictures=5)

@@ -7,7 +7,7 @@ import numpy as np
 
 from flaxcls import cli
 from flaxcls.api.signatures import signature_of
-from flaxcls.buckets import as_path
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.errors import DataError
 from flaxcls.inference.classifier import is_one_picture
 from flaxcls.inference.predictor import Predictor
@@ -159,7 +159,7 @@ def audit(run: str | Path, out: str | Path | None = None) -> dict[str, Any]:
 
 
 @signature_of(page.write_report)
-def write_report(runs: Any, out: Any = None, **options: Any) -> Path:
+def write_report(runs: Any, out: Any = None, **options: Any) -> AnyPath:
     """Writes a page about a run, or one that compares several; returns its file.
 
     Args:

@@ -77,7 +77,7 @@ def default() -> ConfigDict:
 
     config.input = ConfigDict()
     config.input.mode = "auto"  # resident (decoded once, kept on the devices), stream
-    config.input.threads = placeholder(int)  # that decode; None: one per core
+    config.input.threads = placeholder(int)  # that decode; None: one a core, 8 in the cloud
     config.input.processes = placeholder(int)  # each with so many threads; None: from 16 cores on
     config.input.read_ahead = 4  # batches decoded before they are needed
     config.input.max_broken = 0.001  # share of the training images that may be unreadable

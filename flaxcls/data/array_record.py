@@ -76,8 +76,10 @@ def _chunks(path: str) -> tuple[np.ndarray, np.ndarray]:
         raise _damaged(path)
     if place[1] < begin:
         tail, begin = read_part(path, size - place[1], place[1]), place[1]
-    _, *listed = _records(path, tail[place[1] - begin : -_BLOCK], place[1])
+    listed = _records(path, tail[place[1] - begin : -_BLOCK], place[1])[1:]
     chunks = [dict(_fields(path, record)) for record in listed]
+    if any(value > size for chunk in chunks for value in (chunk.get(1, 0), chunk.get(3, 0))):
+        raise _damaged(path)
     offsets = np.array([*(chunk.get(1, 0) for chunk in chunks), place[1]], np.int64)
     counts = np.array([chunk.get(3, 0) for chunk in chunks], np.int64)
     if np.any(np.diff(offsets) < _CHUNK_HEADER) or offsets[0] < 0 or np.any(counts < 1):

@@ -30,6 +30,8 @@ from flaxcls.data.storage import exists, read_bytes
 from flaxcls.data.writer import METADATA, VERSION, DatasetWriter, Tally, check_metadata, shard_names
 from flaxcls.errors import ConfigError, DataError
 
+_MAX_JSON = 2**28  # bytes
+
 
 class _Part(NamedTuple):
     """A whole file, as `flaxcls.data.tfrecord.FilePart` has it."""
@@ -151,7 +153,7 @@ def _staging(target: epath.Path) -> str:
 def _read_json(path: str) -> dict[str, Any]:
     """A JSON file; nothing if it isn't there or is broken. OSError if the cloud does not say."""
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(read_bytes(path, _MAX_JSON))
     except (FileNotFoundError, ValueError):
         return {}
 

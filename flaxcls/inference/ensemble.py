@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxcls.buckets import AnyPath
 from flaxcls.core.losses import outputs_of
 from flaxcls.errors import ConfigError
 from flaxcls.inference.classifier import Classifier, Predictions
@@ -34,7 +35,7 @@ class Ensemble(Classifier):
 
     def __init__(
         self,
-        runs: Sequence[str | Path],
+        runs: Sequence[str | AnyPath],
         *,
         average: str = "probabilities",
         checkpoint: str = "last",

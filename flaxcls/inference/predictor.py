@@ -14,7 +14,7 @@ from PIL import Image
 
 from flaxcls import augment, models
 from flaxcls.augment.views import mean_over_views
-from flaxcls.buckets import as_path
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.core.losses import evaluated_as
 from flaxcls.core.metrics import WEIGHTS
 from flaxcls.data.decode import Picture, stretch
@@ -69,7 +69,7 @@ class Predictor(Classifier):
 
     def __init__(
         self,
-        run: str | Path,
+        run: str | AnyPath,
         *,
         checkpoint: str = "last",
         ema: bool | None = None,

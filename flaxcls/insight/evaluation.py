@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flaxcls.buckets import as_path
 from flaxcls.errors import ConfigError
 from flaxcls.inference.evaluator import evaluate_run
 from flaxcls.inference.neighbors import knn_run
@@ -66,7 +67,7 @@ def evaluate_runs(
     of_depth: dict[str, Any] = {"ema": ema, "average": average, "fit_split": fit_split}
     found, depth = (0, "", {}), None
     with contextlib.ExitStack() as stack:
-        target = Path(out).expanduser() if out is not None else None
+        target = as_path(out, "--out=") if out is not None else None
         folder = stack.enter_context(new_folder(target)) if target else None
         if knn is not None:
             found = knn_run(runs[0], knn, **own)

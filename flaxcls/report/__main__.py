@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     cli.parse(FLAGS, argv, __doc__)
     cli.check_run(FLAGS.run)
     if FLAGS.out:
-        cli.check_folder("out", FLAGS.out)
+        cli.check_folder("out", FLAGS.out, bucket=True)
     runs = [cli.folder("run", run) for run in FLAGS.run]
 
     from flaxcls.report.page import write_report

@@ -189,6 +189,16 @@ MISTAKES = {
         "--config=folder",
         "--config.data.path=flat",
     ),
+    "pictures in the cloud, misspelt": (
+        "main",
+        "--config=folder",
+        "--config.data.path=s2://bucket/pets",
+    ),
+    "pictures in the cloud without credentials": (
+        "main",
+        "--config=folder",
+        "--config.data.path=s3://bucket/pets",
+    ),
     "evaluate a folder that is no run": ("evaluate", "--run=flat"),
     "evaluate a file": ("evaluate", "--run=tiny.py"),
     "evaluate an unknown split": ("evaluate", "--run=run", "--split=tset"),

@@ -27,8 +27,8 @@ import pytest
 STEPS = 2000  # each is saved: a checkpoint every five minutes of a week
 STRETCH = 150  # batches, of which six in a row are NaN: the run rolls back twice
 # What is measured in the process at each save, and the bad batches. A full disk changes to which
-# checkpoint a run rolls back, and with it the examples that follow, rightly so; it must therefore
-# be over some steps before a bad batch comes, for which the run waits here.
+# checkpoint a run rolls back, and with it the examples that follow, rightly so; it may therefore
+# not begin near a bad batch, and be over before one comes, for which the run waits here.
 RECIPE = """
 import contextlib
 import os
@@ -135,9 +135,16 @@ class LocalDisk:
         self.process.wait()
 
     def fault(self):
-        """From now on no checkpoint can be written: the disk is full."""
-        (self._measured / "fault").touch()
-        self._limit(64)
+        """From now on no checkpoint can be written: the disk is full; False if that may not be."""
+        self.process.send_signal(signal.SIGSTOP)
+        last = self.rows()[-1]
+        batch = (last["step"] + last["offset"]) % STRETCH
+        may_be = not STRETCH // 2 - 20 <= batch < STRETCH // 2 + 20
+        if may_be:
+            (self._measured / "fault").touch()
+            self._limit(64)
+        self.process.send_signal(signal.SIGCONT)
+        return may_be
 
     def mend(self):
         self._limit(resource.RLIM_INFINITY)
@@ -188,14 +195,14 @@ def simulate(world, rng):
     while True:
         world.start()
         before = len(world.rows())
-        end = before + math.exp(rng.uniform(math.log(5), math.log(400)))
+        end = before + math.exp(rng.uniform(math.log(4), math.log(250)))  # some 60
         fault = before + rng.randint(20, 200)
         is_faulty = False
         while world.process.poll() is None and len(world.rows()) < end:
-            if len(world.rows()) >= fault:
+            if len(world.rows()) >= fault and world.fault():
                 is_faulty, fault = True, fault + rng.randint(60, 300)
                 events["full disk"] += 1
-                wait_for_fault(world)
+                wait_until_not_saved(world, 2)
                 if rng.random() < 0.25:
                     break
                 world.mend()
@@ -213,14 +220,13 @@ def simulate(world, rng):
             events[f"damaged: {world.damage()}"] += 1
 
 
-def wait_for_fault(world):
-    """Begins a fault and waits until two checkpoints could not be saved, or the process ends.
+def wait_until_not_saved(world, count):
+    """Waits until so many more checkpoints could not be saved, or the process ends.
 
     At most some seconds: the process may have come to where it waits for the end of the fault.
     """
-    before, end = world.not_saved, time.monotonic() + 5
-    world.fault()
-    while world.process.poll() is None and world.not_saved < before + 2 and time.monotonic() < end:
+    most, end = world.not_saved + count, time.monotonic() + 5
+    while world.process.poll() is None and world.not_saved < most and time.monotonic() < end:
         time.sleep(0.002)
 
 

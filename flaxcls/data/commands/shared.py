@@ -20,7 +20,11 @@ def define_flags() -> flags.FlagValues:
         "source", None, "A data set's name, a folder, a .csv or .jsonl file.", flag_values=values
     )
     flags.DEFINE_integer(
-        "threads", None, "Decoding threads; one per core.", lower_bound=1, flag_values=values
+        "threads",
+        None,
+        "Decoding threads; one per core, 8 in the cloud.",
+        lower_bound=1,
+        flag_values=values,
     )
     return values
 
