@@ -1,5 +1,6 @@
 """What the commands share: reading flags and recipes, reporting errors, exit codes."""
 
+import errno
 import importlib
 import os
 import signal
@@ -140,8 +141,19 @@ def load_config(recipe: str | None, overrides: Sequence[str]) -> ConfigDict:
 
 
 def folder(flag: str, text: str) -> AnyPath:
-    """The folder that a flag names, here or in a bucket; see `as_path`."""
-    return as_path(text, f"--{flag}=")
+    """The folder that a flag names, here or in a bucket, which is asked whether it answers.
+
+    Raises ConfigError as `as_path` does and where the bucket answers others only, and FlaxclsError
+    where it does not answer, which may pass.
+    """
+    path = as_path(text, f"--{flag}=")
+    if is_remote(path):
+        try:
+            path.exists()
+        except OSError as error:
+            kind = ConfigError if error.errno == errno.EACCES else FlaxclsError
+            raise kind(f"--{flag}={text} can't be reached: {error.strerror}") from error
+    return path
 
 
 def check_folder(flag: str, path: str | Path, *, bucket: bool = False) -> None:

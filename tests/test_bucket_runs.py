@@ -406,15 +406,15 @@ def digits_there(digits_run, bucket):
 @pytest.mark.parametrize("bucket", ["gcs"], indirect=True)
 def test_commands_take_a_run_in_a_bucket(digits_there, digits_run, tmp_path):
     there = as_path(digits_there)
-    picture = np.full((8, 8, 1), 128, np.uint8)
+    pictures = np.full((1, 8, 8, 1), 128, np.uint8)
     assert flaxcls.evaluate(digits_there) == flaxcls.evaluate(digits_run)
     on_disk, in_bucket = flaxcls.Predictor(digits_run), flaxcls.Predictor(digits_there)
-    assert on_disk(picture) == in_bucket(picture)
+    jax.tree.map(np.testing.assert_array_equal, on_disk(pictures), in_bucket(pictures))
     flaxcls.write_report(digits_there)
     assert b"<html" in (there / "report.html").read_bytes()
     flaxcls.calibrate(digits_there)
     assert read_json(there / "calibration.json")["temperature"]
-    found = flaxcls.attack(digits_there, attack="fgsm", eps="0.1", count=20)
+    found = flaxcls.attack(digits_there, method="fgsm", eps="0.1", examples=20)
     assert found and read_rows(there)
     flaxcls.average([digits_there, digits_run], f"{digits_there}-mean")
     assert flaxcls.evaluate(f"{digits_there}-mean")

@@ -8,8 +8,8 @@ set OUT/NAME is written, there are
     OUT/NAME/1.0.0/                       the data set without features.json
 
 features.json, which TFDS and flaxcls look for first, comes last: without it there is no data set.
-Of two processes that write the same at a time both do, and the same; of two that write something
-else the first one stops before its next shard.
+Of two processes that write the same at a time both do, and the same, until one is done and the
+other stops; of two that write something else the first one stops before its next shard.
 """
 
 import json

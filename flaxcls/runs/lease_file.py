@@ -4,6 +4,7 @@ In a folder (`FolderLease`) and in a bucket (`BucketLease`) that rests on differ
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 from flaxcls.buckets import ABSENT, AnyPath, BucketPath, Changed
 from flaxcls.config import options
-from flaxcls.errors import FlaxclsError
+from flaxcls.errors import ConfigError, FlaxclsError
 from flaxcls.runtime import machine
 from flaxcls.runtime.output import printable
 
@@ -149,7 +150,8 @@ class BucketLease:
             found = self._read()
             return found and found[0]
         except OSError as error:
-            raise FlaxclsError(f"{self._path} can't be read: {error.strerror}") from error
+            kind = ConfigError if error.errno == errno.EACCES else FlaxclsError
+            raise kind(f"{self._path} can't be read: {error.strerror}") from error
 
     def holds(self, holder: Holder) -> bool:
         """Whether the object still says so."""
