@@ -24,6 +24,10 @@ from launch import flags, training
 PORT = 1234
 USER = 1000  # as in launch/Dockerfile
 RUNS = "/runs"  # where a volume is mounted
+# What gives pods of GKE their credentials answers some seconds after their start. Google's client,
+# which asks three times in 3 s, would find none, and the run would end for good with code 2.
+# https://cloud.google.com/kubernetes-engine/docs/how-to/workload-identity
+WAIT_FOR_CREDENTIALS = ("GCE_METADATA_DETECT_RETRIES", "6")  # after 1, 2, 4, 8 and 16 s
 
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
@@ -84,7 +88,8 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, A
         ]
     if options.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-    environment = flags.environment(settings, options.env)
+    patience = [WAIT_FOR_CREDENTIALS] if options.workdir.startswith("gs://") else []
+    environment = flags.environment(settings, [*patience, *options.env])
     resources = {"google.com/tpu" if on_tpu else "nvidia.com/gpu": chips}
     container = {
         "name": "train",
