@@ -21,6 +21,7 @@ from flaxcls.runs.recovery import restore_newest
 from flaxcls.runs.robustness_log import read as read_rows
 from flaxcls.runs.tensorboard import read_events
 from flaxcls.runtime import machine, scratch
+from flaxcls.training.hooks import Hooks, StopTraining
 from flaxcls.training.train import train_config
 
 
@@ -394,6 +395,31 @@ def test_run_in_a_bucket_is_the_one_on_a_disk(
         assert_same_arrays(
             saved_arrays(tmp_path / "copy", step), saved_arrays(tmp_path / "run", step)
         )
+
+
+@pytest.mark.parametrize("bucket", ["gcs"], indirect=True)
+def test_run_that_moves_to_a_bucket_and_back_ends_as_if_it_had_stayed(
+    folder, tiny_config, tmp_path, saved_arrays, assert_same_arrays
+):
+    """As `gcloud storage cp -r` moves it."""
+
+    def train_until(step, place):
+        def stop(row):
+            if row["step"] == step:
+                raise StopTraining
+
+        return train_config(tiny_config(), place, hooks=Hooks(on_log=stop), watched=False)
+
+    train_until(None, tmp_path / "stayed")
+    train_until(3, tmp_path / "moved")
+    folder.upload_folder(tmp_path / "moved")
+    train_until(9, folder)
+    back = tmp_path / "back"
+    folder.download({name: back / name for name in folder.files()})
+    assert train_until(None, back)["finished"]
+    log = (tmp_path / "stayed" / "metrics.jsonl").read_bytes()
+    assert (back / "metrics.jsonl").read_bytes() == log
+    assert_same_arrays(saved_arrays(back, 12), saved_arrays(tmp_path / "stayed", 12))
 
 
 @pytest.fixture
