@@ -352,7 +352,12 @@ def test_save_that_fails_is_told_and_the_next_one_is_a_try(folder, monkeypatch):
 def test_temporary_folders_go(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     saved(folder, 1)
-    assert_is(newest(folder), 1)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.metadata(1)
+        assert [*tmp_path.rglob("read/1")]
+        assert_is(restore_newest(checkpoints, SHAPES, SHARDINGS, never), 1)
+        assert not [*tmp_path.rglob("read")]  # while training goes on
+    del checkpoints
     gc.collect()
     assert not [*tmp_path.iterdir()]
 

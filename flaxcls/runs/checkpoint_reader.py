@@ -115,6 +115,10 @@ class CheckpointReader:
             "config.checkpoint.keep or config.checkpoint.every would help"
         )
 
+    def free_copies(self) -> None:
+        """Frees the space of what was downloaded from a bucket; what is verified stays so."""
+        self._folder.forget()
+
     def _forget(self) -> None:
         """All is verified again before it is read."""
         self._has_manifest.clear()

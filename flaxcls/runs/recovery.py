@@ -56,6 +56,7 @@ def restore_newest(
     if rejected:
         processes.agree(0)  # all are moved before any process looks again
         checkpoints.reload()
+    checkpoints.free_copies()
     return found
 
 
