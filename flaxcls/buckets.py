@@ -127,16 +127,11 @@ class BucketPath:
         return _status(self._info() or self._absent())
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        with self._os_errors():
-            names = self._client.ls(str(self), detail=False)
-        for name in sorted(names):
-            if (path := self._with(PurePosixPath(name))) != self:
-                yield path
+        yield from (BucketPath(entry.path) for entry in remote.entries(str(self)))
 
     def glob(self, pattern: str) -> Iterator["BucketPath"]:
-        """What is directly in the folder and has such a name; nothing where there is no folder."""
-        with contextlib.suppress(FileNotFoundError):
-            yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
+        """What is directly in the folder and has such a name."""
+        yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def rglob(self, pattern: str) -> Iterator["BucketPath"]:
         """The objects below the folder that have such a name."""
@@ -144,13 +139,9 @@ class BucketPath:
 
     def files(self) -> dict[str, Status]:
         """All that is below the folder, by its path from there; empty where there is no folder."""
-        with self._os_errors():
-            found = self._client.find(str(self), detail=True)
-        found = {PurePosixPath(name): info for name, info in found.items()}
         return {
-            path.relative_to(self._name).as_posix(): _status(info)
-            for path, info in sorted(found.items())
-            if path != self._name
+            entry.path.removeprefix(f"{self}/"): Status(entry.size, entry.time / 1e9)
+            for entry in remote.below(str(self))
         }
 
     # Reading.
@@ -177,8 +168,7 @@ class BucketPath:
     # Writing.
 
     def write_bytes(self, content: bytes) -> None:
-        with self._os_errors():
-            self._client.pipe_file(str(self), content)
+        remote.write(str(self), content)
 
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode())
@@ -204,8 +194,7 @@ class BucketPath:
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
-            with self._os_errors():
-                self._client.rm_file(str(self))
+            remote.remove(str(self))
         except FileNotFoundError:
             if not missing_ok:
                 raise
@@ -236,6 +225,7 @@ class BucketPath:
                     [str(path) for path in files.values()],
                     [str(self / name) for name in files],
                     mode="create",
+                    chunksize=remote.CHUNK,
                 )
         except FileExistsError:  # see `put`
             for name, path in files.items():
@@ -271,8 +261,7 @@ class BucketPath:
 
     def _info(self) -> dict[str, Any] | None:
         try:
-            with self._os_errors():
-                return self._client.info(str(self))
+            return remote.information(str(self))
         except FileNotFoundError:
             return None
 

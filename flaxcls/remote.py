@@ -20,7 +20,7 @@ from flaxcls.errors import ConfigError, FlaxclsError
 CONNECTIONS = 128  # of a process to a store at a time; s3fs would have 10
 PATIENCE = 120  # seconds that a read is tried again
 TIMEOUT = 60  # seconds without a byte, after which gcsfs would wait on
-_CHUNK = 2**24  # bytes that are uploaded at a time
+CHUNK = 2**24  # bytes that are uploaded at a time
 _EXTRAS = {"gs": "cloud", "gcs": "cloud", "s3": "s3", "s3a": "s3"}
 _CREDENTIALS = {
     "cloud": "`gcloud auth application-default login` or GOOGLE_APPLICATION_CREDENTIALS gives "
@@ -92,7 +92,7 @@ def upload(source: str | os.PathLike, path: str) -> None:
     """Copies a file from this machine, whole or not at all."""
     with os_errors(path):
         client, name = client_and_name(path)
-        client.put_file(os.fspath(source), name, chunksize=_CHUNK)
+        client.put_file(os.fspath(source), name, chunksize=CHUNK)
 
 
 def remove(path: str) -> None:
@@ -226,6 +226,9 @@ def client_and_name(path: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = path.partition("://")[0]
+    # Else gcsfs asks by gRPC for the kind of a bucket; where that is blocked, before each read, for
+    # up to a minute. It is read when gcsfs is imported.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         kind = fsspec.get_filesystem_class(protocol)
     except ImportError as error:

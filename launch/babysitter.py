@@ -94,6 +94,8 @@ def decide(slice_state: str | None, doing: str | int, tries: Tries, limits: Limi
         return Decision("start", "the slice is ready", tries)
 
     reason = training.describe(int(doing))
+    # Code 2 is final at a rerun too, other than under SLURM. No process of an earlier try has the
+    # run: on this slice all hosts have told their code, and the hosts of a lost one are deleted.
     if doing == training.DONE or doing in training.STOP:
         return Decision("stop", reason, tries, code=int(doing))
     if doing == training.PREEMPTED:

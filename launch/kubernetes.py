@@ -1,12 +1,12 @@
 """Trains on a Kubernetes cluster that has JobSet (version 0.10 or newer; kubernetes 1.31 or newer).
 
-    python -m launch.kubernetes gpu --name=r50 --image=IMAGE --claim=CLAIM --nodes=2 [--dry_run] \\
-        -- --config=configs/NAME.py --workdir=/runs/NAME
-    python -m launch.kubernetes tpu --name=r50 --image=IMAGE --claim=CLAIM --type=v5e \\
-        --topology=4x4 -- ...
+    python -m launch.kubernetes gpu --name=r50 --image=IMAGE --nodes=2 [--dry_run] \\
+        -- --config=configs/NAME.py --workdir=gs://BUCKET/NAME
+    python -m launch.kubernetes tpu --name=r50 --image=IMAGE --type=v5e --topology=4x4 -- ...
 
-creates a JobSet with a process a host. `--claim` or `--bucket` is mounted at /runs, on all hosts.
-`--dry_run` prints the YAML instead of handing it to `kubectl apply`.
+creates a JobSet with a process a host. The run is in a bucket, which the pods' service account, or
+the variables of `--env_secret`, may read and write; the exception is `--workdir=/runs/NAME` on the
+volume `--claim`. `--dry_run` prints the YAML instead of handing it to `kubectl apply`.
 """
 
 import argparse
@@ -16,12 +16,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from launch import flags, training
 
 PORT = 1234
 USER = 1000  # as in launch/Dockerfile
+RUNS = "/runs"  # where a volume is mounted
+# What gives pods of GKE their credentials answers some seconds after their start. Google's client,
+# which asks three times in 3 s, would find none, and the run would end for good with code 2.
+# https://cloud.google.com/kubernetes-engine/docs/how-to/workload-identity
+WAIT_FOR_CREDENTIALS = ("GCE_METADATA_DETECT_RETRIES", "6")  # after 1, 2, 4, 8 and 16 s
 
 # https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus
 ACCELERATORS = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
@@ -51,6 +57,8 @@ POD_RULES = [
 ]
 # The first rule that matches counts; what matches none restarts the JobSet and counts towards
 # maxRestarts. https://jobset.sigs.k8s.io/docs/tasks/failure_policy/
+# Code 2 is final at a restart too, other than under SLURM: the Job is made anew when all pods of
+# the last one are gone, those of a node that can't be reached included; none still has the run.
 JOBSET_RULES = [
     {
         "name": "useless",
@@ -80,7 +88,8 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, A
         ]
     if options.spot:
         selector["cloud.google.com/gke-spot"] = "true"
-    environment = flags.environment(settings, options.env)
+    patience = [WAIT_FOR_CREDENTIALS] if options.workdir.startswith("gs://") else []
+    environment = flags.environment(settings, [*patience, *options.env])
     resources = {"google.com/tpu" if on_tpu else "nvidia.com/gpu": chips}
     container = {
         "name": "train",
@@ -89,10 +98,7 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, A
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [{"containerPort": PORT}],
         "resources": {"requests": resources, "limits": resources},
-        "volumeMounts": [
-            {"name": "runs", "mountPath": "/runs"},
-            {"name": "shared-memory", "mountPath": "/dev/shm"},
-        ],
+        "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
     }
     # As root where there are TPUs, for access to their devices.
     user = {"runAsUser": 0} if on_tpu else {"runAsUser": USER, "fsGroup": USER}
@@ -105,11 +111,14 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, A
         ],
         "securityContext": user,
         "containers": [container],
-        "volumes": [
-            {"name": "runs", **_runs(options)},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
-        ],
+        "volumes": [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}],
     }
+    if options.claim:
+        claim = {"claimName": options.claim}
+        container["volumeMounts"].append({"name": "runs", "mountPath": RUNS})
+        pod["volumes"].append({"name": "runs", "persistentVolumeClaim": claim})
+    if options.env_secret:
+        container["envFrom"] = [{"secretRef": {"name": name}} for name in options.env_secret]
     if options.service_account:
         pod["serviceAccountName"] = options.service_account
     job = {
@@ -118,10 +127,7 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> dict[str, A
         "parallelism": hosts,
         "backoffLimit": 0,  # one pod less and the others can't continue
         "podFailurePolicy": {"rules": POD_RULES},
-        "template": {
-            "metadata": {"annotations": {"gke-gcsfuse/volumes": "true"} if options.bucket else {}},
-            "spec": pod,
-        },
+        "template": {"spec": pod},
     }
     exclusive = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     return {
@@ -153,21 +159,6 @@ def _tpu_nodes(options: argparse.Namespace) -> tuple[int, int, dict[str, str]]:
         "cloud.google.com/gke-tpu-topology": options.topology,
     }
     return chips // a_host, a_host, labels
-
-
-def _runs(options: argparse.Namespace) -> dict[str, Any]:
-    """The volume of the runs' folders."""
-    if options.claim:
-        return {"persistentVolumeClaim": {"claimName": options.claim}}
-    return {
-        "csi": {
-            "driver": "gcsfuse.csi.storage.gke.io",
-            "volumeAttributes": {
-                "bucketName": options.bucket,
-                "mountOptions": f"implicit-dirs,uid={USER},gid={USER}",
-            },
-        }
-    }
 
 
 def to_yaml(value: Any, indent: str = "") -> str:
@@ -207,16 +198,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--topology", type=_topology, default="2x4", help="of the TPU slice, in chips")
     add("--chips", type=int, default=4, help="a TPU host")
     add("--spot", action="store_true", help="cheaper, and may be taken away (GKE)")
-    add("--service_account", help="of Kubernetes, where the bucket needs it")
+    add("--service_account", help="of Kubernetes, that may use the bucket")
     add("--grace", type=int, default=120, help="seconds between SIGTERM and SIGKILL")
     add("--max_failures", type=int, default=5, help="restarts after crashes and hangs")
     add("--dry_run", action="store_true", help="only print the YAML")
     selector = "a label that the nodes must have"
     add("--node_selector", action="append", default=[], metavar="LABEL=VALUE", type=_label,
         help=selector)  # fmt: skip
-    runs = parser.add_mutually_exclusive_group(required=True)
-    runs.add_argument("--claim", help="a PersistentVolumeClaim, ReadWriteMany, mounted at /runs")
-    runs.add_argument("--bucket", help="a bucket, mounted at /runs by GKE's gcsfuse driver")
+    claim = f"a PersistentVolumeClaim, ReadWriteMany, mounted at {RUNS}"
+    add("--claim", help=f"{claim}, where the run is not in a bucket")
+    secret = "a Secret whose keys become environment variables, such as AWS_ACCESS_KEY_ID"
+    add("--env_secret", action="append", default=[], metavar="NAME", help=secret)
     training.add_env(parser)
     return parser
 
@@ -235,7 +227,14 @@ def _label(text: str) -> tuple[str, str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    options, arguments = training.split(_parser(), argv, absolute=True)
+    parser = _parser()
+    options, arguments = training.split(parser, argv, absolute=True)
+    on_claim = options.claim and PurePosixPath(options.workdir).is_relative_to(RUNS)
+    if not on_claim and not training.is_in_bucket(options.workdir):
+        parser.error(
+            f"--workdir must be gs://BUCKET/... or s3://BUCKET/..., or below {RUNS}, where "
+            f"--claim=CLAIM is mounted, got {options.workdir!r}"
+        )
     text = to_yaml(jobset(options, arguments)) + "\n"
     if options.dry_run:
         print(text, end="")

@@ -2,6 +2,8 @@
 
     python -m launch.local -n 2 [--heartbeat_timeout=60] -- --config=FILE --workdir=DIR
 
+DIR may be in a bucket, gs://... or s3://...
+
 Process 0 speaks for all; what the others say on standard error is marked with their number.
 SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C are passed on to all of them, as SIGTERM. The exit code is that
 of the first process that failed; the others then have the heartbeat's time to end by themselves.

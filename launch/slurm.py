@@ -4,7 +4,8 @@
         -- --config=configs/NAME.py --workdir=DIR
 
 submits a job that is put into the queue again until the run is complete. `--dry_run` prints the
-script that would be submitted. To be typed in the checkout, which is on a shared file system.
+script that would be submitted. To be typed in the checkout, which is on a shared file system; so is
+DIR, or it is in a bucket, gs://... or s3://..., that all nodes may read and write.
 """
 
 import argparse

@@ -16,7 +16,7 @@ case $1 in
     python3 -m pip install --quiet --user uv==0.13.9 # brings Python 3.11; the images have 3.10
     python3 -m uv venv --quiet --clear --python=3.11 ~/flaxcls-venv
     VIRTUAL_ENV=~/flaxcls-venv python3 -m uv pip install --quiet \
-      -c ~/flaxcls/launch/constraints.txt -e ~/flaxcls'[cloud,fast,tpu]'
+      -c ~/flaxcls/launch/constraints.txt -e ~/flaxcls'[cloud,fast,s3,tpu]'
     ;;
   run)
     if runs && [ ! -e ~/flaxcls-run/exit ]; then

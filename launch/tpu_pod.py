@@ -1,7 +1,7 @@
 """Trains on a Cloud TPU pod slice, which is made for it and may be taken away at any time.
 
     python -m launch.tpu_pod COMMAND NAME --zone=ZONE --type=v5litepod-16 [--spot] [--dry_run] \\
-        [-- --config=configs/NAME.py --workdir=DIR]
+        [-- --config=configs/NAME.py --workdir=gs://BUCKET/NAME]
 
 create    asks for the slice (a queued resource)
 setup     puts the code of a git commit and the pinned packages on all its hosts
@@ -12,7 +12,9 @@ delete    gives the slice back
 babysit   all of that: makes the slice, starts training, and when the slice is taken away or
           training is preempted or crashes, does it again, until the run is complete
 
-`--dry_run` prints the commands that would run. To be typed in a git checkout; gcloud is logged in.
+The run is in a bucket, which the hosts' service account may read and write; the exception is a file
+system that they share and `--prepare` mounts. `--dry_run` prints the commands that would run. To be
+typed in a git checkout; gcloud is logged in.
 """
 
 import argparse
@@ -52,6 +54,7 @@ class Pod:
             f"--accelerator-type={options.type}",
             f"--runtime-version={options.runtime or self._runtime}",
             *(["--spot"] if options.spot else []),
+            *([f"--service-account={account}"] if (account := options.service_account) else []),
         )
 
     def delete(self) -> None:
@@ -215,10 +218,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--type", type=_type, default="v5litepod-16", help="v5litepod-N, v5p-N or v6e-N")
     add("--project")
     add("--spot", action="store_true", help="cheaper, and may be taken away")
+    add("--service_account", help="of the hosts; otherwise Compute Engine's default one")
     add("--runtime", help="the hosts' image, if not the usual one of the type")
     add("--commit", default="HEAD", help="of the code")
     add("--repository", help="to clone from; otherwise the commit is uploaded from here")
-    prepare = "typed on all hosts before the set-up, such as mounting the workdir's file system"
+    prepare = "typed on all hosts before the set-up, such as the mount of a shared file system"
     add("--prepare", action="append", default=[], metavar="COMMAND", help=prepare)
     add("--max_failures", type=int, default=Limits.failures, help="crashes, for babysit")
     add("--max_preemptions", type=int, default=Limits.preemptions, help="for babysit")
@@ -250,6 +254,15 @@ def main(argv: Sequence[str]) -> int:
         options, arguments = training.split(parser, argv, absolute=True)
     else:
         options, arguments = parser.parse_args(argv), []
+    if (
+        options.command == "babysit"
+        and not options.prepare
+        and not training.is_in_bucket(options.workdir)
+    ):
+        parser.error(
+            f"--workdir={options.workdir} is on disks that go with the slice: give gs://BUCKET/... "
+            "or s3://BUCKET/..., or mount a file system that all hosts share with --prepare"
+        )
     if options.commit == "HEAD":
         head = ["git", "rev-parse", "HEAD"]
         options.commit = subprocess.run(head, check=True, capture_output=True, text=True).stdout

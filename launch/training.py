@@ -1,6 +1,7 @@
 """What all launchers know of a training process: its command line and its exit codes."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
@@ -24,11 +25,11 @@ def describe(code: int) -> str:
 def split(
     parser: argparse.ArgumentParser, argv: Sequence[str], *, absolute: bool
 ) -> tuple[argparse.Namespace, list[str]]:
-    """The launcher's own options, and the arguments of `flaxcls.main`, which follow `--`.
+    """The launcher's own options with `workdir`, and the arguments of `flaxcls.main` after `--`.
 
-    A run that is started again resumes only in its folder, so --workdir has to be said, and
-    `absolute` where the processes' current folder is not a shared one. What is wrong ends the
-    launcher with a sentence and code 2.
+    A run that is started again resumes only in its folder, so --workdir has to be said: in a bucket
+    or on a file system, and there `absolute` where the processes' current folder is not a shared
+    one. What is wrong ends the launcher with a sentence and code 2.
     """
     own, dashes, arguments = list(argv), [], []
     if "--" in argv:
@@ -41,12 +42,19 @@ def split(
     for name in ("--config", "--workdir"):
         if not values.get(name):
             parser.error(f"{name}=... is missing after --")
-    if absolute and not PurePosixPath(values["--workdir"]).is_absolute():
+    options.workdir = workdir = values["--workdir"]
+    is_path = "://" not in workdir and (not absolute or PurePosixPath(workdir).is_absolute())
+    if not is_path and not is_in_bucket(workdir):
+        a_path = "an absolute path" if absolute else "a path"
         parser.error(
-            f"--workdir must be an absolute path of a file system that all hosts share, "
-            f"got {values['--workdir']!r}"
+            f"--workdir must be gs://BUCKET/... or s3://BUCKET/..., or {a_path} of a file system "
+            f"that all hosts share, got {workdir!r}"
         )
     return options, arguments
+
+
+def is_in_bucket(workdir: str) -> bool:
+    return re.match("(gs|s3)://[^/]", workdir) is not None
 
 
 def command(python: str, arguments: Sequence[str]) -> list[str]:

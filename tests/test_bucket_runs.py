@@ -21,6 +21,7 @@ from flaxcls.runs.recovery import restore_newest
 from flaxcls.runs.robustness_log import read as read_rows
 from flaxcls.runs.tensorboard import read_events
 from flaxcls.runtime import machine, scratch
+from flaxcls.training.hooks import Hooks, StopTraining
 from flaxcls.training.train import train_config
 
 
@@ -351,7 +352,12 @@ def test_save_that_fails_is_told_and_the_next_one_is_a_try(folder, monkeypatch):
 def test_temporary_folders_go(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     saved(folder, 1)
-    assert_is(newest(folder), 1)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.metadata(1)
+        assert [*tmp_path.rglob("read/1")]
+        assert_is(restore_newest(checkpoints, SHAPES, SHARDINGS, never), 1)
+        assert not [*tmp_path.rglob("read")]  # while training goes on
+    del checkpoints
     gc.collect()
     assert not [*tmp_path.iterdir()]
 
@@ -391,6 +397,31 @@ def test_run_in_a_bucket_is_the_one_on_a_disk(
         )
 
 
+@pytest.mark.parametrize("bucket", ["gcs"], indirect=True)
+def test_run_that_moves_to_a_bucket_and_back_ends_as_if_it_had_stayed(
+    folder, tiny_config, tmp_path, saved_arrays, assert_same_arrays
+):
+    """As `gcloud storage cp -r` moves it."""
+
+    def train_until(step, place):
+        def stop(row):
+            if row["step"] == step:
+                raise StopTraining
+
+        return train_config(tiny_config(), place, hooks=Hooks(on_log=stop), watched=False)
+
+    train_until(None, tmp_path / "stayed")
+    train_until(3, tmp_path / "moved")
+    folder.upload_folder(tmp_path / "moved")
+    train_until(9, folder)
+    back = tmp_path / "back"
+    folder.download({name: back / name for name in folder.files()})
+    assert train_until(None, back)["finished"]
+    log = (tmp_path / "stayed" / "metrics.jsonl").read_bytes()
+    assert (back / "metrics.jsonl").read_bytes() == log
+    assert_same_arrays(saved_arrays(back, 12), saved_arrays(tmp_path / "stayed", 12))
+
+
 @pytest.fixture
 def digits_there(digits_run, bucket):
     """The URL of a copy of a trained run of digits_cnn."""
@@ -418,3 +449,16 @@ def test_commands_take_a_run_in_a_bucket(digits_there, digits_run, tmp_path):
     assert "parity.json" in as_path(out).files()
     with pytest.raises(ConfigError, match="is there already"):
         flaxcls.export(digits_there, out, format="safetensors", pictures=5)
+
+
+def test_failure_of_a_store_that_refuses_everything_is_told_once(folder, bucket_server):
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1), progress())
+        checkpoints.wait()
+        bucket_server.faults(fail=10**6, status=403)
+        with pytest.raises(CheckpointError, match="checkpoint of step 2 not saved: access is deni"):
+            checkpoints.save(2, state(2), progress())
+            checkpoints.wait()
+        bucket_server.faults()
+        checkpoints.save(3, state(3), progress())
+    assert_is(newest(folder), 3)

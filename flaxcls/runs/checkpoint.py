@@ -28,7 +28,7 @@ import jax
 from flaxcls.buckets import AnyPath
 from flaxcls.errors import CheckpointError, ProcessesError
 from flaxcls.runs import manifest
-from flaxcls.runs.checkpoint_folder import UNFINISHED, BucketCheckpoints
+from flaxcls.runs.checkpoint_folder import UNFINISHED
 from flaxcls.runs.checkpoint_reader import (
     SECONDS_TO_SAVE,
     WRITTEN_LAST,
@@ -70,7 +70,6 @@ class Checkpoints(CheckpointReader):
     def __init__(self, directory: AnyPath, keep: int = 1, check: Callable[[], None] = lambda: None):
         super().__init__(directory)
         self.check = check
-        self._is_remote = isinstance(self._folder, BucketCheckpoints)
         self._policy = _NewestAndBest(keep)
         self._saving: int | None = None  # the step whose saving began last
         self._failure: CheckpointError | None = None  # of that step, until it is reported
@@ -91,9 +90,9 @@ class Checkpoints(CheckpointReader):
         import orbax.checkpoint as ocp
 
         failure = self._take_failure()
-        if self._is_remote:
+        if self.is_remote:
             self._begin_upload()
-        if not failure and (processes.is_first() or self._is_remote):
+        if not failure and (processes.is_first() or self.is_remote):
             failure = self._obstacle(step, state)
         for message in processes.gather(str(failure or "")):
             if message:
@@ -171,10 +170,10 @@ class Checkpoints(CheckpointReader):
         import orbax.checkpoint as ocp
 
         # In a bucket's case each process has a folder of its own, of which it is in charge.
-        among = ocp.options.MultiprocessingOptions(primary_host=None if self._is_remote else 0)
+        among = ocp.options.MultiprocessingOptions(primary_host=None if self.is_remote else 0)
         # It has a part of the arrays there: that none is missing is seen when they are merged.
         arrays = ocp.BasePyTreeCheckpointHandler(
-            multiprocessing_options=among, enable_post_merge_validation=not self._is_remote
+            multiprocessing_options=among, enable_post_merge_validation=not self.is_remote
         )
         return ocp.CheckpointManager(
             self._folder.working,
@@ -191,7 +190,7 @@ class Checkpoints(CheckpointReader):
                 async_options=ocp.AsyncOptions(
                     timeout_secs=SECONDS_TO_SAVE,
                     barrier_sync_fn=self._barrier,
-                    post_finalization_callback=self._upload if self._is_remote else self._commit,
+                    post_finalization_callback=self._upload if self.is_remote else self._commit,
                     create_directories_asynchronously=False,
                 ),
             ),
@@ -233,17 +232,16 @@ class Checkpoints(CheckpointReader):
         The first one puts together what all have written, as Orbax does where they share a disk.
         """
         step, folder = self._saving, self._unfinished(self._saving)
-        others = range(1, processes.count())
         if not processes.is_first():
             self._folder.publish_part(step, folder, processes.index())
         if self._barrier:
             self._barrier(key=UPLOADED, timeout_ms=1000 * SECONDS_TO_SAVE)
         if processes.is_first():
             self.check()
-            self._folder.merge(step, folder, others)
+            parts = self._folder.merge_parts(step, folder) if self._barrier else set()
             self._bytes = manifest.write(folder, WRITTEN_LAST)
             self.check()
-            self._folder.publish(step, folder, others, self.check)
+            self._folder.publish(step, folder, parts, self.check)
             self._remove_old()
 
     def _remove_old(self) -> None:
@@ -256,7 +254,8 @@ class Checkpoints(CheckpointReader):
 
     def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
         """Why `state` can't be saved now."""
-        self._remove_unfinished()
+        if self._saving is None or not self.is_remote:  # else a request for nothing
+            self._remove_unfinished()
         folder = self._folder.working
         arrays = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         needed = max(int(1.02 * arrays) + 2**20, self._bytes)
@@ -275,7 +274,8 @@ class Checkpoints(CheckpointReader):
         """Frees the space of what a failure or the end of a process left half written."""
         if processes.is_first():
             self.check()
-            self._folder.remove_unfinished()
+            with contextlib.suppress(OSError):  # a bucket that does not answer: the next time
+                self._folder.remove_unfinished()
 
     def _unfinished(self, step: int) -> Path:
         return self._folder.working / f"{step}{UNFINISHED}"

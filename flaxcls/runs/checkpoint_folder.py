@@ -43,8 +43,9 @@ class LocalCheckpoints:
         """The folder of a step, to read."""
         return self.path / str(step)
 
-    def forget(self) -> None:
-        """What was downloaded is looked at anew."""
+    def forget(self) -> bool:
+        """What was downloaded is looked at anew; whether anything was."""
+        return False
 
     def remove_unfinished(self) -> None:
         """Frees the space of what a failure or the end of a process left half written."""
@@ -81,7 +82,8 @@ class BucketCheckpoints:
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 partial.mkdir(parents=True)
-                self._download(step, partial)
+                there = self.path / str(step)
+                there.download({name: partial / name for name in there.files()})
                 partial.rename(copy)
             except OSError as error:
                 raise CheckpointError(
@@ -90,15 +92,11 @@ class BucketCheckpoints:
                 ) from error
         return copy
 
-    def _download(self, step: int, target: Path, below: str = "") -> None:
-        """The files of a step whose path begins with `below`, which may be none."""
-        names = (self.path / str(step)).files()
-        wanted = {name: target / name for name in names if name.startswith(below)}
-        (self.path / str(step)).download(wanted)
-
-    def forget(self) -> None:
-        """What was downloaded is looked at anew."""
+    def forget(self) -> bool:
+        """What was downloaded is looked at anew; whether anything was."""
+        had_any = self._copies.exists()
         shutil.rmtree(self._copies, ignore_errors=True)
+        return had_any
 
     def remove_unfinished(self) -> None:
         """Removes objects of steps without manifest, and frees the space of this process's copy."""
@@ -114,36 +112,37 @@ class BucketCheckpoints:
         self.working.mkdir(parents=True)
 
     def publish_part(self, step: int, folder: Path, process: int) -> None:
-        """Uploads what one of several processes has written into the state of a step."""
-        files = _part(folder, process)
-        (self.path / str(step)).upload({name: folder / name for name in files})
+        """Uploads what one of several processes has written for itself alone: arrays and more."""
+        own = [folder / "state" / "array_metadatas" / f"process_{process}"]
+        own += (folder / "state" / f"ocdbt.process_{process}").rglob("*")
+        files = {path.relative_to(folder).as_posix(): path for path in own if path.is_file()}
+        (self.path / str(step)).upload(files)
 
-    def merge(self, step: int, folder: Path, processes: Collection[int]) -> None:
-        """Adds to `folder` what other processes have uploaded, as Orbax does on a shared disk."""
-        for process in processes:
-            for below in _below(process):
-                self._download(step, folder, below)
-        if processes:
-            asyncio.run(_merge(folder / "state"))
+    def merge_parts(self, step: int, folder: Path) -> set[str]:
+        """Adds to `folder` what other processes have uploaded, as Orbax does on a shared disk.
+
+        Returns the paths of the files.
+        """
+        there = self.path / str(step)
+        names = there.files()
+        there.download({name: folder / name for name in names})
+        asyncio.run(_merge(folder / "state"))
+        return set(names)
 
     def publish(
-        self, step: int, folder: Path, uploaded: Collection[int], check: Callable[[], None]
+        self, step: int, folder: Path, uploaded: Collection[str], check: Callable[[], None]
     ) -> None:
         """Uploads a step that has its manifest, which comes last, so that it is whole or not there.
 
         Args:
-          uploaded: the processes whose parts are there already.
+          uploaded: the files that are there already.
           check: raises where nothing may be written any more; asked before the manifest is.
         """
-        there = {name for process in uploaded for name in _part(folder, process)}
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path for path in paths}
         last = {manifest.NAME: files.pop(manifest.NAME)}
         target = self.path / str(step)
-        target.upload({name: path for name, path in files.items() if name not in there})
+        target.upload({name: path for name, path in files.items() if name not in uploaded})
         check()  # that may have taken minutes
         target.upload(last)
 
@@ -176,17 +175,6 @@ def _whole(names: Iterable[str]) -> list[int]:
     return sorted(
         int(step) for step, *rest in parts if rest == [manifest.NAME] and _STEP.fullmatch(step)
     )
-
-
-def _below(process: int) -> tuple[str, str]:
-    """How the paths of what a process has written begin: its arrays, and their metadata."""
-    return f"state/ocdbt.process_{process}/", f"state/array_metadatas/process_{process}"
-
-
-def _part(folder: Path, process: int) -> list[str]:
-    """The files of a checkpoint that a process has written for itself alone."""
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if name.startswith(_below(process)))
 
 
 async def _merge(state: Path) -> None:

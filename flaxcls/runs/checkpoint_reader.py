@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from flaxcls.buckets import AnyPath
+from flaxcls.buckets import AnyPath, is_remote
 from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
 from flaxcls.runs import manifest
 from flaxcls.runs.checkpoint_folder import checkpoint_folder
@@ -62,11 +62,15 @@ class CheckpointReader:
 
     Args:
       directory: of the checkpoints.
+
+    Attributes:
+      is_remote: whether they are in a bucket, and what each process reads is a copy of its own.
     """
 
     def __init__(self, directory: AnyPath):
         _quiet_orbax()
         self._folder = checkpoint_folder(directory)
+        self.is_remote = is_remote(directory)
         self._has_manifest: dict[int, bool] = {}  # of the steps that are verified
 
     def steps(self) -> list[int]:
@@ -114,6 +118,10 @@ class CheckpointReader:
             f"no checkpoint in {self._folder.path} is kept for long enough to be read: a larger "
             "config.checkpoint.keep or config.checkpoint.every would help"
         )
+
+    def free_copies(self) -> None:
+        """Frees the space of what was downloaded from a bucket; what is verified stays so."""
+        self._folder.forget()
 
     def _forget(self) -> None:
         """All is verified again before it is read."""
@@ -209,10 +217,19 @@ class CheckpointReader:
         """Whether a step has a manifest; Damaged if a file of the step is. Once is enough."""
         if step not in self._has_manifest:
             try:
-                self._has_manifest[step] = manifest.verify(self.folder(step), WRITTEN_LAST)
+                self._has_manifest[step] = self._verified(step)
             except Damaged as error:
                 raise Damaged(f"the checkpoint of step {step} is damaged: {error}") from error
         return self._has_manifest[step]
+
+    def _verified(self, step: int) -> bool:
+        """As `manifest.verify`; a copy that is damaged is made anew once, it may be that alone."""
+        try:
+            return manifest.verify(self.folder(step), WRITTEN_LAST)
+        except Damaged:
+            if not self._folder.forget():
+                raise
+            return manifest.verify(self.folder(step), WRITTEN_LAST)
 
     def compare(self, step: int, shapes: Any, exact: bool = False) -> None:
         """Raises CheckpointMismatch unless a step has the arrays of `shapes`, if `exact` no others.

@@ -191,7 +191,6 @@ class MetricLog:
         with self._noting_failure():
             self._write_pending()
             self._file.flush()
-        self._board.flush()
         return not self._waiting
 
     def _write_pending(self) -> None:
@@ -218,6 +217,7 @@ class MetricLog:
             self._live.stop()
         if kind is None or not issubclass(kind, RunTakenError):
             self.flush()
+            self._board.flush()
         self._file.close()
         self._board.close()
         if self._trackers:

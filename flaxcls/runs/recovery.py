@@ -56,6 +56,7 @@ def restore_newest(
     if rejected:
         processes.agree(0)  # all are moved before any process looks again
         checkpoints.reload()
+    checkpoints.free_copies()
     return found
 
 
@@ -77,6 +78,8 @@ def _restore(
     """State and metadata; Damaged in all processes if any of them can't read them."""
     problem = restored = None
     try:
+        if checkpoints.is_remote:  # each process has a copy of its own
+            checkpoints.verify(step)
         restored = checkpoints.state_and_metadata(step, shapes, shardings)
     except Damaged as error:
         problem = error

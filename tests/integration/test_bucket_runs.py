@@ -53,7 +53,7 @@ def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
     print("the kills' seed is", seed)
     rng = random.Random(seed)
     most = max(1, STEPS // (2 * count))
-    arguments = (f"--config={everything}", f"--workdir={there.path}", "--noreport")
+    arguments = (f"--config={everything}", f"--workdir={there.path}")
 
     def newest():
         return max(there.steps(), default=0)
@@ -106,7 +106,8 @@ def test_store_that_fails_now_and_then_is_asked_again_and_nothing_is_lost(
         {"fault": "cut", "every": 29, "times": 3},
         {"fault": "refuse", "every": 31, "times": 2},
     )
-    result = run_main(f"--config={everything}", f"--workdir={there.path}", "--noreport")
+    result = run_main(f"--config={everything}", f"--workdir={there.path}")
+    print(f"RECOVERY a failing store: the run took {result.seconds:.1f} s")
     assert result.returncode == 0, result.stderr
     answers = [line.rpartition(" -> ")[2] for line in faults.log()]
     print({answer: answers.count(answer) for answer in sorted(set(answers))})
@@ -120,7 +121,7 @@ def test_store_that_fails_now_and_then_is_asked_again_and_nothing_is_lost(
 def test_store_that_refuses_ends_the_run_with_a_sentence_and_no_checkpoint_is_lost(
     there, faults, everything, start_main, run_main, run_two, wait_until, assert_is_whole
 ):
-    arguments = (f"--config={everything}", f"--workdir={there.path}", "--noreport")
+    arguments = (f"--config={everything}", f"--workdir={there.path}")
     process = start_main(*arguments)
     assert wait_until(process, lambda: there.steps() and there.log())
     faults.plan({"fault": "status", "status": 403, "match": "^(PUT|POST|DELETE) "})
@@ -133,6 +134,7 @@ def test_store_that_refuses_ends_the_run_with_a_sentence_and_no_checkpoint_is_lo
 
     # Denied from the beginning, alone and as two; and not there at all.
     result = run_main(*arguments)
+    print(f"RECOVERY a store that refuses: ended after {result.seconds:.1f} s")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert f"{there.path}" in result.stderr and "can't be written" in result.stderr
     codes = run_two(arguments, arguments)
@@ -150,22 +152,26 @@ def test_store_that_refuses_ends_the_run_with_a_sentence_and_no_checkpoint_is_lo
 def test_second_job_is_refused_and_one_that_was_taken_over_wakes_up_and_writes_nothing(
     there, everything, start_python, run_main, run_two, wait_until, assert_is_whole
 ):
-    arguments = (f"--config={everything}", f"--workdir={there.path}", "--noreport")
+    arguments = (f"--config={everything}", f"--workdir={there.path}")
     first = start_python("-c", ELSEWHERE, "one", *arguments)
     assert wait_until(first, lambda: there.steps() and there.log())
     for code, _, stderr in run_two(arguments, arguments):  # it is alive, elsewhere
         assert code == 2, stderr
     first.send_signal(signal.SIGSTOP)
+    began = time.perf_counter()
     second = start_python("-c", ELSEWHERE, "two", *arguments)
     lease = there.path / "lease.json"
     assert wait_until(second, lambda: json.loads(lease.read_bytes()).get("pid") == second.pid)
     before = there.log()
     assert wait_until(second, lambda: there.log() not in (before, b""))
+    print(f"RECOVERY another host, in a bucket: {time.perf_counter() - began:.1f} s")
     second.send_signal(signal.SIGSTOP)  # what is written from here on is by the first one
     time.sleep(0.5)
     before = {str(path): path.version() for path in map(there.path.__truediv__, there.path.files())}
+    began = time.perf_counter()
     first.send_signal(signal.SIGCONT)
     _, stderr = first.communicate(timeout=60)
+    print(f"RECOVERY woken up, in a bucket: ended after {time.perf_counter() - began:.1f} s")
     assert first.returncode == 2 and "Traceback" not in stderr, stderr
     assert f"the run was taken over: it is now that of process {second.pid} on" in stderr
     after = {str(path): path.version() for path in map(there.path.__truediv__, there.path.files())}
@@ -176,8 +182,7 @@ def test_second_job_is_refused_and_one_that_was_taken_over_wakes_up_and_writes_n
     assert_is_whole(there.copy())
 
 
-@pytest.mark.parametrize("bucket", ON_GCS, indirect=True)
-@pytest.mark.slow
+@pytest.mark.torture
 def test_run_that_moves_from_a_disk_to_a_bucket_and_back_ends_bitwise_the_same(
     tmp_path, there, everything, start_main, run_main, run_folder, wait_until, assert_is_whole
 ):
@@ -186,7 +191,7 @@ def test_run_that_moves_from_a_disk_to_a_bucket_and_back_ends_bitwise_the_same(
     disk = run_folder(tmp_path / "disk")
 
     def train_until(place, steps, saved):
-        process = start_main(f"--config={everything}", f"--workdir={place}", "--noreport")
+        process = start_main(f"--config={everything}", f"--workdir={place}")
         assert wait_until(process, lambda: max(saved(), default=0) >= steps)
         process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=120)
@@ -196,7 +201,7 @@ def test_run_that_moves_from_a_disk_to_a_bucket_and_back_ends_bitwise_the_same(
     there.path.upload_folder(disk.folder)
     train_until(there.path, 30, there.steps)
     back = there.copy()
-    result = run_main(f"--config={everything}", f"--workdir={back}", "--noreport")
+    result = run_main(f"--config={everything}", f"--workdir={back}")
     assert result.returncode == 0, result.stderr
     assert "waiting until" not in result.stdout
     assert_is_whole(back)
@@ -208,7 +213,7 @@ def test_two_processes_that_share_no_disk_save_what_one_can_resume(
     there, tmp_path, everything, start_two, run_main, wait_until, saved_arrays, assert_same_arrays
 ):
     """Parameters are split over both; each has a temporary folder of its own."""
-    options = (f"--config={everything}", "--config.mesh.fsdp=2", "--noreport")
+    options = (f"--config={everything}", "--config.mesh.fsdp=2")
     two = (*options, f"--workdir={there.path}", "--config.mesh.cpu_devices=1")
     processes = start_two(two, two)
     assert wait_until(processes[0], lambda: max(there.steps(), default=0) >= 10)

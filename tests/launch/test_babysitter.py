@@ -123,7 +123,7 @@ def world(tmp_path, executable):
 
 def babysit(world, *options):
     words = [sys.executable, "-m", "launch.tpu_pod", "babysit", "pod", "--zone=z", "--spot"]
-    run = ["--", "--config=c.py", "--workdir=/runs/r", "--config.duration=90 epochs"]
+    run = ["--", "--config=c.py", "--workdir=gs://b/r", "--config.duration=90 epochs"]
     result = subprocess.run(
         [*words, "--interval=0.1", *options, *run],
         cwd=world.checkout,
@@ -146,7 +146,7 @@ def test_slice_that_is_taken_away_twice_is_made_again_and_training_ends(world):
     assert shortened == ["create", "start", "delete"] * 2 + ["create", "start", "stop"]
     runs = (folder / "runs").read_text().splitlines()
     assert len(runs) == 3 * 2  # on both hosts of each slice, always with the same workdir
-    tail = "-m flaxcls.main --config=c.py --workdir=/runs/r --config.duration=90 epochs"
+    tail = "-m flaxcls.main --config=c.py --workdir=gs://b/r --config.duration=90 epochs"
     assert all(run.endswith(tail) for run in runs)
 
 

@@ -10,24 +10,34 @@ from pathlib import Path
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
-RUN = ("--", "--config=configs/imagenet_resnet50.py", "--workdir=/runs/r50")
-SPACES = (*RUN, "--config.duration=90 epochs")
+RUN = ("--", "--config=configs/imagenet_resnet50.py")
+PATH = (*RUN, "--workdir=/runs/r50")
+IN_BUCKET = (*RUN, "--workdir=gs://my-runs/r50", "--config.duration=90 epochs")
 POD = ("r50", "--zone=us-west4-a", "--dry_run", "--commit=0123456789")
 CASES = {
-    "slurm_task_a_gpu.sh": ("slurm", "--nodes=2", "--sbatch=--partition=gpu", "--dry_run", *SPACES),
+    "slurm_task_a_gpu.sh": (
+        "slurm",
+        "--nodes=2",
+        "--sbatch=--partition=gpu",
+        "--dry_run",
+        *IN_BUCKET,
+    ),
     "slurm_task_a_node.sh": (
         *("slurm", "--name=r50", "--nodes=4", "--one_task_a_node", "--deterministic"),
-        *("--env=TFDS_DATA_DIR=/data/my sets", "--dry_run", *RUN),
+        *("--env=TFDS_DATA_DIR=/data/my sets", "--dry_run", *PATH),
     ),
     "tpu_pod_babysit.txt": (
         *("tpu_pod", "babysit", *POD, "--spot", "--project=vision"),
-        *("--prepare=sudo mount -t nfs 10.0.0.2:/runs /runs", *SPACES),
+        *("--service_account=trainer@vision.iam.gserviceaccount.com", *IN_BUCKET),
     ),
     "tpu_pod_create_v6e.txt": ("tpu_pod", "create", *POD, "--type=v6e-8"),
-    "tpu_pod_setup_clone.txt": ("tpu_pod", "setup", *POD, "--repository=https://host/flaxcls"),
+    "tpu_pod_setup_clone.txt": (
+        *("tpu_pod", "setup", *POD, "--repository=https://host/flaxcls"),
+        "--prepare=sudo mount -t nfs 10.0.0.2:/runs /runs",
+    ),
     "tpu_pod_run.txt": (
         *("tpu_pod", "run", *POD, "--type=v6e-8"),
-        *("--env=LIBTPU_INIT_ARGS=--xla_tpu_enable_sdc_checker=true", *SPACES),
+        *("--env=LIBTPU_INIT_ARGS=--xla_tpu_enable_sdc_checker=true", *IN_BUCKET),
     ),
     "tpu_pod_follow.txt": ("tpu_pod", "follow", *POD),
     "tpu_pod_status.txt": ("tpu_pod", "status", *POD),
@@ -35,11 +45,11 @@ CASES = {
     "kubernetes_gpu.yaml": (
         *("kubernetes", "gpu", "--name=r50", "--image=registry/flaxcls:cuda", "--claim=runs"),
         *("--nodes=2", "--node_selector=cloud.google.com/gke-accelerator=nvidia-h100-80gb"),
-        *("--env=TFDS_DATA_DIR=/runs/data", "--dry_run", *SPACES),
+        *("--env=TFDS_DATA_DIR=/runs/data", "--env_secret=s3-keys", "--dry_run", *PATH),
     ),
     "kubernetes_tpu.yaml": (
-        *("kubernetes", "tpu", "--name=r50", "--image=registry/flaxcls:tpu", "--bucket=my-runs"),
-        *("--type=v5e", "--topology=4x4", "--spot", "--service_account=trainer", "--dry_run", *RUN),
+        *("kubernetes", "tpu", "--name=r50", "--image=registry/flaxcls:tpu", "--type=v5e"),
+        *("--topology=4x4", "--spot", "--service_account=trainer", "--dry_run", *IN_BUCKET),
     ),
 }
 
@@ -87,13 +97,31 @@ def test_printed_commands_can_be_pasted_into_a_shell(name, executable, tmp_path)
         (("slurm", "--", "--config=c.py"), "--workdir=... is missing"),
         (("slurm", "--", "--workdir=w"), "--config=... is missing"),
         (("slurm", "--env=A", "--", "--config=c", "--workdir=w"), "must be NAME=VALUE, got 'A'"),
-        (("tpu_pod", "run", *POD, "--", "--config=c", "--workdir=runs/r"), "an absolute path"),
+        (("slurm", "--", "--config=c", "--workdir=gcs://b/r"), "or a path of a file system"),
+        (
+            ("tpu_pod", "run", *POD, "--", "--config=c", "--workdir=runs/r"),
+            "must be gs://BUCKET/... or s3://BUCKET/..., or an absolute path of a file system",
+        ),
+        (("tpu_pod", "run", *POD, "--", "--config=c", "--workdir=gs:///r"), "gs://BUCKET/..."),
+        (("tpu_pod", "babysit", *POD, *PATH), "/runs/r50 is on disks that go with the slice"),
         (("tpu_pod", "create", *POD, "--type=h100-8"), "v5litepod-N, v5p-N or v6e-N, got 'h100-8'"),
         (
-            ("kubernetes", "tpu", "--name=r", "--image=i", "--topology=4", *RUN),
+            ("kubernetes", "tpu", "--name=r", "--image=i", "--topology=4", *PATH),
             "must be such as 4x4 or 2x2x2, got '4'",
         ),
-        (("kubernetes", "gpu", "--name=r", "--image=i", *RUN), "--claim --bucket is required"),
+        (("kubernetes", "gpu", "--name=r", "--image=i", *PATH), "where --claim=CLAIM is mounted"),
+        (
+            (
+                "kubernetes",
+                "gpu",
+                "--name=r",
+                "--image=i",
+                "--claim=c",
+                *RUN,
+                "--workdir=/scratch/r",
+            ),
+            "or below /runs, where --claim=CLAIM is mounted, got '/scratch/r'",
+        ),
     ],
 )
 def test_wrong_command_line_is_told_in_a_sentence(arguments, sentence, launch):

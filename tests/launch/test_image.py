@@ -74,4 +74,4 @@ def test_cuda_is_the_newest_and_each_image_has_the_decoder_of_its_cuda():
     # The packages of two CUDAs would install the same files.
     for target, codec in (("cuda", "fast"), ("cuda12", "fast-cuda12")):
         [install] = [line for line in LINES if f",{target}," in line]
-        assert f"[cloud,{target},{codec}]" in install
+        assert f"[cloud,{target},{codec},s3]" in install

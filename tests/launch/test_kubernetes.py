@@ -15,14 +15,20 @@ jsonschema = pytest.importorskip("jsonschema")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 yaml = pytest.importorskip("yaml")
 
-RUN = ("--", "--config=configs/c.py", "--workdir=/runs/r", "--config.duration=90 epochs")
-GPU = ("gpu", "--name=r", "--image=i", "--claim=runs", "--nodes=3")
-TPU = ("tpu", "--name=r", "--image=i", "--bucket=b", "--type=v6e", "--topology=4x4", "--spot")
+RUN = ("--", "--config=configs/c.py", "--config.duration=90 epochs")
+ON_CLAIM, IN_BUCKET = (*RUN, "--workdir=/runs/r"), (*RUN, "--workdir=s3://b/r")
+GPU = ("gpu", "--name=r", "--image=i", "--nodes=3")
+TPU = ("tpu", "--name=r", "--image=i", "--type=v6e", "--topology=4x4", "--spot")
+CREDENTIALS = ("--service_account=trainer", "--env_secret=keys")
+CASES = {
+    "gpu": (*GPU, "--claim=runs", "--dry_run", *ON_CLAIM),
+    "tpu": (*TPU, *CREDENTIALS, "--dry_run", *IN_BUCKET),
+}
 
 
-@pytest.fixture(params=[GPU, TPU], ids=["gpu", "tpu"])
+@pytest.fixture(params=CASES)
 def jobset(request, launch):
-    result = launch("kubernetes", *request.param, "--dry_run", *RUN)
+    result = launch("kubernetes", *CASES[request.param])
     assert result.returncode == 0, result.stderr
     return yaml.safe_load(result.stdout)
 
@@ -137,8 +143,22 @@ def test_training_has_time_to_save_and_shared_memory(jobset):
     assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
 
 
+def test_run_in_a_bucket_needs_no_volume_but_credentials(launch):
+    _, pod, container = parts(yaml.safe_load(launch("kubernetes", *CASES["tpu"]).stdout))
+    assert [volume["name"] for volume in pod["volumes"]] == ["shared-memory"]
+    assert pod["serviceAccountName"] == "trainer"
+    assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+
+
+def test_run_on_a_claim_has_it_mounted(launch):
+    _, pod, container = parts(yaml.safe_load(launch("kubernetes", *CASES["gpu"]).stdout))
+    assert {"name": "runs", "persistentVolumeClaim": {"claimName": "runs"}} in pod["volumes"]
+    assert {"name": "runs", "mountPath": "/runs"} in container["volumeMounts"]
+    assert "serviceAccountName" not in pod and "envFrom" not in container
+
+
 def test_processes_on_gpus_are_told_of_each_other(launch):
-    text = launch("kubernetes", *GPU, "--dry_run", *RUN).stdout
+    text = launch("kubernetes", *GPU, "--dry_run", *IN_BUCKET).stdout
     job, _, container = parts(yaml.safe_load(text))
     assert job["completions"] == 3
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
@@ -155,7 +175,7 @@ def test_processes_on_gpus_are_told_of_each_other(launch):
 )
 def test_hosts_and_chips_follow_from_the_topology(topology, chips, hosts, launch):
     words = ("--type=v5p", f"--topology={topology}", f"--chips={chips}", "--dry_run")
-    text = launch("kubernetes", *TPU, *words, *RUN).stdout
+    text = launch("kubernetes", *TPU, *words, *IN_BUCKET).stdout
     job, pod, container = parts(yaml.safe_load(text))
     total = 1
     for size in topology.split("x"):
@@ -182,7 +202,7 @@ def test_yaml_is_handed_to_kubectl(launch, executable, tmp_path):
     executable(
         "kubectl", f"#!/bin/sh\necho \"$@\" >'{tmp_path}/words'\ncat >'{tmp_path}/applied'\n"
     )
-    assert launch("kubernetes", *GPU, *RUN).returncode == 0
+    assert launch("kubernetes", *GPU, *IN_BUCKET).returncode == 0
     assert (tmp_path / "words").read_text() == "apply -f -\n"
-    dry = launch("kubernetes", *GPU, "--dry_run", *RUN).stdout
+    dry = launch("kubernetes", *GPU, "--dry_run", *IN_BUCKET).stdout
     assert (tmp_path / "applied").read_text() == dry

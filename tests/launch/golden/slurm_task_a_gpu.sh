@@ -14,7 +14,7 @@
 export JAX_OPTIMIZATION_LEVEL=O1
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.9
 export SRUN_CPUS_PER_TASK=12
-command=(python -m flaxcls.main --config=configs/imagenet_resnet50.py --workdir=/runs/r50 '--config.duration=90 epochs')
+command=(python -m flaxcls.main --config=configs/imagenet_resnet50.py --workdir=gs://my-runs/r50 '--config.duration=90 epochs')
 name=flaxcls
 stop='2|43|45|130' # exit codes after which a restart is no use
 max_failures=3
