@@ -216,10 +216,11 @@ def test_week_in_a_bucket_that_fails_ends_bitwise_as_if_it_had_not_and_nothing_g
 ):
     rng = random.Random(2026)
     undisturbed, week = (
-        worlds.Bucket(
-            tmp_path / name, bucket_folder(f"{bucket}/{name}", tmp_path), before, start_main, rng
+        worlds.Bucket(folder, bucket_folder(f"{bucket}/{folder.name}", folder), *rest)
+        for folder, *rest in (
+            (tmp_path / "undisturbed", None, start_main, rng),
+            (tmp_path / "week", proxy, start_main, rng),
         )
-        for name, before in (("undisturbed", None), ("week", proxy))
     )
     events = live(undisturbed, week, rng, "bucket")
     passed = week.passed()
