@@ -251,10 +251,15 @@ class Bucket(World):
         super().start()
 
     def kill(self):
-        # When a save has begun nothing of it is in the bucket yet: mostly it waits until some is.
-        end = time.monotonic() + self._rng.choice((0, 5, 5))
-        while self.process.poll() is None and time.monotonic() < end and not self.is_torn():
-            pass
+        # When a save has begun nothing of it is in the bucket yet: mostly it waits until some is,
+        # and looks at the bucket while the process stands still.
+        end = time.monotonic() + self._rng.choice((0, 10, 10))
+        while self.process.poll() is None and time.monotonic() < end:
+            self.process.send_signal(signal.SIGSTOP)
+            if self.is_torn():
+                break
+            self.process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
         super().kill()
 
     def _fail(self):
