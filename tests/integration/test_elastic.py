@@ -79,7 +79,7 @@ def batches(folder):
     return {step: [found[step][row] for row in range(12)] for step in sorted(found)}
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_run_goes_on_with_fewer_processes_and_the_same_batches(
     tmp_path,
     monkeypatch,
