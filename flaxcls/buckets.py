@@ -76,14 +76,6 @@ class BucketPath:
         return self._name.name
 
     @property
-    def suffix(self) -> str:
-        return self._name.suffix
-
-    @property
-    def stem(self) -> str:
-        return self._name.stem
-
-    @property
     def parent(self) -> "BucketPath":
         return self._with(self._name.parent)
 
@@ -94,9 +86,6 @@ class BucketPath:
 
     def with_name(self, name: str) -> "BucketPath":
         return self._with(self._name.with_name(name))
-
-    def with_suffix(self, suffix: str) -> "BucketPath":
-        return self._with(self._name.with_suffix(suffix))
 
     def match(self, pattern: str) -> bool:
         return self._name.match(pattern)
@@ -133,10 +122,6 @@ class BucketPath:
         """What is directly in the folder and has such a name."""
         yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
-    def rglob(self, pattern: str) -> Iterator["BucketPath"]:
-        """The objects below the folder that have such a name."""
-        yield from (self / name for name in self.files() if PurePosixPath(name).match(pattern))
-
     def files(self) -> dict[str, Status]:
         """All that is below the folder, by its path from there; empty where there is no folder."""
         return {
@@ -156,9 +141,7 @@ class BucketPath:
     def open(self, mode: str = "r") -> io.IOBase:
         """A file in memory of what is in the object; "r" or "rb"."""
         content = io.BytesIO(self.read_bytes())
-        return {"r": lambda: io.TextIOWrapper(content, encoding="utf-8"), "rb": lambda: content}[
-            mode
-        ]()
+        return content if mode == "rb" else io.TextIOWrapper(content, encoding="utf-8")
 
     def version(self) -> str:
         """What `put` takes; ABSENT where there is no object."""

@@ -41,8 +41,8 @@ def never(text):
 def test_names_are_those_of_pathlib(folder):
     path = folder / "checkpoints" / "12.tmp.json"
     assert str(path) == f"{folder}/checkpoints/12.tmp.json"
-    assert (path.name, path.stem, path.suffix) == ("12.tmp.json", "12.tmp", ".json")
-    assert path.parent.parent == folder and path.with_name("x") == path.parent / "x"
+    assert path.name == "12.tmp.json" and path.parent.parent == folder
+    assert path.with_name("x") == path.parent / "x"
     assert [str(p) for p in path.parents][-1].count("/") == 2  # the bucket
     assert path.match("1*.json") and hash(path) == hash(as_path(str(path)))
     with pytest.raises(TypeError):
