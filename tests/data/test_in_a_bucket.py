@@ -267,6 +267,9 @@ def interrupt():
     patch.undo()
 
 
+@pytest.mark.parametrize(
+    "bucket", ["s3", pytest.param("gcs", marks=pytest.mark.torture)], indirect=True
+)
 def test_a_data_set_is_in_a_bucket_when_it_is_whole(prepare_pets, bucket, tmp_path, interrupt):
     prepare_pets(tmp_path / "here")
     here = [open_source("pets_4", split, data_dir=tmp_path / "here") for split in ("train", "val")]
