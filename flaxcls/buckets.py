@@ -14,7 +14,7 @@ import errno
 import fnmatch
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
@@ -188,10 +188,11 @@ class BucketPath:
     def rmdir(self) -> None:
         """Nothing: an empty folder is not there."""
 
-    def rmtree(self) -> None:
-        """Removes everything below the folder, what there is of it."""
+    def rmtree(self, check: Callable[[], None] = lambda: None) -> None:
+        """Removes everything below the folder, what there is of it; `check` is asked before."""
         with contextlib.suppress(FileNotFoundError), self._os_errors():
             if names := self._client.find(str(self)):
+                check()
                 self._client.rm(names)
 
     def upload(self, files: Mapping[str, Path]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 import flaxcls
 from flaxcls.buckets import ABSENT, BucketPath, Changed, as_path
-from flaxcls.errors import CheckpointError, ConfigError, RunTakenError
+from flaxcls.errors import CheckpointError, ConfigError, FlaxclsError, RunTakenError
 from flaxcls.files import GrowingObject, append_line, atomic_write, read_json, write_json
 from flaxcls.runs import lease, manifest
 from flaxcls.runs.checkpoint import Checkpoints
@@ -304,7 +304,7 @@ def test_what_a_killed_process_has_uploaded_is_removed(folder):
     assert "2/state/d/abc" not in (folder / "checkpoints").files()
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "foreign"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing"])
 def test_damage_is_found_and_moved_to_quarantine(folder, damage):
     saved(folder, 1, 2, keep=2)
     step, said = folder / "checkpoints" / "2", []
@@ -313,13 +313,17 @@ def test_damage_is_found_and_moved_to_quarantine(folder, damage):
     changed = {"flip": content[:-1] + bytes([content[-1] ^ 1]), "cut": content[:-1]}
     if damage in changed:
         (step / name).write_bytes(changed[damage])
-    elif damage == "missing":
-        (step / name).unlink()
     else:
-        (step / "state" / "d" / "foreign").write_bytes(b"x")
+        (step / name).unlink()
     assert_is(newest(folder, said.append), 1)
     assert f"it is moved to {folder}/quarantine/2" in said[0] and "damaged" in said[0]
     assert (folder / "quarantine" / "2" / manifest.NAME).exists() and not step.exists()
+
+
+def test_what_a_job_that_lost_the_run_adds_to_a_step_is_not_read(folder):
+    saved(folder, 1)
+    (folder / "checkpoints" / "1" / "state" / "d" / "foreign").write_bytes(b"x")
+    assert_is(newest(folder), 1)
 
 
 def test_store_that_can_not_be_reached_is_no_damage(folder, monkeypatch):
@@ -462,3 +466,20 @@ def test_failure_of_a_store_that_refuses_everything_is_told_once(folder, bucket_
         bucket_server.faults()
         checkpoints.save(3, state(3), progress())
     assert_is(newest(folder), 3)
+
+
+def test_job_that_can_not_see_its_lease_for_too_long_writes_nothing(
+    folder, bucket_server, monkeypatch
+):
+    monkeypatch.setattr(lease, "SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 100.0)
+    with lease.hold(folder, never) as held:
+        monkeypatch.setattr(BucketPath, "version", fail_to_read)
+        held.check()  # nobody can have it yet
+        time.sleep(1.1)
+        with pytest.raises(FlaxclsError, match=r"lease.json can't be read: the store fails"):
+            held.check()
+
+
+def fail_to_read(path):
+    raise OSError(5, "the store fails")

@@ -28,10 +28,9 @@ import jax
 from flaxcls.buckets import AnyPath
 from flaxcls.errors import CheckpointError, ProcessesError
 from flaxcls.runs import manifest
-from flaxcls.runs.checkpoint_folder import UNFINISHED
+from flaxcls.runs.checkpoint_folder import UNFINISHED, WRITTEN_LAST
 from flaxcls.runs.checkpoint_reader import (
     SECONDS_TO_SAVE,
-    WRITTEN_LAST,
     CheckpointReader,
     cause_of,
 )
@@ -249,8 +248,7 @@ class Checkpoints(CheckpointReader):
         steps = self._folder.steps()
         for step in steps[: -self._policy.newest]:
             if step != self._policy.best_step:
-                self.check()
-                self._folder.remove(step)
+                self._folder.remove(step, self.check)
 
     def _obstacle(self, step: int, state: Any) -> CheckpointError | None:
         """Why `state` can't be saved now."""
@@ -275,7 +273,7 @@ class Checkpoints(CheckpointReader):
         if processes.is_first():
             self.check()
             with contextlib.suppress(OSError):  # a bucket that does not answer: the next time
-                self._folder.remove_unfinished()
+                self._folder.remove_unfinished(self.check)
 
     def _unfinished(self, step: int) -> Path:
         return self._folder.working / f"{step}{UNFINISHED}"

@@ -5,6 +5,7 @@ uploaded when it is written. So a checkpoint has the same files there as here.
 """
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,8 @@ from flaxcls.runs import manifest
 from flaxcls.runtime.scratch import scratch_folder
 
 _STEP = re.compile("0|[1-9][0-9]{0,17}")
+# Orbax writes these after the manifest, with the time of the commit; restoring needs neither.
+WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of the folder that Orbax is writing
 
 
@@ -47,7 +50,7 @@ class LocalCheckpoints:
         """What was downloaded is looked at anew; whether anything was."""
         return False
 
-    def remove_unfinished(self) -> None:
+    def remove_unfinished(self, _: Callable[[], None]) -> None:
         """Frees the space of what a failure or the end of a process left half written."""
         for folder in self.path.glob(f"*{UNFINISHED}"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -83,7 +86,8 @@ class BucketCheckpoints:
             try:
                 partial.mkdir(parents=True)
                 there = self.path / str(step)
-                there.download({name: partial / name for name in there.files()})
+                names = _belonging(there, there.files())
+                there.download({name: partial / name for name in names})
                 partial.rename(copy)
             except OSError as error:
                 raise CheckpointError(
@@ -98,13 +102,13 @@ class BucketCheckpoints:
         shutil.rmtree(self._copies, ignore_errors=True)
         return had_any
 
-    def remove_unfinished(self) -> None:
+    def remove_unfinished(self, check: Callable[[], None]) -> None:
         """Removes objects of steps without manifest, and frees the space of this process's copy."""
         shutil.rmtree(self.working, ignore_errors=True)
         names = self.path.files()
         whole = set(map(str, _whole(names)))
         for step in {name.partition("/")[0] for name in names} - whole:
-            (self.path / step).rmtree()
+            (self.path / step).rmtree(check)
 
     def clear_working(self) -> None:
         """Frees the space of what was written, which is in the bucket now."""
@@ -146,10 +150,14 @@ class BucketCheckpoints:
         check()  # that may have taken minutes
         target.upload(last)
 
-    def remove(self, step: int) -> None:
-        """Removes a step, its manifest first, so that it is not taken for whole meanwhile."""
+    def remove(self, step: int, check: Callable[[], None] = lambda: None) -> None:
+        """Removes a step, its manifest first, so that it is not taken for whole meanwhile.
+
+        `check` is asked before each request: whoever was suspended meanwhile may not go on.
+        """
+        check()
         (self.path / str(step) / manifest.NAME).unlink(missing_ok=True)
-        (self.path / str(step)).rmtree()
+        (self.path / str(step)).rmtree(check)
 
     def quarantine(self, step: int) -> AnyPath:
         """Moves a step into the folder quarantine beside the checkpoints; where to."""
@@ -167,6 +175,20 @@ def _free(folder: AnyPath, step: int) -> AnyPath:
     """The first of the names STEP, STEP.1, ... that there is not yet."""
     names = (f"{step}.{number}" if number else str(step) for number in range(10**6))
     return next(folder / name for name in names if not (folder / name).exists())
+
+
+def _belonging(step: BucketPath, names: Collection[str]) -> Collection[str]:
+    """Those files of a step that its manifest lists, and those that Orbax writes after it.
+
+    A job that was suspended in the middle of an upload, and has lost the run, may have added others
+    when it woke up; they are not read. Where the manifest says nothing all are, and it is damaged.
+    """
+    try:
+        listed = json.loads((step / manifest.NAME).read_bytes())["files"].keys()
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return names
+    last = (manifest.NAME, *WRITTEN_LAST)
+    return [name for name in names if name in listed or name in last]
 
 
 def _whole(names: Iterable[str]) -> list[int]:

@@ -23,11 +23,9 @@ import numpy as np
 from flaxcls.buckets import AnyPath, is_remote
 from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
 from flaxcls.runs import manifest
-from flaxcls.runs.checkpoint_folder import checkpoint_folder
+from flaxcls.runs.checkpoint_folder import WRITTEN_LAST, checkpoint_folder
 from flaxcls.runs.manifest import Damaged
 
-# Orbax writes these after the manifest, with the time of the commit; restoring needs neither.
-WRITTEN_LAST = ("_CHECKPOINT_METADATA", "commit_success.txt")
 SECONDS_TO_SAVE = 600  # then a save in the background has failed, also where a process is missing
 SECONDS_TO_DELETE = 2  # a step that can't be read may be one that is just being deleted
 TRIES = 50  # to read a step of a run that deletes it meanwhile

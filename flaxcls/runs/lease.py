@@ -53,14 +53,20 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="flaxcls-lease", daemon=True)
 
     def is_held(self) -> bool:
-        """Whether this job still holds it; a file that can't be read does not say the contrary."""
-        if self._file is None or time.monotonic() - self._file.renewed_at < SILENT_SECONDS / 2:
+        """Whether this job still holds it; a file that can't be read does not say the contrary.
+
+        A bucket that can't be read does when the time is up after which another job may take over.
+        """
+        if self._file is None:
+            return True
+        silent = time.monotonic() - self._file.renewed_at
+        if silent < SILENT_SECONDS / 2:
             return True
         try:
             with self._lock:
                 return self._file.holds(self._holder)
         except OSError:  # what is to be written will fail by itself
-            return True
+            return silent < SILENT_SECONDS or isinstance(self._file, FolderLease)
 
     def check(self) -> None:
         """Raises RunTakenError if another job has taken the run over; asked before each write."""

@@ -186,7 +186,10 @@ def test_second_job_is_refused_and_one_that_was_taken_over_wakes_up_and_writes_n
     assert first.returncode == 2 and "Traceback" not in stderr, stderr
     assert f"the run was taken over: it is now that of process {second.pid} on" in stderr
     after = {str(path): path.version() for path in map(there.path.__truediv__, there.path.files())}
-    assert after == before
+    # Requests that were under way may have ended: what is new is in steps without a manifest.
+    assert before.items() <= after.items()
+    new = [path.removeprefix(f"{there.path}/") for path in after.keys() - before.keys()]
+    assert all(name.startswith("checkpoints/") and "manifest" not in name for name in new), new
     second.send_signal(signal.SIGCONT)
     stdout, stderr = second.communicate(timeout=120)
     assert second.returncode == 0, stderr
