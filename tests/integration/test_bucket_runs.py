@@ -158,12 +158,17 @@ def test_store_that_refuses_ends_the_run_with_a_sentence_and_no_checkpoint_is_lo
     assert_is_whole(there.copy())
 
 
-@pytest.mark.parametrize("bucket", ON_S3, indirect=True)
-@pytest.mark.slow
+@pytest.mark.torture
 def test_second_job_is_refused_and_one_that_was_taken_over_wakes_up_and_writes_nothing(
     there, everything, start_python, run_main, run_two, wait_until, assert_is_whole
 ):
     arguments = (f"--config={everything}", f"--workdir={there.path}")
+
+    def versions():
+        return {
+            str(there.path / name): (there.path / name).version() for name in there.path.files()
+        }
+
     first = start_python("-c", ELSEWHERE, "one", *arguments)
     assert wait_until(first, lambda: there.steps() and there.log())
     for code, _, stderr in run_two(arguments, arguments):  # it is alive, elsewhere
@@ -177,15 +182,16 @@ def test_second_job_is_refused_and_one_that_was_taken_over_wakes_up_and_writes_n
     assert wait_until(second, lambda: there.log() not in (before, b""))
     print(f"RECOVERY another host, in a bucket: {time.perf_counter() - began:.1f} s")
     second.send_signal(signal.SIGSTOP)  # what is written from here on is by the first one
-    time.sleep(0.5)
-    before = {str(path): path.version() for path in map(there.path.__truediv__, there.path.files())}
+    before = None
+    while before != (before := versions()):  # until no request of its is under way any more
+        time.sleep(2)
     began = time.perf_counter()
     first.send_signal(signal.SIGCONT)
     _, stderr = first.communicate(timeout=60)
     print(f"RECOVERY woken up, in a bucket: ended after {time.perf_counter() - began:.1f} s")
     assert first.returncode == 2 and "Traceback" not in stderr, stderr
     assert f"the run was taken over: it is now that of process {second.pid} on" in stderr
-    after = {str(path): path.version() for path in map(there.path.__truediv__, there.path.files())}
+    after = versions()
     # Requests that were under way may have ended: what is new is in steps without a manifest.
     assert before.items() <= after.items()
     new = [path.removeprefix(f"{there.path}/") for path in after.keys() - before.keys()]
