@@ -9,7 +9,6 @@
 """
 
 import contextlib
-import datetime
 import errno
 import fnmatch
 import io
@@ -113,7 +112,8 @@ class BucketPath:
         return False
 
     def stat(self) -> Status:
-        return _status(self._info() or self._absent())
+        info = remote.information(str(self))
+        return Status(info.get("size") or 0, remote.modified(info) / 1e9)
 
     def iterdir(self) -> Iterator["BucketPath"]:
         yield from (BucketPath(entry.path) for entry in remote.entries(str(self)))
@@ -217,8 +217,7 @@ class BucketPath:
 
     def upload_folder(self, folder: Path) -> None:
         """Writes all files of a local folder, at any depth, as objects below this one."""
-        paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        self.upload({path.relative_to(folder).as_posix(): path for path in paths})
+        self.upload(local_files(folder))
 
     def copy_to(self, target: "BucketPath") -> None:
         """Copies all that is below the folder, within the store."""
@@ -249,19 +248,17 @@ class BucketPath:
         except FileNotFoundError:
             return None
 
-    def _absent(self) -> dict[str, Any]:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-
     def _os_errors(self) -> contextlib.AbstractContextManager[None]:
         return remote.os_errors(str(self))
 
 
+def local_files(folder: Path) -> dict[str, Path]:
+    """What `BucketPath.upload` takes: all files of a local folder by their path in it."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path for path in paths}
+
+
 AnyPath: TypeAlias = Path | BucketPath
-
-
-def is_remote(path: str | os.PathLike | BucketPath) -> bool:
-    """Whether a path names something in the cloud."""
-    return isinstance(path, BucketPath) or remote.is_remote(path)
 
 
 def as_path(path: str | os.PathLike | BucketPath, what: str = "") -> AnyPath:
@@ -275,7 +272,7 @@ def as_path(path: str | os.PathLike | BucketPath, what: str = "") -> AnyPath:
     """
     if isinstance(path, BucketPath):
         return path
-    if not is_remote(path):
+    if not remote.is_remote(path):
         return Path(path).expanduser()
     url = os.fspath(path)
     scheme, _, name = url.partition("://")
@@ -283,12 +280,6 @@ def as_path(path: str | os.PathLike | BucketPath, what: str = "") -> AnyPath:
         raise ConfigError(f"{what}{url} must be a folder, gs://BUCKET/... or s3://BUCKET/...")
     remote.client_and_name(url)
     return BucketPath(url)
-
-
-def _status(info: Mapping[str, Any]) -> Status:
-    modified = info.get("mtime") or info.get("LastModified")
-    seconds = modified.timestamp() if isinstance(modified, datetime.datetime) else 0.0
-    return Status(info.get("size") or 0, seconds)
 
 
 def _put_gs(client: Any, name: PurePosixPath, content: bytes, version: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from flaxcls.buckets import AnyPath, as_path, is_remote
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.config.recipes import docstring, load_recipe
 from flaxcls.errors import (
     SIGNAL_EXIT_CODES,
@@ -23,6 +23,7 @@ from flaxcls.errors import (
     did_you_mean,
     one_line,
 )
+from flaxcls.remote import is_remote
 from flaxcls.runtime import output
 
 # What comes after `python -m flaxcls`: modules with main(argv), imported when they are asked for.

@@ -12,7 +12,7 @@ import logging
 import os
 import posixpath
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flaxcls.errors import ConfigError, FlaxclsError
@@ -48,9 +48,9 @@ class Entry(NamedTuple):
         return posixpath.basename(self.path)
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path names a file in the cloud."""
-    return "://" in os.fspath(path)
+def is_remote(path: Any) -> bool:
+    """Whether a path, of whatever kind, names a file in the cloud."""
+    return "://" in str(path)
 
 
 def join(root: str, path: str) -> str:
@@ -145,11 +145,15 @@ def _entries(folder: str, name: str, found: Any) -> list[Entry]:
         path = info["name"]
         if path.startswith(inside) and path != inside:
             is_folder = info["type"] == "directory" or path.endswith("/")
-            modified = info.get("LastModified", info.get("mtime"))
-            time = int(modified.timestamp() * 1e6) * 1000 if modified else 0
             path = f"{scheme}://{path.rstrip('/')}"
-            result.append(Entry(path, is_folder, info.get("size") or 0, time))
+            result.append(Entry(path, is_folder, info.get("size") or 0, modified(info)))
     return sorted(result)
+
+
+def modified(info: Mapping[str, Any]) -> int:
+    """When a file was written, in nanoseconds since 1970; 0 for a folder, which has no time."""
+    written = info.get("LastModified", info.get("mtime"))
+    return int(written.timestamp() * 1e6) * 1000 if written else 0
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import flaxcls
 from flaxcls.buckets import ABSENT, BucketPath, Changed, as_path
 from flaxcls.errors import CheckpointError, ConfigError, FlaxclsError, RunTakenError
 from flaxcls.files import GrowingObject, append_line, atomic_write, read_json, write_json
-from flaxcls.runs import lease, manifest
+from flaxcls.runs import lease, lease_file, manifest
 from flaxcls.runs.checkpoint import Checkpoints
 from flaxcls.runs.metric_log import MetricLog
 from flaxcls.runs.recovery import restore_newest
@@ -230,6 +230,17 @@ def test_renewed_lease_is_not_looked_at_before_each_write(folder, bucket_server)
         for _ in range(10):
             held.check()
         assert bucket_server.requests() == []
+
+
+def test_renewing_a_lease_takes_a_request(folder, bucket_server, monkeypatch):
+    monkeypatch.setattr(lease, "RENEWAL_SECONDS", 100.0)
+    with lease.hold(folder, never) as held:
+        bucket_server.requests()
+        assert held._file.renew(held._holder)
+        (request,) = bucket_server.requests()
+        assert request.split()[0] in ("PUT", "POST")
+        held._file.replace(held._holder, held._holder.another(is_ending=False))
+        assert not lease_file.lease_file(folder).renew(held._holder)
 
 
 def test_free_lease_that_is_copied_to_a_disk_is_free(tmp_path):

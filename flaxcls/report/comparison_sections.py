@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import quote
 
-from flaxcls.buckets import AnyPath, is_remote
+from flaxcls.buckets import AnyPath
 from flaxcls.config.fields import fields
+from flaxcls.remote import is_remote
 from flaxcls.report.blocks import (
     Block,
     Charts,

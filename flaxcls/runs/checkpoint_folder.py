@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from flaxcls.buckets import AnyPath, BucketPath
+from flaxcls.buckets import AnyPath, BucketPath, local_files
 from flaxcls.errors import CheckpointError
 from flaxcls.runs import manifest
 from flaxcls.runtime.scratch import scratch_folder
@@ -117,10 +117,10 @@ class BucketCheckpoints:
 
     def publish_part(self, step: int, folder: Path, process: int) -> None:
         """Uploads what one of several processes has written for itself alone: arrays and more."""
-        own = [folder / "state" / "array_metadatas" / f"process_{process}"]
-        own += (folder / "state" / f"ocdbt.process_{process}").rglob("*")
-        files = {path.relative_to(folder).as_posix(): path for path in own if path.is_file()}
-        (self.path / str(step)).upload(files)
+        arrays, more = f"state/ocdbt.process_{process}/", f"state/array_metadatas/process_{process}"
+        files = local_files(folder).items()
+        own = {name: path for name, path in files if name.startswith(arrays) or name == more}
+        (self.path / str(step)).upload(own)
 
     def merge_parts(self, step: int, folder: Path) -> set[str]:
         """Adds to `folder` what other processes have uploaded, as Orbax does on a shared disk.
@@ -142,8 +142,7 @@ class BucketCheckpoints:
           uploaded: the files that are there already.
           check: raises where nothing may be written any more; asked before the manifest is.
         """
-        paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        files = {path.relative_to(folder).as_posix(): path for path in paths}
+        files = local_files(folder)
         last = {manifest.NAME: files.pop(manifest.NAME)}
         target = self.path / str(step)
         target.upload({name: path for name, path in files.items() if name not in uploaded})

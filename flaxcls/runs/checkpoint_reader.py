@@ -20,8 +20,9 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from flaxcls.buckets import AnyPath, is_remote
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import CheckpointError, ConfigError, did_you_mean
+from flaxcls.remote import is_remote
 from flaxcls.runs import manifest
 from flaxcls.runs.checkpoint_folder import WRITTEN_LAST, checkpoint_folder
 from flaxcls.runs.manifest import Damaged

@@ -24,8 +24,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from flaxcls.buckets import AnyPath, is_remote
+from flaxcls.buckets import AnyPath
 from flaxcls.errors import ConfigError, FlaxclsError, RunTakenError
+from flaxcls.remote import is_remote
 from flaxcls.runs import lease_file
 from flaxcls.runs.lease_file import FILE, BucketLease, FolderLease, Holder
 from flaxcls.runtime.output import printable
@@ -108,9 +109,8 @@ class Lease:
     def _renew(self) -> None:
         while not self._ended.wait(RENEWAL_SECONDS):
             with contextlib.suppress(OSError), self._lock:
-                if not self._file.holds(self._holder):
+                if not self._file.renew(self._holder):
                     return
-                self._file.renew(self._holder)
 
 
 NO_LEASE = Lease()

@@ -123,8 +123,12 @@ class FolderLease:
         os.replace(self._next(old), self._path)
         return True
 
-    def renew(self, _: Holder) -> None:
-        os.utime(self._path)
+    def renew(self, holder: Holder) -> bool:
+        """Says that the holder lives, if it still is the holder; whether it is."""
+        if self.holds(holder):
+            os.utime(self._path)
+            return True
+        return False
 
     def remove(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -169,9 +173,9 @@ class BucketLease:
             return False
         return self._put(_content(new), found[1])
 
-    def renew(self, holder: Holder) -> None:
-        """Writes it anew; nothing where it is that of another one."""
-        self._put(_content(holder, renewed=time.time_ns()), self._version)
+    def renew(self, holder: Holder) -> bool:
+        """Says that the holder lives, if it still is the holder; whether it is."""
+        return self._put(_content(holder, renewed=time.time_ns()), self._version)
 
     def remove(self) -> None:
         """It is nobody's from now on; nothing where it is that of another one."""

@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flaxcls.buckets import AnyPath, BucketPath, is_remote
+from flaxcls.buckets import AnyPath, BucketPath
 from flaxcls.config import user_code
 from flaxcls.errors import ConfigError
+from flaxcls.remote import is_remote
 from flaxcls.runtime.scratch import scratch_folder
 
 FOLDER = "code"

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxcls.buckets import AnyPath, is_remote
+from flaxcls.buckets import AnyPath
 from flaxcls.config.recipes import load_recipe
 from flaxcls.errors import ConfigError
+from flaxcls.remote import is_remote
 from flaxcls.runtime.gpus import share_gpus
 from flaxcls.studies import space
 from flaxcls.studies.sweep import claim, run_trials

@@ -7,7 +7,8 @@ from typing import Any
 
 import jax
 
-from flaxcls.buckets import AnyPath, is_remote
+from flaxcls.buckets import AnyPath
+from flaxcls.remote import is_remote
 from flaxcls.runtime import processes, trace
 from flaxcls.runtime.output import printable
 from flaxcls.runtime.scratch import scratch_folder

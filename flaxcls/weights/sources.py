@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from flaxcls.buckets import AnyPath, as_path, is_remote
+from flaxcls.buckets import AnyPath, as_path
 from flaxcls.build import accepted
 from flaxcls.core.metrics import WEIGHTS, best_of
 from flaxcls.errors import ConfigError, did_you_mean
+from flaxcls.remote import is_remote
 from flaxcls.runs import run_folder
 from flaxcls.runs.checkpoint_reader import CheckpointReader
 from flaxcls.runtime.output import printable
