@@ -25,6 +25,7 @@ from flaxcls.errors import (
 )
 from flaxcls.remote import is_remote
 from flaxcls.runtime import output
+from flaxcls.runtime.huge_pages import restart_with_huge_pages
 
 # What comes after `python -m flaxcls`: modules with main(argv), imported when they are asked for.
 COMMANDS = {
@@ -248,6 +249,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     A signal to end ends the process at once, unless `main` takes it over while it has something to
     save: Python's KeyboardInterrupt becomes an ImportError or a crash inside of JAX's native code.
     """
+    if not {"--help", "-h"}.intersection(sys.argv):
+        restart_with_huge_pages()
     output.keep_standard_streams()
     for number, exit_code in SIGNAL_EXIT_CODES.items():
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # nohup

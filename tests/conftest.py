@@ -18,6 +18,8 @@ if _own_cache:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What commands give themselves (flaxcls/runtime/huge_pages.py), so that these need no new start.
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

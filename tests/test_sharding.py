@@ -1,4 +1,5 @@
 import ast
+import os
 import threading
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from flaxcls import build
+from flaxcls import build, models
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.runtime import sharding
 
@@ -80,6 +81,26 @@ def test_cpu_devices_divide_the_batch_and_do_not_exceed_the_cores(monkeypatch, b
         count = sharding.cpu_devices(batch_size)
         assert 1 <= count <= min(cores, 8) and batch_size % count == 0
     assert sharding.cpu_devices(128) == 8
+
+
+def test_a_cpu_is_one_device_where_onednn_computes_on_all_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(sharding.onednn, "version", lambda: "3.2.0")
+    assert sharding.cpu_devices(128) == 1
+    tokens = {name: models.is_of_tokens(name) for name in ("vit_s16", "mixer", "swin_t", "quick")}
+    assert tokens == {"vit_s16": True, "mixer": True, "swin_t": True, "quick": False}
+    assert sharding.cpu_devices(128, tokens=True) == 8
+
+
+@pytest.mark.parametrize(
+    ("count", "num_processes", "threads"), [(1, 1, None), (2, 1, "8"), (3, 1, "12"), (1, 2, "8")]
+)
+def test_devices_that_wait_for_each_other_have_threads_to_spare(
+    monkeypatch, count, num_processes, threads
+):
+    monkeypatch.delenv("NPROC", raising=False)
+    sharding.set_up_devices(count, 12, num_processes)
+    assert os.environ.pop("NPROC", None) == threads
 
 
 class FakeDevice(NamedTuple):

@@ -37,7 +37,8 @@ def mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
         made = sharding.make_mesh(config.mesh.fsdp, config.mesh.model, devices)
         sharding.check_batch_size(made, part)
         return made
-    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count())
+    tokens = models.is_of_tokens(config.model.name)
+    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count(), tokens=tokens)
     processes.check_device_counts()
     made = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     sharding.check_batch_size(made, part)

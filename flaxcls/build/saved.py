@@ -7,6 +7,7 @@ import flax.linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from flaxcls import models
 from flaxcls.build import inputs, notes, pieces
 from flaxcls.build.sources import open_other, source
 from flaxcls.build.validate import check
@@ -55,7 +56,9 @@ class SavedExperiment(NamedTuple):
 def saved_mesh(config: ConfigDict, batch_size: int | None = None) -> Mesh:
     """All devices, chosen for batches of that size; None: the run's own."""
     check(config)
-    sharding.set_up_devices(config.mesh.cpu_devices, batch_size or config.batch_size)
+    tokens = models.is_of_tokens(config.model.name)
+    size = batch_size or config.batch_size
+    sharding.set_up_devices(config.mesh.cpu_devices, size, tokens=tokens)
     return sharding.make_mesh()
 
 

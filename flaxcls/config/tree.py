@@ -156,7 +156,7 @@ def default() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.fsdp = 1  # devices that parameters are split over
     config.mesh.model = 1  # devices that layers are split over, where the network has rules
-    config.mesh.cpu_devices = placeholder(int)  # host devices on a CPU; None: one per core, up to 8
+    config.mesh.cpu_devices = placeholder(int)  # host devices on a CPU; None: what is fastest
 
     config.lock()
     for path in OPEN:

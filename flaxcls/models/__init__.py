@@ -125,6 +125,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def is_of_tokens(name: str) -> bool:
+    """Whether the network of that name mixes tokens, rather than convolving maps; a user's doesn't.
+
+    Nothing is imported, and a name that is not known is refused elsewhere.
+    """
+    make = MODELS.get(name)
+    while isinstance(make, functools.partial):
+        make = make.func
+    return make in (VisionTransformer, Mixer, Swin)
+
+
 def build(name: str, *, num_classes: int, dtype: jnp.dtype = jnp.float32, **given) -> nn.Module:
     """The network of that name: `module.apply(variables, image, train=...)` gives the logits.
 

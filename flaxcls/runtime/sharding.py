@@ -37,29 +37,38 @@ RULES = (
 SMALLEST_TO_SPLIT = 2**14  # elements; below this the gather costs more than the memory saved
 
 
-def cpu_devices(batch_size: int, num_processes: int = 1) -> int:
-    """How many host devices serve a CPU best: one per core, at most 8, and a divisor of the batch.
+def cpu_devices(batch_size: int, num_processes: int = 1, *, tokens: bool = False) -> int:
+    """How many host devices serve a CPU best: one, or one per core.
 
+    With oneDNN one, but for networks of `tokens`, such as ViT. Else XLA:CPU uses the cores badly
+    inside one device, so there is one per core, at most 8, and a divisor of the batch. Training
+    steps in images/s with one device and with two (2 cores of an AMD EPYC, jax 0.10.2):
+      with oneDNN     cifar10_mlp 7,300 and 2,500, _convnet 2,190 and 1,650, _resnet20 518 and 382,
+                      _quick 645 and 584, _convnext 513 and 457, _vit 88 and 119
+      without it      _quick 225 and 288, _resnet20 222 and 255
     Several processes are taken to be on one machine: clusters of CPUs are for tests.
-
-    XLA:CPU parallelises many operations of a training step badly inside one device; the same step
-    with its batch split over two devices did 1.5 times as many images/s on 2 cores (the network
-    `quick`, batch 500, jax 0.10.2).
     """
+    if onednn.version() and not tokens:
+        return 1
     most = max(1, min(available_cores(), 8) // num_processes)
     return max(d for d in range(1, most + 1) if batch_size % (d * num_processes) == 0 or d == 1)
 
 
-def set_up_devices(count: int | None, batch_size: int, num_processes: int = 1) -> None:
+def set_up_devices(
+    count: int | None, batch_size: int, num_processes: int = 1, *, tokens: bool = False
+) -> None:
     """Chooses the number of CPU host devices; must come before the first use of a device.
 
-    `batch_size` is that of all processes.
+    `batch_size` is that of all processes; `count` None is what `cpu_devices` says.
     """
-    count = count or cpu_devices(batch_size, num_processes)
+    count = count or cpu_devices(batch_size, num_processes, tokens=tokens)
     # XLA:CPU takes this for the number of threads, which is that of the cores without it. A device
     # that waits for the others in a collective holds a thread; with as few threads as devices runs
-    # hung for good, 4 of 6 on 2 busy cores (jax 0.10.2), and none with at least 4 threads.
-    os.environ.setdefault("NPROC", str(max(8, 4 * count)))
+    # hung for good, 4 of 6 on 2 busy cores (jax 0.10.2), and none with at least 4 threads. A device
+    # that is alone waits for none, and more threads than cores slow it down: with eight on two
+    # cores cifar10_keras_cnn made 2,120 instead of 3,200 images/s, as idle ones spin.
+    if count * num_processes > 1:
+        os.environ.setdefault("NPROC", str(max(8, 4 * count)))
     # In a process that already uses its devices (a notebook, a test) their number is settled.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
