@@ -176,8 +176,11 @@ FAMILIES = {
 }
 
 
+LONG = ("mobilenet_v3_small", "mobilenetv4_conv_medium", "efficientnet_lite0", "vgg11_bn")
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=TORTURE if "mobile" in name else ()) for name in FAMILIES]
+    "name", [pytest.param(name, marks=TORTURE if name in LONG else ()) for name in FAMILIES]
 )
 def test_batch_norm_of_all_networks_can_be_as_in_evaluation(name):
     size, options = FAMILIES[name]

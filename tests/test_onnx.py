@@ -51,12 +51,17 @@ NETWORKS = {
     "convnext": {"depths": (1, 1), "width": 8},
     "swin": {"depths": (2, 1), "width": 8, "head_width": 4, "window": 4},
 }
-OTHERS = ("mobilenet_v3_small", "efficientnet_b0", "mobilenetv4_conv_medium", "resnet50d", "vgg11")
+VGG11 = pytest.param("vgg11", {}, marks=pytest.mark.torture)  # 129 million parameters
+OTHERS = ("mobilenet_v3_small", "efficientnet_b0", "mobilenetv4_conv_medium", "resnet50d")
 
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*NETWORKS.items(), *(pytest.param(name, {}, marks=pytest.mark.slow) for name in OTHERS)],
+    [
+        *NETWORKS.items(),
+        VGG11,
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in OTHERS),
+    ],
 )
 def test_network_computes_the_same(name, options, tmp_path):
     network = models.build(name, num_classes=5, **options)

@@ -44,7 +44,7 @@ def assert_is_whole(whole, run_folder, saved_arrays, assert_same_arrays):
 @pytest.mark.parametrize("bucket", ON_GCS, indirect=True)
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(3, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.torture)],
+    [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.torture)],
 )
 def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
     there, everything, start_main, wait_until, assert_is_whole, count
@@ -99,7 +99,7 @@ def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
 
 
 @pytest.mark.parametrize("bucket", ON_S3, indirect=True)
-@pytest.mark.slow
+@pytest.mark.torture
 def test_store_that_fails_now_and_then_is_asked_again_and_nothing_is_lost(
     there, faults, everything, run_main, assert_is_whole
 ):

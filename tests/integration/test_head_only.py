@@ -51,7 +51,7 @@ def probe(tmp_path):
     return recipe
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_a_probe_that_is_killed_ends_bitwise_the_same(
     tmp_path, probe, run_main, start_main, run_folder, wait_until, saved_arrays, assert_same_arrays
 ):

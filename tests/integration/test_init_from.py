@@ -123,7 +123,7 @@ def test_killed_run_resumes_bitwise_and_needs_the_weights_until_its_first_checkp
     assert_same_arrays(saved_arrays(killed.folder, 40), saved_arrays(straight.folder, 40))
 
 
-@pytest.mark.slow
+@pytest.mark.torture
 def test_two_processes_and_split_parameters_begin_as_one_does(
     tmp_path, recipe, source, run_main, start_main, run_folder
 ):

@@ -23,7 +23,7 @@ def progress_of(workdir, step):
 
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(7, marks=pytest.mark.slow), pytest.param(27, marks=pytest.mark.torture)],
+    [pytest.param(4, marks=pytest.mark.slow), pytest.param(27, marks=pytest.mark.torture)],
 )
 def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
     tmp_path,

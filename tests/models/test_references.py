@@ -32,6 +32,7 @@ def test_equals_torchvision(name):
     references.compare(name, make(num_classes=7), size=65)
 
 
+@pytest.mark.torture
 def test_wide_bottlenecks_of_groups_equal_torchvision():
     resnet = references.torchvision_models().resnet
     reference = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1], 7, groups=32, width_per_group=4)

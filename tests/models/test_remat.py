@@ -22,7 +22,7 @@ NETWORKS = [
     (RESNET, {"stage_sizes": (2,), "block": BottleneckBlock, "width": 8}, 0.3),
     ("wrn", {"depth": 10, "width": 1, "dropout": 0.3}, 0.4),
     (DENSENET, {"block_sizes": (6,), "growth": 8, "stem_width": 8, "dropout": 0.2}, 0.7),
-    ("efficientnet_lite0", {}, 0.3),
+    pytest.param("efficientnet_lite0", {}, 0.3, marks=pytest.mark.torture),  # compiles for long
     pytest.param(
         *("convnext", {"depths": (2,), "width": 8, "drop_path": 0.3}, 0.3),
         marks=pytest.mark.torture,
