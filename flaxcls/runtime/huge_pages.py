@@ -28,7 +28,7 @@ def restart_with_huge_pages() -> None:
     chosen = os.environ.get(_VARIABLE, "")
     if _TUNABLE in chosen or not _gives_on_request() or "jax" in sys.modules:
         return
-    if sys.argv[0] in ("", "-") or sys.gettrace():
+    if sys.argv[0] in ("", "-") or sys.gettrace() or not sys.executable:
         return
     os.environ[_VARIABLE] = ":".join(filter(None, (chosen, f"{_TUNABLE}=1")))
     output.flush()
