@@ -27,6 +27,12 @@ from flaxcls.models.layer_order import layers_of
 from flaxcls.runtime import processes, sharding
 
 
+def set_up_devices(config: ConfigDict, batch_size: int, num_processes: int = 1) -> None:
+    """`sharding.set_up_devices` for the network of a config."""
+    tokens = models.is_of_tokens(config.model.name)
+    sharding.set_up_devices(config.mesh.cpu_devices, batch_size, num_processes, tokens=tokens)
+
+
 def mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh that a config asks for, checked against its batch.
 
@@ -37,8 +43,7 @@ def mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
         made = sharding.make_mesh(config.mesh.fsdp, config.mesh.model, devices)
         sharding.check_batch_size(made, part)
         return made
-    tokens = models.is_of_tokens(config.model.name)
-    sharding.set_up_devices(config.mesh.cpu_devices, part, processes.count(), tokens=tokens)
+    set_up_devices(config, part, processes.count())
     processes.check_device_counts()
     made = sharding.make_mesh(config.mesh.fsdp, config.mesh.model)
     sharding.check_batch_size(made, part)

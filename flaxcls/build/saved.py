@@ -7,7 +7,6 @@ import flax.linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from flaxcls import models
 from flaxcls.build import inputs, notes, pieces
 from flaxcls.build.sources import open_other, source
 from flaxcls.build.validate import check
@@ -56,9 +55,7 @@ class SavedExperiment(NamedTuple):
 def saved_mesh(config: ConfigDict, batch_size: int | None = None) -> Mesh:
     """All devices, chosen for batches of that size; None: the run's own."""
     check(config)
-    tokens = models.is_of_tokens(config.model.name)
-    size = batch_size or config.batch_size
-    sharding.set_up_devices(config.mesh.cpu_devices, size, tokens=tokens)
+    pieces.set_up_devices(config, batch_size or config.batch_size)
     return sharding.make_mesh()
 
 
