@@ -135,12 +135,17 @@ def step_cells(measured: dict[str, Any]) -> list[str]:
     value = {name: figure["value"] for name, figure in figures.items()}
     return [
         f"{value['rate']:,.0f} ({min(rates):,.0f} to {max(rates):,.0f})",
-        f"{value['step']:.3g}",
+        three_digits(value["step"]),
         f"{value['input_wait']:.2g}",
         f"{value['flops_per_image']:.3g}" if "flops_per_image" in value else "-",
         f"{value['compilation']:.1f}",
         f"{value['peak_memory_host']:,.0f}",
     ]
+
+
+def three_digits(number: float) -> str:
+    """Such as 1,720, 45.3 or 0.082."""
+    return f"{float(f'{number:.3g}'):,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def plan_cells(measured: dict[str, Any]) -> list[str]:

@@ -1,12 +1,17 @@
 """The kit of benchmarks/gpu runs on a CPU, at sizes that mean nothing."""
 
+import importlib.util
 import json
 import runpy
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from flaxcls.perf.traffic import traffic
 
 ROOT = Path(__file__).parent.parent
 KIT = ROOT / "benchmarks" / "gpu"
@@ -154,3 +159,21 @@ def test_resumed_runs_have_the_choices_of_their_setting(
     assert result["same"] and result["choices"] == ["choices.txt"]
     assert [run.began_with for run in runs] == [[], resumed, whole]
     sys.modules.pop("correctness")
+
+
+def test_compiling_for_a_gpu_says_what_it_needs(start_python):
+    if importlib.util.find_spec("jax_cuda13_plugin"):
+        pytest.skip("it is here")
+    process = start_python(KIT / "compiled.py", "cifar_resnet18_128", "model.width=8")
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "pip install 'jax[cuda13]'" in stderr and "Traceback" not in stderr
+
+
+def test_traffic_of_kernels_is_that_of_the_program(monkeypatch):
+    monkeypatch.syspath_prepend(KIT)
+    recipes = runpy.run_path(str(KIT / "recipes.py"))
+    compiled = jax.jit(lambda x: (x @ x).sum(0)).lower(jnp.ones((64, 64))).compile()
+    sizes = [size for _, size in recipes["kernels"](compiled.as_text())]
+    assert sum(sizes) == 4 * (64 * 64 + 64)  # all is one kernel
+    assert sum(sizes) == sum(one.read + one.written for one in traffic(compiled.as_text()))

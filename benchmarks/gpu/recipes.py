@@ -1,6 +1,6 @@
 """The only file of the kit that knows flaxcls from within: a workload's Program and its pieces."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from flaxcls.core.step import make_eval_step, zero_metrics
 from flaxcls.models.attention import attention as attention
 from flaxcls.models.layers import convolve as convolve
 from flaxcls.models.pooling import overlapping_max_pool as overlapping_max_pool
+from flaxcls.perf.hlo_text import Module
+from flaxcls.perf.traffic import operators
+from flaxcls.training.data import RunData
 from flaxcls.training.program import Program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -40,6 +43,19 @@ def made_up_config(workload: Workload, **changes: Any) -> Any:
 def program(config: Any, mesh: Mesh | None = None) -> Program:
     """A run's data on the devices and its compiled functions; on all devices, or those given."""
     return Program.open(build.make_experiment(config, mesh or build.mesh(config)))
+
+
+def compiled_step(config: Any, device: jax.Device) -> jax.stages.Compiled:
+    """A run's training step for a device that need not be there; no image is made."""
+    open_split = build.source_or_description
+    experiment = build.make_experiment(config, mesh_of_one(device), open_split)
+    return Program(experiment, RunData.unread(experiment)).lower(0).compile()
+
+
+def kernels(program: str) -> Iterator[tuple[str, int]]:
+    """The name of each that a step starts, and the bytes that it reads and writes, by HLO text."""
+    for operator, times, read, written in operators(Module(program)):
+        yield from [(operator.name, read + written)] * times
 
 
 def augmentation(specs: Sequence[Mapping[str, Any]]) -> Callable:

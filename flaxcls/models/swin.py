@@ -51,8 +51,8 @@ class WindowAttention(nn.Module):
         shift = tuple(self.shift if side > size else 0 for side in (rows, columns))
         x = jnp.roll(x, (-shift[0], -shift[1]), (1, 2))
         windows = patches(x, size).reshape(batch, -1, size**2, channels)
-        qkv = dense(3 * channels, name="qkv")(windows)
-        qkv = qkv.reshape(-1, size**2, 3, self.heads, channels // self.heads)
+        qkv = jnp.split(dense(3 * channels, name="qkv")(windows), 3, axis=-1)
+        qkv = (y.reshape(-1, size**2, self.heads, channels // self.heads) for y in qkv)
         distances = ((2 * size - 1) ** 2, self.heads)
         table = self.param("relative_position_bias_table", _normal, distances)
         bias = table[_distances(size)].transpose(2, 0, 1)[None]
@@ -60,7 +60,7 @@ class WindowAttention(nn.Module):
             meet = _same_region(rows, columns, size, shift)[:, None]
             bias = bias + jnp.where(meet, 0, -100.0)  # [windows, heads, pixels, pixels]
             bias = jnp.broadcast_to(bias, (batch, *bias.shape)).reshape(-1, *bias.shape[1:])
-        y = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), bias=bias.astype(x.dtype))
+        y = jax.nn.dot_product_attention(*qkv, bias=bias.astype(x.dtype))
         y = dense(channels, name="proj")(y.reshape(batch, -1, size**2, channels))
         y = y.reshape(batch, rows // size, columns // size, size, size, channels)
         y = jnp.roll(y.swapaxes(2, 3).reshape(x.shape), shift, (1, 2))

@@ -20,6 +20,7 @@ class Instruction(NamedTuple):
     """A line of the text.
 
     Attributes:
+      name: of its result, such as "fusion.12".
       opcode: such as "fusion".
       shape: of its result, as the text has it; of several in parentheses.
       operands: the shapes of what it takes.
@@ -28,6 +29,7 @@ class Instruction(NamedTuple):
       rest: all that comes after its opcode.
     """
 
+    name: str
     opcode: str
     shape: str
     operands: tuple[str, ...]
@@ -54,6 +56,7 @@ class Module:
                 trips = _TRIPS.search(rest) if opcode == "while" else None
                 self.computations[name].append(
                     Instruction(
+                        result,
                         opcode,
                         shape,
                         tuple(shapes.get(operand, "") for operand in operands),

@@ -55,21 +55,25 @@ def traffic(text: str) -> list[Traffic]:
     }
     counts: Counter[str] = Counter()
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    # What is fused is done within the operator that has it.
-    for instruction, times in module.instructions(lambda call: call.opcode in _CONTROL):
-        if _FREE.fullmatch(instruction.opcode):
-            continue
+    for instruction, times, read, written in operators(module):
         kind = "others"
         if instruction.opcode in _COPIES:
             kind = "copies"
         elif instruction.opcode in _PRODUCTS or not products.isdisjoint(instruction.called):
             kind = "convolutions"
-        read, written = _moved(instruction)
         counts[kind] += times
         sizes[kind][0] += times * read
         sizes[kind][1] += times * written
     found = (Traffic(kind, counts[kind], *sizes[kind]) for kind in counts)
     return sorted(found, key=lambda one: -one.read - one.written)
+
+
+def operators(module: Module) -> Iterator[tuple[Instruction, int, int, int]]:
+    """What a run does one by one: how often, and the bytes that it reads and writes each time."""
+    # What is fused is done within the operator that has it.
+    for instruction, times in module.instructions(lambda call: call.opcode in _CONTROL):
+        if not _FREE.fullmatch(instruction.opcode):
+            yield instruction, times, *_moved(instruction)
 
 
 def _moved(instruction: Instruction) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Vision transformers: what the comparison with timm does not see."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from flaxcls import models
@@ -57,3 +58,30 @@ def test_layer_before_the_head_is_what_is_pooled():
     head = variables["params"]["head"]
     logits = network.apply(variables, image, train=False)
     np.testing.assert_allclose(logits, pooled @ head["kernel"] + head["bias"], atol=1e-6)
+
+
+def test_positions_added_by_a_product_are_those_added_by_a_sum():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, gradient = (jax.random.normal(key, (33, 5, 16), jnp.bfloat16) for key in keys[:2])
+    positions = jax.random.normal(keys[2], (1, 5, 16), jnp.bfloat16)
+    actual, pullback = jax.vjp(vit._add_by_product, x, positions)
+    np.testing.assert_array_equal(actual, x + positions)
+    of_x, of_positions = pullback(gradient)
+    np.testing.assert_array_equal(of_x, gradient)
+    expected = np.float64(gradient).sum(0, keepdims=True)
+    np.testing.assert_allclose(np.float64(of_positions), expected, rtol=0.01, atol=0.05)
+
+
+def test_positions_are_added_by_a_product_on_gpus_in_half_precision_alone():
+    image = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+    def has_product(dtype, platform):
+        network = models.build("vit", num_classes=3, dtype=dtype, **SMALL)
+        shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, train=False), image)
+        traced = jax.jit(lambda *x: network.apply(*x, train=False)).trace(shapes, image)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return "(tensor<2x1xbf16>, tensor<1x80xbf16>) -> tensor<2x80xbf16>" in text  # 5 tokens
+
+    assert has_product("bfloat16", "cuda") and has_product("bfloat16", "rocm")
+    assert not has_product("bfloat16", "cpu") and not has_product("bfloat16", "tpu")
+    assert not has_product("float32", "cuda")
