@@ -203,11 +203,14 @@ TABLES = {
     "plans": Table(
         ("flaxcls.plan",),
         {
-            f"`{name}` on {topology}": recipe(name, f"--topology={topology}")
-            for name, topology in (
-                ("imagenet_resnet50", "v5e:16x16"),
-                ("imagenet_resnet50_a3", "v5e:16x16"),
-                ("imagenet_vit_s16", "v6e:8x8"),
+            f"`{name}`{'' if not flags else ', BatchNorm over a chip'} on {topology}": recipe(
+                name, f"--topology={topology}", "--batch_per_chip=128", *flags
+            )
+            for name, topology, *flags in (
+                ("imagenet_resnet50", "v5e:2x2"),
+                ("imagenet_resnet50", "v5e:2x2", "--config.model.batch_norm_group=128"),
+                ("imagenet_resnet50_a3", "v5e:2x2"),
+                ("imagenet_vit_s16", "v6e:2x2"),
             )
         },
         ("images a chip", "GiB at the peak", "GFLOP an image", "MB an image by XLA", "sent",

@@ -13,8 +13,8 @@ EXPECTED = json.loads((GOLDEN / "step_counts.json").read_text())
 
 # Large networks, in steps that those of other recipes are like: they take minutes to compile.
 LARGE = re.compile(
-    r"finetune_|imagenet_(resnet18|resnet50_(a1|a3|fast)|resnet50d|deit3|convnext)"
-    r"|cifar10_(airbench94|convnext|densenet|lt|resnet18|vgg|wrn)"
+    r"finetune_|imagenet_(resnet18|resnet50_(a1|a3|fast)|resnet50d|deit3|convnext|vit)"
+    r"|cifar10_(airbench94|convnext|densenet|lt|resnet18|short|vgg|wrn)"
 )
 
 

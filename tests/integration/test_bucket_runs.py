@@ -233,7 +233,7 @@ def test_two_processes_that_share_no_disk_save_what_one_can_resume(
     there, tmp_path, everything, start_two, run_main, wait_until, saved_arrays, assert_same_arrays
 ):
     """Parameters are split over both; each has a temporary folder of its own."""
-    options = (f"--config={everything}", "--config.mesh.fsdp=2", "--config.duration=20 steps")
+    options = (f"--config={everything}", "--config.mesh.fsdp=2", "--config.duration=9 steps")
     two = (*options, f"--workdir={there.path}", "--config.mesh.cpu_devices=1")
     processes = start_two(two, two)
     assert wait_until(processes[0], lambda: max(there.steps(), default=0) >= 4)
@@ -245,5 +245,5 @@ def test_two_processes_that_share_no_disk_save_what_one_can_resume(
     assert "resumed from step" in result.stdout
     result = run_main(*options, f"--workdir={tmp_path / 'disk'}", "--config.mesh.cpu_devices=2")
     assert result.returncode == 0, result.stderr
-    arrays = saved_arrays(there.copy(), 20)
-    assert_same_arrays(arrays, saved_arrays(tmp_path / "disk", 20))
+    arrays = saved_arrays(there.copy(), 9)
+    assert_same_arrays(arrays, saved_arrays(tmp_path / "disk", 9))

@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-# Pictures of different sizes, random crops, two image sizes, and an average; a checkpoint a step.
+# Pictures of different sizes, random crops, two image sizes, and an average; many checkpoints.
 STREAMED = """
 from flaxcls.config import default
 
@@ -21,7 +21,7 @@ def get_config():
     config.repeats = 2
     config.log_every = "5 steps"
     config.eval.every = "8 steps"
-    config.checkpoint.every = "1 steps"
+    config.checkpoint.every = "2 steps"
     config.data.name = "folder"
     config.data.path = {path!r}
     config.data.eval_split = "validation"
@@ -118,7 +118,11 @@ def test_broken_images_are_replaced_named_and_counted(tmp_path, streamed, run_ma
         path = next(p for p in pictures.rglob("*.jpg") if p.name in name)
         path.write_bytes(path.read_bytes()[:50])
     workdir = tmp_path / "run"
-    short = ("--config.duration=20 steps", "--config.checkpoint.every=10 steps")
+    short = (
+        "--config.duration=20 steps",
+        "--config.checkpoint.every=10 steps",
+        "--config.image_size=8",
+    )
     result = run_main(f"--config={recipe}", f"--workdir={workdir}", *short)
     assert result.returncode == 0, result.stderr
     log = (workdir / "broken_images.log").read_text().splitlines()

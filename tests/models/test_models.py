@@ -313,7 +313,7 @@ def test_a_list_option_makes_a_hashable_module():
         ("digits_cnn", {}),
         ("wrn", {"depth": 10, "width": 1}),
         ("alexnet", {"hidden": 8}),
-        ("cifar_vgg11_bn", {}),
+        pytest.param("cifar_vgg11_bn", {}, marks=pytest.mark.torture),  # slow to compile
         ("densenet_bc", {"depth": 10, "growth": 4}),
         ("vit", {"depth": 1, "width": 8, "heads": 2, "patch": 5}),
         ("mixer", {"depth": 1, "width": 8, "patch": 5}),
