@@ -32,6 +32,7 @@ from flaxcls.runtime import compilation_cache, processes, sharding
 from flaxcls.runtime.autotuning import Autotuning
 from flaxcls.runtime.stop_request import StopRequest
 from flaxcls.runtime.watchdog import Watchdog
+from flaxcls.training import rollbacks
 from flaxcls.training.due import Due
 from flaxcls.training.hooks import NO_HOOKS, HookCalls, Hooks
 from flaxcls.training.introduction import check_new_length
@@ -39,14 +40,7 @@ from flaxcls.training.profile import Profile
 from flaxcls.training.program import Program
 from flaxcls.weights.initial import initial_weights
 
-_START = {
-    "seconds": {},
-    "results": {},
-    "best": {},
-    "rollbacks": 0,
-    "diverged_at": [],  # the updates made, without those skipped, before each of them
-    "data_offset": 0,  # steps that the order of the examples is ahead by
-}
+_START = {"seconds": {}, "results": {}, "best": {}, **rollbacks.NONE}
 
 
 class Session:
@@ -150,10 +144,7 @@ class Session:
         self.step, state, metadata = found
         if metadata["fingerprint"] != self._program.metadata["fingerprint"]:
             raise DataError(f"the training data are not those that {self._workdir} began with")
-        self._progress = metadata["progress"]
-        if "diverged_at" not in self._progress:  # saved before that was noted: they still count
-            made = self._program.updates_made(state)
-            self._progress["diverged_at"] = [made] * self._progress["rollbacks"]
+        self._progress = rollbacks.dated(metadata["progress"], self._program.updates_made(state))
         return state
 
     def _initial_weights(self) -> Mapping[str, Any]:
@@ -374,30 +365,16 @@ class Session:
     def _roll_back(self, state: TrainState, trouble: DivergedError) -> TrainState:
         """Goes back to the last good checkpoint, and on from there with the examples to come.
 
-        Raises DivergedError after config.divergence.max_rollbacks within config.divergence.within.
-        A rollback counts until the run has made that many updates more than it had when it
-        diverged. To go back takes the run away from there and to skip updates no nearer, so one
-        that diverges for ever at one place ends, however far apart its checkpoints are, and so does
-        one that makes a few good updates between; in N updates there are at most
-        max_rollbacks * (N / within + 1) rollbacks.
+        Raises DivergedError where `rollbacks` has it that this is once too often.
         """
-        limits, updates = self._experiment.divergence, self._program.updates_made(state)
-        before = self._progress["diverged_at"]
-        recent = sum(earlier > updates - limits.within for earlier in before)
-        rollbacks, offset = self._progress["rollbacks"] + 1, self._progress["data_offset"]
-        diverged = self.step
+        within, before = self._experiment.divergence.within, self._progress
+        updates, diverged_at_step = self._program.updates_made(state), self.step
         jax.tree.map(lambda x: x.delete(), state)  # its memory is needed for the other one
-        if recent >= limits.max_rollbacks:
+        recent = rollbacks.recent(before, updates, within)
+        if recent >= self._experiment.divergence.max_rollbacks:
             with contextlib.suppress(CheckpointError):
                 self._checkpoints.wait()
-            steps = self._checkpoints.steps()
-            raise DivergedError(
-                f"{trouble}, after {recent} rollback{'s' * (recent != 1)} within "
-                f"{limits.within:,.0f} updates; "
-                + (f"the checkpoint of step {steps[-1]} is good" if steps else "nothing is saved")
-                + "; a lower config.optimizer.learning_rate, a warm-up or "
-                "config.optimizer.gradient_clip_norm may help"
-            )
+            raise rollbacks.too_many(trouble, recent, within, self._checkpoints.steps())
         with (
             jax.transfer_guard("allow"),
             self._clock.spending("lost"),
@@ -405,9 +382,7 @@ class Session:
         ):
             state = self._program.reset_skipped(self._restored())
         self._clock.roll_back(self._progress["seconds"])
-        self._progress["rollbacks"] = rollbacks
-        self._progress["diverged_at"] = [*before, updates]
-        self._progress["data_offset"] = offset + diverged - self.step
+        self._progress |= rollbacks.after(before, updates, diverged_at_step - self.step)
         self._log.say(
             f"{trouble}: back to step {self.step}, and on with the examples that come after those"
         )
