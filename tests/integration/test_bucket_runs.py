@@ -44,7 +44,7 @@ def assert_is_whole(whole, run_folder, saved_arrays, assert_same_arrays):
 @pytest.mark.parametrize("bucket", ON_GCS, indirect=True)
 @pytest.mark.parametrize(
     "count",
-    [pytest.param(2, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.torture)],
+    [pytest.param(1, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.torture)],
 )
 def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
     there, everything, start_main, wait_until, assert_is_whole, count
@@ -87,7 +87,7 @@ def test_run_that_is_killed_again_and_again_ends_bitwise_the_same(
         deaths += process.returncode != 0
         torn += bool(there.unfinished())
     print(deaths, "kills,", torn, "of them left a step without manifest")
-    assert deaths >= 3 * count // 4 and torn >= 1
+    assert deaths >= max(1, 3 * count // 4) and torn >= 1
     before, began = there.log(), time.perf_counter()
     process = start_main(*arguments)
     if wait_until(process, lambda: there.log() not in (before, b"")):
