@@ -9,7 +9,6 @@ bytes that they read and write in a step, and how many there are. --text keeps t
 """
 
 import argparse
-import ast
 import collections
 import os
 import re
@@ -53,17 +52,16 @@ gpu_device_info {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=WORKLOADS)
-    parser.add_argument("changes", nargs="*", metavar="FIELD=VALUE", help="of the config")
+    parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the config")
     parser.add_argument("--text", help="a file for the compiled program")
     options = parser.parse_args()
-    changes = {field: literal(value) for field, _, value in map(parts, options.changes)}
     try:
         described = {"target_config": H100, "topology": "1x1x1"}
         topology = topologies.get_topology_desc(platform="cuda", **described)
     except (NotImplementedError, RuntimeError) as error:
         parser.error(f"XLA for NVIDIA GPUs is missing (pip install 'jax[cuda13]'): {error}")
-    config = recipes.made_up_config(WORKLOADS[options.name], **changes)
-    text = recipes.compiled_step(config, topology.devices[0]).as_text()
+    workload, [device] = WORKLOADS[options.name], topology.devices
+    text = recipes.compiled_step(workload, options.overrides, device).as_text()
     if options.text:
         with open(options.text, "w") as file:
             file.write(text)
@@ -76,18 +74,6 @@ def main() -> None:
     for kind, size in moved.most_common():
         if size >= 1e7:
             print(f"{size / 1e9:8.2f} GB {kernels[kind]:5} x {kind}")
-
-
-def parts(change: str) -> tuple[str, str, str]:
-    return change.partition("=")
-
-
-def literal(text: str) -> object:
-    """A Python literal, or the text itself."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from workloads import Workload
 
 from flaxcls import augment, build, cli
 from flaxcls.config.fields import update
+from flaxcls.config.recipes import apply_override
 from flaxcls.core.step import make_eval_step, zero_metrics
 from flaxcls.models.attention import attention as attention
 from flaxcls.models.layers import convolve as convolve
@@ -45,8 +46,17 @@ def program(config: Any, mesh: Mesh | None = None) -> Program:
     return Program.open(build.make_experiment(config, mesh or build.mesh(config)))
 
 
-def compiled_step(config: Any, device: jax.Device) -> jax.stages.Compiled:
-    """A run's training step for a device that need not be there; no image is made."""
+def compiled_step(
+    workload: Workload, overrides: Sequence[str], device: jax.Device
+) -> jax.stages.Compiled:
+    """A workload's training step for a device that need not be there; no image is made.
+
+    Its config is changed by overrides "field=value".
+    """
+    config = made_up_config(workload)
+    for override in overrides:
+        apply_override(config, override)
+    build.check(config)
     open_split = build.source_or_description
     experiment = build.make_experiment(config, mesh_of_one(device), open_split)
     return Program(experiment, RunData.unread(experiment)).lower(0).compile()

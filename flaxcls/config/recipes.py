@@ -53,7 +53,7 @@ def load_recipe(recipe: str | None, overrides: Sequence[str] = ()) -> Recipe:
             f"{path} must define get_config(), returning flaxcls.config.default() changed"
         )
     for override in overrides:
-        _override(config, override)
+        apply_override(config, override)
     given = [override.partition("=")[0] for override in overrides]
     return Recipe(config, given, path, namespace.get("adapt"))
 
@@ -100,7 +100,8 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return vars(module)
 
 
-def _override(config: ConfigDict, override: str) -> None:
+def apply_override(config: ConfigDict, override: str) -> None:
+    """Changes a config by "field=value", as `load_recipe` does."""
     path, equals, text = override.partition("=")
     if not equals:
         raise ConfigError(f"--config.{path} needs a value, as in --config.{path}=VALUE")

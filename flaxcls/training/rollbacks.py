@@ -11,7 +11,7 @@ What is noted is in a run's progress, which checkpoints hold: "rollbacks", how m
 steps that the order of the examples is ahead by, so that others follow than those it diverged on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flaxcls.errors import DivergedError
@@ -19,9 +19,11 @@ from flaxcls.errors import DivergedError
 NONE = {"rollbacks": 0, "diverged_at": [], "data_offset": 0}
 
 
-def dated(progress: Mapping[str, Any], updates: int) -> dict[str, Any]:
+def dated(progress: dict[str, Any], updates_made: Callable[[], int]) -> dict[str, Any]:
     """The progress of a checkpoint, also of before "diverged_at" was noted: all still count."""
-    return {"diverged_at": [updates] * progress["rollbacks"], **progress}
+    if "diverged_at" in progress:
+        return progress
+    return {**progress, "diverged_at": [updates_made()] * progress["rollbacks"]}
 
 
 def recent(progress: Mapping[str, Any], updates: int, within: float) -> int:

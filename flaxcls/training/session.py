@@ -144,7 +144,8 @@ class Session:
         self.step, state, metadata = found
         if metadata["fingerprint"] != self._program.metadata["fingerprint"]:
             raise DataError(f"the training data are not those that {self._workdir} began with")
-        self._progress = rollbacks.dated(metadata["progress"], self._program.updates_made(state))
+        made = partial(self._program.updates_made, state)
+        self._progress = rollbacks.dated(metadata["progress"], made)
         return state
 
     def _initial_weights(self) -> Mapping[str, Any]:
