@@ -1,13 +1,14 @@
-"""Plans a recipe on TPUs or this machine by compiling its step: memory, work, time, cost.
+"""Plans a recipe on TPUs, GPUs or this machine by compiling its step: memory, work, time, cost.
 
-    python -m flaxcls.plan --config=configs/NAME.py --topology=v5e:2x2[,v5p:2x2x1,...]
+    python -m flaxcls.plan --config=configs/NAME.py --topology=v5e:2x2[,h100:8,...]
                            [--config.x=y ...] [--tune] [--json=FILE]
 
-Neither the data nor a TPU is needed: `pip install 'flaxcls[plan]'` has the compiler for TPUs. A
---topology is a slice of v4, v5e, v5p or v6e chips, or `local`: the devices of this machine.
+Neither the data nor an accelerator is needed: `pip install 'flaxcls[plan]'` has the compiler for
+TPUs, `flaxcls[cuda]` that for GPUs. A --topology is a slice of v4, v5e, v5p or v6e chips, a number
+of a100, h100, h200 or b200 GPUs, or `local`: the devices of this machine.
 
-Printed are the memory of a chip and what takes it, XLA's count of FLOPs and of the bytes that the
-step reads and writes, the time of a step at the chip's published peaks (a roofline), the time and
+Printed are the memory of a chip and what takes it, the FLOPs and the bytes that the step reads and
+writes, the time of a step at the chip's published peaks (a roofline), the time and
 chip-hours of the whole recipe, and what the chips send each other. Where a step does not fit, remat
 and FSDP are tried, then smaller batches. --tune tries batches, remat and compiler options.
 """
@@ -24,7 +25,7 @@ from flaxcls import cli
 from flaxcls.errors import ConfigError
 
 FLAGS = cli.common_flags("config")
-flags.DEFINE_multi_string("topology", None, "Slices, such as v5e:2x2, or local.", flag_values=FLAGS)
+flags.DEFINE_multi_string("topology", None, "Such as v5e:2x2, h100:8 or local.", flag_values=FLAGS)
 flags.DEFINE_integer(
     "batch_per_chip", None, "Images a chip, not the recipe's.", lower_bound=1, flag_values=FLAGS
 )
@@ -39,10 +40,11 @@ flags.DEFINE_string("json", None, "A file for all figures.", flag_values=FLAGS)
 
 LOCAL = "local"
 RECORDED = ("config", "topology", "batch_per_chip", "tune", "num_examples", "num_classes")
-# For TPUs that aren't there: JAX itself stays on the CPU, and libtpu asks neither a metadata server
-# what machine this is nor other processes whether it may be loaded.
+# For chips that aren't there: JAX itself stays on the CPU and asks for no driver, and libtpu asks
+# neither a metadata server what machine this is nor other processes whether it may be loaded.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--config=FILE is missing, such as --config=configs/digits_cnn.py")
     names = [name for text in FLAGS.topology or () for name in text.split(",") if name]
     if not names:
-        raise ConfigError(f"--topology=SLICE is missing, such as v5e:2x2, or {LOCAL}")
+        raise ConfigError(f"--topology=NAME is missing, such as v5e:2x2, h100:8 or {LOCAL}")
     if (FLAGS.num_examples is None) != (FLAGS.num_classes is None):
         raise ConfigError("--num_examples and --num_classes go together")
     if FLAGS.json:

@@ -167,7 +167,7 @@ def test_compiling_for_a_gpu_says_what_it_needs(start_python):
     process = start_python(KIT / "compiled.py", "cifar_resnet18_128", "model.width=8")
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "pip install 'jax[cuda13]'" in stderr and "Traceback" not in stderr
+    assert "pip install 'flaxcls[cuda]'" in stderr and "Traceback" not in stderr
 
 
 def test_traffic_of_kernels_is_that_of_the_program(monkeypatch):

@@ -4,9 +4,11 @@ import importlib.util
 import json
 import os
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -14,7 +16,7 @@ from flaxcls import build
 from flaxcls.data.described import FACTS
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.perf import devices, hlo
-from flaxcls.perf.plan import StepPlan, TooLarge, image_seconds
+from flaxcls.perf.plan import StepPlan, TooLarge, available, image_seconds
 from flaxcls.perf.plan_search import Planner, Variant
 from flaxcls.perf.traffic import traffic
 from flaxcls.plan import ENVIRONMENT
@@ -25,6 +27,8 @@ from flaxcls.training.program import Program
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed"
 )
+
+has_cuda = any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin")))
 
 RECIPE = """
 from flaxcls.config import default
@@ -231,6 +235,38 @@ def test_memory_traffic_is_read_off_the_compiled_text():
     ]
 
 
+SLICES = """
+HloModule step
+
+%fused (p: f32[1000], i: s32[4]) -> f32[4] {
+  %p = f32[1000]{0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %begin = f32[4]{0} slice(%p), slice={[0:4]}
+  %taken = f32[4]{0} gather(%p, %i), slice_sizes={1}
+  ROOT %sum = f32[4]{0} add(%begin, %taken)
+}
+
+%whole (p: f32[1000]) -> f32[] {
+  %p = f32[1000]{0} parameter(0)
+  %begin = f32[4]{0} slice(%p), slice={[0:4]}
+  ROOT %sum = f32[] custom-call(%p, %begin)
+}
+
+ENTRY %main (a: f32[1000], i: s32[4]) -> f32[4] {
+  %a = f32[1000]{0} parameter(0)
+  %i = s32[4]{0} parameter(1)
+  %x = f32[4]{0} fusion(%a, %i), kind=kLoop, calls=%fused
+  %y = f32[] fusion(%a), kind=kLoop, calls=%whole
+  ROOT %z = f32[10]{0} dynamic-slice(%a, %y), dynamic_slice_sizes={10}
+}
+"""
+
+
+def test_of_an_array_that_is_sliced_the_slices_are_read():
+    fused, whole, alone = (16 + 16) + 16, 4000, 40 + 4
+    assert traffic(SLICES) == [("others", 3, fused + whole + alone, 16 + 4 + 40)]
+
+
 def test_memory_traffic_of_a_compiled_program():
     shape = jax.ShapeDtypeStruct((64, 32), jnp.float32)
     compiled = jax.jit(lambda x: x.T @ jnp.ones_like(x)).lower(shape).compile()
@@ -252,12 +288,42 @@ def test_chips_are_found_by_the_whole_name():
     assert devices.find("NVIDIA H100 PCIe") is None and devices.find("cpu") is None
 
 
+def test_all_gpus_that_are_planned_for_have_peaks():
+    for name, gpu in topologies.GPUS.items():
+        assert devices.find(gpu.name).name.startswith(name)
+        # A GB is 10**9 bytes to some makers and 2**30 to others.
+        assert gpu.memory == pytest.approx(2**30 * devices.find(gpu.name).hbm_gb, rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("environment", "share"),
+    [
+        ({}, 0.75),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}, 0.9),
+        ({"XLA_CLIENT_MEM_FRACTION": ".5"}, 0.5),
+    ],
+)
+def test_programs_get_the_share_of_a_gpu_that_jax_takes(monkeypatch, environment, share):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def mesh(kind, platform):
+        device = SimpleNamespace(device_kind=kind, platform=platform)
+        return SimpleNamespace(devices=np.array([device]))
+
+    assert available(mesh("NVIDIA H100 80GB HBM3", "gpu")) == share * 80 * 2**30
+    assert available(mesh("TPU v5 lite", "tpu")) == 16 * 2**30
+    assert available(mesh("cpu", "cpu")) is None
+
+
 def test_roofline_is_the_slower_of_computing_and_reading():
     chip = devices.Chip("a", peak_tflops=2, hbm_gb=1, hbm_gbps=100, source="")
 
     def step(flops, size):
-        fields = dict.fromkeys(("memory", "collectives", "seconds"))
-        return StepPlan((8, 8), 10, False, 64, 4, chip, flops, size, **fields)
+        fields = dict.fromkeys(("available", "by_xla", "memory", "collectives", "seconds"))
+        return StepPlan((8, 8), 10, False, 64, 4, chip, flops=flops, bytes=size, **fields)
 
     assert step(4e9, 1e8).step_seconds == 2e-3 and not step(4e9, 1e8).is_bound_by_memory
     assert step(4e9, 1e9).step_seconds == 1e-2 and step(4e9, 1e9).is_bound_by_memory
@@ -270,7 +336,7 @@ def test_compiler_says_how_much_is_missing():
     sentence = (
         "the total memory required for HLO temporaries (27.94G) exceeds available HBM (15.75G)"
     )
-    assert str(TooLarge.by_compiler(sentence)) == "needs 27.94 GiB of the 15.75 that a chip has"
+    assert str(TooLarge.by_compiler(sentence)) == "needs 27.94 GiB of the 15.75 that programs get"
     assert str(TooLarge.by_compiler("no")) == "does not fit into a chip's memory"
 
 
@@ -282,7 +348,12 @@ def test_compiler_says_how_much_is_missing():
         ("v5e:2x2x2", "must name a slice, such as v5e:2x2"),
         ("v5p", "must name a slice, such as v5p:2x2x1"),
         ("v5p:0x2x1", "must name a slice, such as v5p:2x2x1"),
-        ("h100:8", "a step for GPUs can be planned only where there is one"),
+        ("l4:8", "of GPUs that are not there a100, h100, h200, b200 can be planned for"),
+        ("H100:8", "there is no kind of chip 'H100', did you mean 'h100'"),
+        ("h100", "must name a number of GPUs, such as h100:8"),
+        ("h100:2x2", "must name a number of GPUs, such as h100:8"),
+        ("h100:0", "must name a number of GPUs, such as h100:8"),
+        ("a100:12", "12 GPUs are not at most 8, nor hosts of 8 each"),
     ],
 )
 def test_slice_that_does_not_exist_is_an_error(topology, sentence):
@@ -293,8 +364,8 @@ def test_slice_that_does_not_exist_is_an_error(topology, sentence):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("", "--topology=SLICE is missing, such as v5e:2x2, or local"),
-        ("--topology=local,h100:8", "--topology=h100:8: a step for GPUs can be planned only"),
+        ("", "--topology=NAME is missing, such as v5e:2x2, h100:8 or local"),
+        ("--topology=local,l4:8", "--topology=l4:8: of GPUs that are not there a100, h100,"),
         ("--topology=local --num_examples=3", "--num_examples and --num_classes go together"),
         ("--topology=local --json=/nowhere/x", "--json=/nowhere/x is in a folder that does not"),
         ("--topology=local --tune", "--tune compares by peaks, which are not known of local"),
@@ -313,6 +384,35 @@ def test_missing_compiler_is_named(plan, recipe):
     result = plan(f"--config={recipe}", "--topology=v5e:2x2")
     assert (result.returncode, result.stdout) == (2, "")
     assert "pip install 'flaxcls[plan]'" in result.stderr
+
+
+@pytest.mark.skipif(has_cuda, reason="it is installed")
+def test_missing_compiler_for_gpus_is_named(plan, recipe):
+    result = plan(f"--config={recipe}", "--topology=h100:8")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "pip install 'flaxcls[cuda]'" in result.stderr
+
+
+@pytest.mark.skipif(not has_cuda, reason="XLA for NVIDIA GPUs is not installed")
+@pytest.mark.slow
+def test_gpus_are_planned_for_without_one(plan, recipe, tmp_path):
+    report = tmp_path / "plan.json"
+    topologies = "--topology=h100:2,a100:1,h200:16"
+    result = plan(f"--config={recipe}", topologies, "--batch_per_chip=32", f"--json={report}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("(read off the program)") == 3
+    assert result.stdout.count(": fits, 0.") == 3
+    parameters = 8 * 8 * 3 * 32 + 32 + 32 * 1000 + 1000
+    flops = 2 * (2 * 8 * 8 * 3 * 32 + 3 * 32 * 1000)
+    plans = json.loads(report.read_text())["plans"]
+    assert [(each["chip"]["name"]) for each in plans] == ["h100", "a100-80gb", "h200"]
+    for each, chips in zip(plans, (2, 1, 16), strict=True):
+        figures = each["variants"][0]["steps"][0]
+        assert figures["batch_size"]["value"] == 32 * chips
+        assert figures["memory: parameters"]["value"] == 4 * parameters
+        assert figures["flops"]["value"] == pytest.approx(flops, rel=0.01)
+        assert ("all-reduce: count" in figures) == (chips > 1)
+        assert figures["memory: available"]["value"] == 0.75 * each["chip"]["hbm_gb"] * 2**30
 
 
 def test_this_machine_is_planned_for_without_data(plan, recipe, tmp_path):
@@ -364,7 +464,7 @@ def tpu_planner(tiny_config, monkeypatch):
 @pytest.mark.slow
 def test_state_that_is_too_large_fits_sharded(tpu_planner):
     planner = tpu_planner(model__widths=(45_000, 45_000))  # 8 GB, twice
-    with pytest.raises(TooLarge, match=r"needs [\d.]+ GiB of the 15.75 that a chip has"):
+    with pytest.raises(TooLarge, match=r"needs [\d.]+ GiB of the 15.75 that programs get"):
         planner.plan()
     (found,) = planner.remedies()
     assert found.variant == Variant(fsdp=4) and found.fits

@@ -19,6 +19,7 @@ from flaxcls.models.layers import convolve as convolve
 from flaxcls.models.pooling import overlapping_max_pool as overlapping_max_pool
 from flaxcls.perf.hlo_text import Module
 from flaxcls.perf.traffic import operators
+from flaxcls.runtime import topologies
 from flaxcls.training.data import RunData
 from flaxcls.training.program import Program
 
@@ -59,7 +60,8 @@ def compiled_step(
     build.check(config)
     open_split = build.source_or_description
     experiment = build.make_experiment(config, mesh_of_one(device), open_split)
-    return Program(experiment, RunData.unread(experiment)).lower(0).compile()
+    lowered = Program(experiment, RunData.unread(experiment)).lower(0)
+    return lowered.compile(compiler_options=topologies.compiler_options([device]))
 
 
 def kernels(program: str) -> Iterator[tuple[str, int]]:

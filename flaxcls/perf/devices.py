@@ -51,6 +51,7 @@ CHIPS = {
     "NVIDIA A100-PCIE-40GB": _A100_40,
     "NVIDIA A100-SXM4-80GB": Chip("a100-80gb", 312, 80, 2039, _NVIDIA + "a100/"),
     "NVIDIA H100 80GB HBM3": Chip("h100", 989, 80, 3350, _NVIDIA + "h100/"),
+    "NVIDIA B200": Chip("b200", 2250, 180, 7700, _NVIDIA + "hgx/"),
     "NVIDIA H200": Chip("h200", 989, 141, 4800, _NVIDIA + "h200/"),
 }
 

@@ -1,28 +1,16 @@
-"""What a compiled program computes and sends between devices, read off its HLO text."""
+"""What a compiled program sends between devices, read off its HLO text."""
 
 import re
 from collections import Counter
 from typing import NamedTuple
 
-import jax
-
 from flaxcls.perf.hlo_text import Module
-from flaxcls.runtime import onednn
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all"
 _COLLECTIVE = re.compile(rf"({_KINDS})(-start)?")
 _ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 # What a TPU sends while it computes is in each operator of that time, with the same channel.
 _IN_PIECES = re.compile(r'channel_id=(\d+).*"async_collective_fusion_config"')
-
-
-def flops(compiled: jax.stages.Compiled, text: str) -> float:
-    """Of one run on one device, as XLA counts them; 0 where it does not.
-
-    Of what oneDNN computes XLA knows nothing; it is added here, from `compiled.as_text()`.
-    """
-    counted = (compiled.cost_analysis() or {}).get("flops", 0.0)
-    return counted + sum(onednn.flops(text)) if counted else 0.0
 
 
 class Collective(NamedTuple):

@@ -13,6 +13,7 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _NAME = re.compile(r"%([\w.\-]+)")
+_SIDES = re.compile(r"\w+\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
@@ -23,7 +24,8 @@ class Instruction(NamedTuple):
       name: of its result, such as "fusion.12".
       opcode: such as "fusion".
       shape: of its result, as the text has it; of several in parentheses.
-      operands: the shapes of what it takes.
+      names: of what it takes.
+      operands: the shapes of these.
       called: the computations that it names.
       trips: how often these run each time that it does, as far as the compiler knows; else once.
       rest: all that comes after its opcode.
@@ -32,10 +34,16 @@ class Instruction(NamedTuple):
     name: str
     opcode: str
     shape: str
+    names: tuple[str, ...]
     operands: tuple[str, ...]
     called: tuple[str, ...]
     trips: int
     rest: str
+
+
+def sides(shape: str) -> tuple[int, ...]:
+    """Those of an array as the text has it, or of the first one of several."""
+    return tuple(int(side) for side in _SIDES.search(shape)[1].split(",") if side)
 
 
 class Module:
@@ -52,14 +60,15 @@ class Module:
             elif found := _INSTRUCTION.match(line):
                 result, shape, opcode, rest = found.groups()
                 shapes[result] = shape
-                operands = _NAME.findall(rest.partition("), ")[0])
+                names = tuple(_NAME.findall(rest.partition("), ")[0]))
                 trips = _TRIPS.search(rest) if opcode == "while" else None
                 self.computations[name].append(
                     Instruction(
                         result,
                         opcode,
                         shape,
-                        tuple(shapes.get(operand, "") for operand in operands),
+                        names,
+                        tuple(shapes.get(operand, "") for operand in names),
                         tuple(
                             part.strip(" %{}")
                             for names in _CALLED.findall(rest)

@@ -1,6 +1,7 @@
 """What a recipe needs on a slice of accelerators, by compiling its training step for it."""
 
 import dataclasses
+import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from flaxcls.build import Experiment
 from flaxcls.errors import one_line
 from flaxcls.perf import devices, hlo
 from flaxcls.perf.figures import Figures, figure
+from flaxcls.perf.flops import product_flops, xla_flops
 from flaxcls.perf.traffic import Traffic, traffic
 from flaxcls.runtime import compilation_cache, sharding
 from flaxcls.training.data import RunData
@@ -28,6 +30,8 @@ _TOO_LARGE = (
     re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)"),
     re.compile(r"Used ([\d.]+)G of ([\d.]+)G hbm"),
 )
+
+_MEMORY_FRACTION = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 class TooLarge(Exception):
@@ -46,7 +50,7 @@ class TooLarge(Exception):
     def __str__(self) -> str:
         if self.needed is None:
             return "does not fit into a chip's memory"
-        return f"needs {self.needed:,.2f} GiB of the {self.available:,.2f} that a chip has"
+        return f"needs {self.needed:,.2f} GiB of the {self.available:,.2f} that programs get"
 
 
 class Memory(NamedTuple):
@@ -79,7 +83,10 @@ class StepPlan:
       head_only: whether its input are features of the images, computed once before the first step.
       batch_size, chips: images a step, and what they are split over.
       chip: the published peaks; None for what has none, such as a CPU.
-      flops, bytes: of a chip a step, by XLA's count; bytes are those that operators read and write.
+      available: bytes of a chip's memory that programs get; None where chip is.
+      flops, bytes: of a chip a step; bytes are those that operators read and write.
+      by_xla: whether these are XLA's count, or read off the program: products and convolutions
+        alone, and its memory traffic.
       memory: of a chip.
       collectives: of a step.
       seconds: that lowering and compiling took.
@@ -92,8 +99,10 @@ class StepPlan:
     batch_size: int
     chips: int
     chip: devices.Chip | None
+    available: float | None
     flops: float
     bytes: float
+    by_xla: bool
     memory: Memory
     collectives: tuple[hlo.Collective, ...]
     seconds: float
@@ -152,7 +161,13 @@ def _plan_step(
             raise TooLarge.by_compiler(one_line(error)) from error
         raise
     seconds = time.perf_counter() - start
-    cost, times, text = compiled.cost_analysis(), _times_counted(experiment), compiled.as_text()
+    cost, text = compiled.cost_analysis(), compiled.as_text()
+    moved = tuple(traffic(text))
+    if cost:
+        times = _times_counted(experiment)
+        flops, size = times * xla_flops(compiled, text), times * cost["bytes accessed"]
+    else:
+        flops, size = product_flops(text), sum(one.read + one.written for one in moved)
     height, width, _ = experiment.train.image_shape(begin)
     plan = StepPlan(
         image_size=(height, width),
@@ -161,21 +176,36 @@ def _plan_step(
         batch_size=experiment.batch_size,
         chips=mesh.size,
         chip=chip(mesh),
-        flops=times * hlo.flops(compiled, text),
-        bytes=times * cost["bytes accessed"],
+        available=available(mesh),
+        flops=flops,
+        bytes=size,
+        by_xla=bool(cost),
         memory=_memory(program.step_arguments(begin), compiled.memory_analysis()),
         collectives=tuple(hlo.collectives(text)),
         seconds=seconds,
-        traffic=tuple(traffic(text)),
+        traffic=moved,
     )
-    if plan.chip and plan.memory.peak > plan.chip.hbm_bytes:  # not every compiler minds
-        raise TooLarge(plan.memory.peak / 2**30, plan.chip.hbm_gb)
+    if plan.chip and plan.memory.peak > plan.available:  # not every compiler minds
+        raise TooLarge(plan.memory.peak / 2**30, plan.available / 2**30)
     return plan
 
 
 def chip(mesh: Mesh) -> devices.Chip | None:
     """What the mesh is made of, where its peaks are known."""
     return devices.find(mesh.devices.flat[0].device_kind)
+
+
+def available(mesh: Mesh) -> float | None:
+    """Bytes of a chip's memory that programs get, where its peaks are known.
+
+    Of a GPU's JAX takes three quarters unless it is told another share; the compiler for TPUs knows
+    what it leaves.
+    """
+    peaks = chip(mesh)
+    if peaks is None or sharding.platform(mesh) != "gpu":
+        return peaks and peaks.hbm_bytes
+    given = filter(None, map(os.environ.get, _MEMORY_FRACTION))
+    return float(next(given, 0.75)) * peaks.hbm_bytes
 
 
 def _times_counted(experiment: Experiment) -> int:
@@ -255,6 +285,7 @@ def figures_of(plan: StepPlan) -> Figures:
         size = plan.per_image(one.written)
         found[f"memory traffic: {one.kind}: written"] = figure(size, "bytes/image")
     if plan.chip:
+        found["memory: available"] = figure(plan.available, "bytes/chip")
         found["roofline_step"] = figure(plan.step_seconds, "s")
         found["roofline_rate"] = figure(plan.rate, "images/s")
         found["roofline_rate_per_chip"] = figure(plan.rate / plan.chips, "images/s/chip")

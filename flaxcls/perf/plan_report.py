@@ -56,11 +56,8 @@ def _heading(experiment: Experiment, topology: str) -> Iterator[str]:
             f", each {peaks.peak_tflops:g} TFLOP/s in bfloat16 and {peaks.hbm_gb:g} GiB at "
             f"{peaks.hbm_gbps:,g} GB/s"
         )
-    libtpu = topologies.libtpu_version() if topology != topologies.LOCAL else None
-    compiler = f", libtpu {libtpu}" if libtpu else ""
-    yield (
-        f"{topology}: {sharding.describe(experiment.mesh)}{each}; jax {jax.__version__}{compiler}"
-    )
+    about = f"; {topologies.compiler(topology)}" if topology != topologies.LOCAL else ""
+    yield f"{topology}: {sharding.describe(experiment.mesh)}{each}; jax {jax.__version__}{about}"
     there = "" if source.is_readable else "; not on this machine, by what is known of it"
     yield (
         f"data: {source.name}, {len(source):,} images of {len(source.class_names):,} classes "
@@ -125,10 +122,11 @@ def _step(plan: StepPlan) -> Iterator[str]:
         f"{plan.batch_size / plan.chips:,.4g} a chip; compiled in {plan.seconds:.1f} s"
     )
     yield from _memory(plan)
+    counted = "XLA's count" if plan.by_xla else "read off the program"
     yield (
         f"work an image: {plan.per_image(plan.flops) / 1e9:,.4g} GFLOP, "
         f"{plan.per_image(plan.bytes) / 1e6:,.4g} MB of memory traffic, "
-        f"{plan.flops / max(plan.bytes, 1):,.3g} FLOP a byte (XLA's count)"
+        f"{plan.flops / max(plan.bytes, 1):,.3g} FLOP a byte ({counted})"
     )
     if plan.chip:
         yield from _traffic(plan)
@@ -155,8 +153,11 @@ def _memory(plan: StepPlan) -> Iterator[str]:
         yield f"  {name:26}{_mib(size)}"
     fits = ""
     if plan.chip:
-        share = memory.peak / plan.chip.hbm_bytes
-        fits = f": fits, {100 * share:.1f} % of {plan.chip.hbm_gb:g} GiB"
+        share = memory.peak / plan.available
+        of = f"{plan.chip.hbm_gb:g} GiB"
+        if plan.available < plan.chip.hbm_bytes:
+            of = f"the {plan.available / 2**30:g} GiB that JAX takes of {of}"
+        fits = f": fits, {100 * share:.1f} % of {of}"
     yield f"  {'peak':26}{_mib(memory.peak)}{fits}"
 
 

@@ -13,7 +13,7 @@ from flaxcls.build import Experiment
 from flaxcls.data.source import Source
 from flaxcls.errors import ConfigError
 from flaxcls.perf.plan import StepPlan, TooLarge, image_seconds, plan_steps
-from flaxcls.runtime import sharding
+from flaxcls.runtime import sharding, topologies
 from flaxcls.runtime.output import say
 
 OpenSplit = Callable[[ConfigDict, str], Source]
@@ -102,7 +102,8 @@ class Planner:
 
     def plan(self, variant: Variant = THE_RECIPE) -> list[StepPlan]:
         """The steps of a variant; TooLarge or ConfigError for one that can't be."""
-        return plan_steps(self.experiment(variant), variant.compiler_options)
+        options = {**topologies.compiler_options(self._devices), **variant.compiler_options}
+        return plan_steps(self.experiment(variant), options)
 
     def tried(self, variants: Iterable[Variant]) -> Iterator[Tried]:
         """What comes of each variant; says which one is being compiled."""

@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 from flaxcls import build
 from flaxcls.build import Experiment
 from flaxcls.core.state import TrainState
-from flaxcls.perf import devices, hlo
+from flaxcls.perf import devices
 from flaxcls.perf.figures import Effort, Figures, figure, print_memory, print_rates, rates_of
+from flaxcls.perf.flops import xla_flops
 from flaxcls.runtime import compilation_cache, sharding
 from flaxcls.runtime.output import say, write_result
 from flaxcls.training.program import Program
@@ -128,7 +129,7 @@ def _utilisation(
     """What XLA counts of FLOPs, and their share of what the devices can do at `rate` images/s."""
     mesh = experiment.mesh
     compiled = program.compiled()
-    flops = hlo.flops(compiled, compiled.as_text())
+    flops = xla_flops(compiled, compiled.as_text())
     if not flops:
         write_result("XLA does not count the FLOPs of this step")
         return {}

@@ -23,14 +23,16 @@ _FREE = re.compile(
 _CONTROL = ("while", "conditional", "call")
 _COPIES = ("copy-start", "slice-start", "async-start")
 _PRODUCTS = ("convolution", "dot")
+_SLICES = ("slice", "dynamic-slice", "gather")
+_LIBRARIES = re.compile(r'custom_call_target="__cu(blas|dnn)')
 
 
 class Traffic(NamedTuple):
     """What operators of one kind move, with what layouts pad.
 
     Attributes:
-      kind: "convolutions", matrix products included, with what is fused into them; "copies" to
-        and from fast memory; "others".
+      kind: "convolutions", matrix products and cuDNN's attention included, with what is fused into
+        them; "copies" to and from fast memory; "others".
       count: operators that one run of the program does.
       read, written: bytes of the chip's main memory.
     """
@@ -44,14 +46,14 @@ class Traffic(NamedTuple):
 def traffic(text: str) -> list[Traffic]:
     """The memory traffic of `jax.stages.Compiled.as_text()` by kind, the most first.
 
-    What is inside of a loop counts as often as it runs, where the compiler knows that; an operator
-    that reads a part of an array counts as if it read it whole, except for copies.
+    What is inside of a loop counts as often as it runs, where the compiler knows that. An array of
+    which an operator takes nothing but slices counts as these; one that it updates in part, whole.
     """
     module = Module(text)
     products = {
         name
         for name, instructions in module.computations.items()
-        if any(instruction.opcode in _PRODUCTS for instruction in instructions)
+        if any(map(_is_product, instructions))
     }
     counts: Counter[str] = Counter()
     sizes: dict[str, list[int]] = defaultdict(lambda: [0, 0])
@@ -59,7 +61,7 @@ def traffic(text: str) -> list[Traffic]:
         kind = "others"
         if instruction.opcode in _COPIES:
             kind = "copies"
-        elif instruction.opcode in _PRODUCTS or not products.isdisjoint(instruction.called):
+        elif _is_product(instruction) or not products.isdisjoint(instruction.called):
             kind = "convolutions"
         counts[kind] += times
         sizes[kind][0] += times * read
@@ -73,10 +75,14 @@ def operators(module: Module) -> Iterator[tuple[Instruction, int, int, int]]:
     # What is fused is done within the operator that has it.
     for instruction, times in module.instructions(lambda call: call.opcode in _CONTROL):
         if not _FREE.fullmatch(instruction.opcode):
-            yield instruction, times, *_moved(instruction)
+            yield instruction, times, *_moved(instruction, module)
 
 
-def _moved(instruction: Instruction) -> tuple[int, int]:
+def _is_product(instruction: Instruction) -> bool:
+    return instruction.opcode in _PRODUCTS or bool(_LIBRARIES.search(instruction.rest))
+
+
+def _moved(instruction: Instruction, module: Module) -> tuple[int, int]:
     """Bytes of main memory that an instruction reads and writes."""
     results = list(_arrays(instruction.shape))
     operands = [array for shape in instruction.operands for array in _arrays(shape)]
@@ -84,7 +90,28 @@ def _moved(instruction: Instruction) -> tuple[int, int]:
         result = results[0 if instruction.opcode == "copy-start" else 1 :][:1]
         size = sum(size for size, _ in result)
         return size * (not operands or operands[0][1]), sum(size for size, main in result if main)
-    return sum(size for size, main in operands if main), sum(size for size, main in results if main)
+    read = sum(size for size, main in operands if main)
+    return read - _skipped(instruction, module), sum(size for size, main in results if main)
+
+
+def _skipped(instruction: Instruction, module: Module) -> int:
+    """Bytes of main memory in none of the slices that are all that an instruction takes of it."""
+    if instruction.opcode in _SLICES:
+        taken = {instruction.names[0]: [instruction]}
+        shapes = dict(zip(instruction.names, instruction.operands, strict=True))
+    elif instruction.opcode == "fusion":
+        inside = module.computations[instruction.called[0]]
+        shapes = {each.name: each.shape for each in inside if each.opcode == "parameter"}
+        taken = {name: [each for each in inside if name in each.names] for name in shapes}
+    else:
+        return 0
+    skipped = 0
+    for name, users in taken.items():
+        whole = sum(size for size, main in _arrays(shapes[name]) if main)
+        if users and all(user.opcode in _SLICES and user.names.index(name) == 0 for user in users):
+            parts = sum(size for user in users for size, _ in _arrays(user.shape))
+            skipped += max(0, whole - parts)
+    return skipped
 
 
 def _arrays(shape: str) -> Iterator[tuple[int, bool]]:

@@ -107,10 +107,11 @@ def count_compiled(text):
 def work(compiled, text):
     """What a step does on a device, which its counts say nothing of."""
     from flaxcls.perf import hlo
+    from flaxcls.perf.flops import xla_flops
 
     return {
         "operators": len(re.findall(r"^ +(?:ROOT )?%?[\w.\-]+ = ", text, re.MULTILINE)),
-        "flops": round(hlo.flops(compiled, text)),
+        "flops": round(xla_flops(compiled, text)),
         "bytes": round(compiled.cost_analysis()["bytes accessed"]),
         "bytes between devices": sum(each.bytes for each in hlo.collectives(text)),
     }

@@ -8,7 +8,7 @@ import pytest
 from flaxcls import models
 from flaxcls.models.layers import Conv
 from flaxcls.models.onednn import convolutions_for
-from flaxcls.perf import hlo
+from flaxcls.perf.flops import xla_flops
 from flaxcls.runtime import onednn, sharding
 from flaxcls.training.train import train_config as train
 
@@ -146,7 +146,7 @@ def test_flops_are_those_that_xla_counts():
 
     def count(function):
         compiled = jax.jit(function).lower(variables, x).compile()
-        return hlo.flops(compiled, compiled.as_text())
+        return xla_flops(compiled, compiled.as_text())
 
     by_onednn = count(convolutions_for(mesh_of(1), forward))
     assert by_onednn == pytest.approx(count(forward), rel=1e-3)
