@@ -40,11 +40,12 @@ flags.DEFINE_string("json", None, "A file for all figures.", flag_values=FLAGS)
 
 LOCAL = "local"
 RECORDED = ("config", "topology", "batch_per_chip", "tune", "num_examples", "num_classes")
-# For chips that aren't there: JAX itself stays on the CPU and asks for no driver, and libtpu asks
-# neither a metadata server what machine this is nor other processes whether it may be loaded.
+NO_DRIVER = {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"}  # is asked for, for GPUs that aren't there
+# For chips that aren't there: JAX itself stays on the CPU, and libtpu asks neither a metadata
+# server what machine this is nor other processes whether it may be loaded.
 ENVIRONMENT = {
+    **NO_DRIVER,
     "JAX_PLATFORMS": "cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -65,8 +66,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--num_examples and --num_classes go together")
     if FLAGS.json:
         cli.check_folder("json", FLAGS.json)
-    if LOCAL not in names:
-        os.environ.update(ENVIRONMENT)
+    if names != [LOCAL]:
+        os.environ.update(NO_DRIVER if LOCAL in names else ENVIRONMENT)
 
     from flaxcls.runtime import topologies  # JAX, after the environment
 
