@@ -97,18 +97,22 @@ def _moved(instruction: Instruction, module: Module) -> tuple[int, int]:
 def _skipped(instruction: Instruction, module: Module) -> int:
     """Bytes of main memory in none of the slices that are all that an instruction takes of it."""
     if instruction.opcode in _SLICES:
-        taken = {instruction.names[0]: [instruction]}
-        shapes = dict(zip(instruction.names, instruction.operands, strict=True))
+        taken = {instruction.names[0]: instruction.operands[0]}
+        inside = [instruction]
     elif instruction.opcode == "fusion":
         inside = module.computations[instruction.called[0]]
-        shapes = {each.name: each.shape for each in inside if each.opcode == "parameter"}
-        taken = {name: [each for each in inside if name in each.names] for name in shapes}
+        taken = {
+            each.name: instruction.operands[int(each.rest.partition(")")[0])]
+            for each in inside
+            if each.opcode == "parameter"
+        }
     else:
         return 0
     skipped = 0
-    for name, users in taken.items():
-        whole = sum(size for size, main in _arrays(shapes[name]) if main)
+    for name, shape in taken.items():
+        users = [each for each in inside if name in each.names]
         if users and all(user.opcode in _SLICES and user.names.index(name) == 0 for user in users):
+            whole = sum(size for size, main in _arrays(shape) if main)
             parts = sum(size for user in users for size, _ in _arrays(user.shape))
             skipped += max(0, whole - parts)
     return skipped
