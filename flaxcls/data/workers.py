@@ -41,8 +41,13 @@ class Work:
         parts: list[Future],
         images: Callable[[], np.ndarray],
         release: Callable[[], None] = lambda: None,
+        *,
+        in_processes: bool = False,
     ):
         self._parts, self._images, self._release = parts, images, release
+        # Until 3.12 a pool whose processes are ended fails on parts that were cancelled: its thread
+        # ends with a traceback. So these are decoded for nobody, unless the pool is closed.
+        self._to_cancel = [] if in_processes else parts
 
     def finish(self) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, list[Broken]]]:
         try:
@@ -53,7 +58,7 @@ class Work:
         return images, (np.concatenate(taken), np.concatenate(labels), sum(broken, []))
 
     def cancel(self) -> None:
-        for part in self._parts:
+        for part in self._to_cancel:
             part.cancel()
         release, self._release = self._release, lambda: None
         release()
@@ -160,7 +165,10 @@ class Processes:
         def images() -> np.ndarray:
             return np.ndarray(shape, np.uint8, memory.buf[:]).copy()
 
-        return Work(parts, images, lambda: self._released.append((memory, parts)))
+        def release() -> None:
+            self._released.append((memory, parts))
+
+        return Work(parts, images, release, in_processes=True)
 
     def _memory_of(self, size: int) -> SharedMemory:
         for released in list(self._released):
