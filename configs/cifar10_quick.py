@@ -9,8 +9,8 @@ to 0.
 Run on a CIFAR-10 re-encoded as JPEG, which is harder than the original: test accuracy 89.34 %
 (n = 3, s.d. 0.11: seeds 0 to 2 have 89.22, 89.43 and 89.36) after 553 s, of which the evaluation's
 six views take 27, and 595 s with the report; 690 images/s, on 2 cores (AMD EPYC) with jax 0.10.2
-and oneDNN, quiet (seed 2). In batches of 1000 at a rate of 0.15 seeds 0 and 1 had 88.99 and 89.09
-percent. November 2026.
+and oneDNN, quiet (seed 2). In batches of 1000 at a rate of 0.15 seeds 0 and 1 had 88.99 %
+and 89.09 %. November 2026.
 """
 
 from flaxcls.config import default

@@ -40,14 +40,9 @@ class Work:
         self,
         parts: list[Future],
         images: Callable[[], np.ndarray],
-        release: Callable[[], None] = lambda: None,
-        *,
-        in_processes: bool = False,
+        release: Callable[[], None],
     ):
         self._parts, self._images, self._release = parts, images, release
-        # Until 3.12 a pool whose processes are ended fails on parts that were cancelled: its thread
-        # ends with a traceback. So these are decoded for nobody, unless the pool is closed.
-        self._to_cancel = [] if in_processes else parts
 
     def finish(self) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, list[Broken]]]:
         try:
@@ -58,8 +53,6 @@ class Work:
         return images, (np.concatenate(taken), np.concatenate(labels), sum(broken, []))
 
     def cancel(self) -> None:
-        for part in self._to_cancel:
-            part.cancel()
         release, self._release = self._release, lambda: None
         release()
 
@@ -92,7 +85,12 @@ class Threads:
             )
             for part in _parts(len(indices), self._count, self._smallest)
         ]
-        return Work(parts, lambda: images)
+
+        def cancel() -> None:
+            for part in parts:
+                part.cancel()
+
+        return Work(parts, lambda: images, cancel)
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)
@@ -165,10 +163,9 @@ class Processes:
         def images() -> np.ndarray:
             return np.ndarray(shape, np.uint8, memory.buf[:]).copy()
 
-        def release() -> None:
-            self._released.append((memory, parts))
-
-        return Work(parts, images, release, in_processes=True)
+        # The parts are not cancelled: on one that was, Python 3.11's pool fails when its processes
+        # end (InvalidStateError). They are decoded for nobody, unless all is closed.
+        return Work(parts, images, lambda: self._released.append((memory, parts)))
 
     def _memory_of(self, size: int) -> SharedMemory:
         for released in list(self._released):

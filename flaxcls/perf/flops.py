@@ -17,7 +17,6 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _BATCH_GROUPS = re.compile(r"batch_group_count=(\d+)")
 # [B,heads,T,S], the weights that cuDNN's attention computes without writing them.
 _WEIGHTS = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([\d,\s"]*)\]')
-_CUDNN_ATTENTION = "__cudnn$fmha"
 
 
 def xla_flops(compiled: jax.stages.Compiled, text: str) -> float:
@@ -47,7 +46,7 @@ def _flops(instruction: Instruction) -> int:
         return _of_product(instruction)
     if instruction.opcode == "convolution" or target.startswith("__cudnn$conv"):
         return _of_convolution(instruction, target)
-    if target.startswith(_CUDNN_ATTENTION):
+    if target.startswith("__cudnn$fmha"):
         return _of_attention(instruction, target)
     return 0
 

@@ -98,8 +98,17 @@ class Gpu(NamedTuple):
 
 
 GPUS_PER_HOST = 8
-_HOPPER = {"capability": 9, "cores": 132, "fpus_per_core": 128, "clock_ghz": 1.98}
-_HOPPER_CACHES = {"l2_cache": 50 * 2**20, "shared_memory": 228 * 2**10}
+_H100 = Gpu(
+    "NVIDIA H100 80GB HBM3",
+    capability=9,
+    cores=132,
+    fpus_per_core=128,
+    clock_ghz=1.98,
+    memory=84_942_979_072,
+    bandwidth=3_352_320_000_000,
+    l2_cache=50 * 2**20,
+    shared_memory=228 * 2**10,
+)
 GPUS = {
     "a100": Gpu(
         "NVIDIA A100-SXM4-80GB",
@@ -112,30 +121,16 @@ GPUS = {
         l2_cache=40 * 2**20,
         shared_memory=164 * 2**10,
     ),
-    "h100": Gpu(
-        "NVIDIA H100 80GB HBM3",
-        memory=84_942_979_072,
-        bandwidth=3_352_320_000_000,
-        **_HOPPER,
-        **_HOPPER_CACHES,
-    ),
-    "h200": Gpu(
-        "NVIDIA H200",
-        memory=151_397_597_184,
-        bandwidth=4_800_000_000_000,
-        **_HOPPER,
-        **_HOPPER_CACHES,
-    ),
-    "b200": Gpu(
-        "NVIDIA B200",
+    "h100": _H100,
+    "h200": _H100._replace(name="NVIDIA H200", memory=151_397_597_184, bandwidth=4_800_000_000_000),
+    "b200": _H100._replace(
+        name="NVIDIA B200",
         capability=10,
         cores=148,
-        fpus_per_core=128,
         clock_ghz=1.965,
         memory=191_514_411_008,
         bandwidth=7_672_320_000_000,
         l2_cache=132_644_864,
-        shared_memory=228 * 2**10,
     ),
 }
 
@@ -212,8 +207,8 @@ def devices(topology: str) -> Sequence[jax.Device]:
 
 
 def _gpu_options(gpu: Gpu, number: int) -> dict[str, str]:
-    hosts, each = (1, number) if number <= GPUS_PER_HOST else (number // GPUS_PER_HOST, 8)
-    return {"target_config": gpu.to_text(), "topology": f"1x{hosts}x{each}"}
+    each = min(number, GPUS_PER_HOST)
+    return {"target_config": gpu.to_text(), "topology": f"1x{number // each}x{each}"}
 
 
 def _described(topology: str, platform: str, options: Mapping[str, Any]) -> Sequence[jax.Device]:
