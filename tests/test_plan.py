@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -20,7 +21,7 @@ from flaxcls.perf.plan import StepPlan, TooLarge, available, image_seconds
 from flaxcls.perf.plan_search import Planner, Variant
 from flaxcls.perf.traffic import traffic
 from flaxcls.plan import ENVIRONMENT
-from flaxcls.runtime import sharding, topologies
+from flaxcls.runtime import compilation_cache, sharding, topologies
 from flaxcls.training.data import RunData
 from flaxcls.training.program import Program
 
@@ -477,6 +478,21 @@ def test_batch_that_is_too_large_is_halved_until_it_fits(tpu_planner):
     *others, found = tpu_planner(**config).smaller_batches()
     assert found.fits and not any(one.fits for one in others)
     assert found.variant.batch_per_chip == 2 ** (17 - len(others))
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_attention_is_a_kernel_forward_and_backward(tiny_config, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    config = tiny_config(model__name="vit", model__dtype="bfloat16")
+    del config.model.widths
+    config.model.update({"width": 128, "heads": 2, "depth": 1, "patch": 4})
+    experiment = build.make_experiment(config, build.mesh(config, topologies.devices("v5e:2x2")))
+    with compilation_cache.unused():
+        text = Program(experiment, RunData.unread(experiment)).lower().compile().as_text()
+    calls = re.findall(r"%(attention\w*?)[.\d]* = .* custom_call_target=\"tpu_custom_call\"", text)
+    assert sorted(calls) == ["attention", "attention_gradient"]
 
 
 @needs_libtpu

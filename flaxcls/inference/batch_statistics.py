@@ -12,8 +12,8 @@ from flaxcls import augment
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.data.resident import gather
 from flaxcls.inference.restored import RestoredRun
+from flaxcls.models.kernels import kernels_for
 from flaxcls.models.layers import batch_stats_of_examples
-from flaxcls.models.onednn import convolutions_for
 from flaxcls.runtime import sharding
 
 
@@ -35,7 +35,7 @@ def batch_statistics(run: RestoredRun, variables: Any, pipeline: Pipeline) -> An
             )
         return jnp.sum(batch["mask"]), updates["batch_stats"]
 
-    statistics = convolutions_for(mesh, statistics)
+    statistics = kernels_for(mesh, statistics)
     statistics = jax.jit(statistics, out_shardings=sharding.everywhere(mesh))
     total, count = None, 0.0
     with contextlib.closing(pipeline.open()) as data:

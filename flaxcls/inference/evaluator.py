@@ -20,7 +20,7 @@ from flaxcls.data.pipeline import Input, Pipeline
 from flaxcls.data.resident import gather
 from flaxcls.data.source import Source, some_names
 from flaxcls.inference.restored import RestoredRun, open_evaluation, restore
-from flaxcls.models.onednn import convolutions_for
+from flaxcls.models.kernels import kernels_for
 from flaxcls.runtime import sharding
 from flaxcls.runtime.output import say
 
@@ -70,7 +70,7 @@ class Evaluator:
             return step(variables, sums, gather(data, batch))
 
         replicated = sharding.everywhere(mesh)
-        eval_step = convolutions_for(mesh, eval_step)
+        eval_step = kernels_for(mesh, eval_step)
         self._step = jax.jit(eval_step, donate_argnums=1, out_shardings=replicated)
 
         def zeros():

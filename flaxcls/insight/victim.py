@@ -12,7 +12,7 @@ from flaxcls import augment
 from flaxcls.buckets import AnyPath
 from flaxcls.data.pipeline import Pipeline
 from flaxcls.inference.predictor import Predictor
-from flaxcls.models.onednn import convolutions_for
+from flaxcls.models.kernels import kernels_for
 from flaxcls.runtime import sharding
 
 
@@ -37,7 +37,7 @@ class Victim:
             return network.apply(variables, images, train=False).astype(jnp.float32)
 
         self.mesh, self.variables = mesh, variables
-        self.logits_of = convolutions_for(mesh, logits_of)
+        self.logits_of = kernels_for(mesh, logits_of)
         self.num_classes: int = network.num_classes
         self.batch_size = sharding.round_up(mesh, batch_size)
         self._classify = jax.jit(

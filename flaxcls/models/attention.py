@@ -1,10 +1,32 @@
 """Attention, by a fused kernel where there is one for the device."""
 
 import functools
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from flaxcls.models.kernels import kernels_mesh
+
+
+def self_attention(qkv: jax.Array, heads: int) -> jax.Array:
+    """`attention` by queries, keys and values in a row, [B,T,3*heads*D] -> [B,T,heads*D].
+
+    On TPUs, where a function of `kernels_for` is computed in bfloat16, `models.tpu_attention` does.
+    """
+    mesh = kernels_mesh("tpu")
+    if mesh is not None:
+        from flaxcls.models import tpu_attention  # Pallas takes 0.1 s to import
+
+        if tpu_attention.can_attend(mesh, qkv, heads):
+            return tpu_attention.attend(mesh, qkv, heads)
+    return attention(*by_heads(qkv, heads)).reshape(*qkv.shape[:2], -1)
+
+
+def by_heads(qkv: jax.Array, heads: int) -> Iterator[jax.Array]:
+    """Queries, keys and values [B,T,heads,D] of [B,T,3*heads*D]."""
+    return (x.reshape(*x.shape[:2], heads, -1) for x in jnp.split(qkv, 3, axis=-1))
 
 
 def attention(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:

@@ -1,13 +1,12 @@
 """Convolutions by oneDNN instead of XLA, where a step is for CPUs and oneDNN is installed."""
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from flaxcls.models.kernels import kernels_mesh
 from flaxcls.runtime import onednn, sharding
 from flaxcls.runtime.cores import available_cores
 
@@ -19,33 +18,6 @@ SMALLEST = 1e8
 
 _BATCH, _EVERYWHERE = sharding.BATCH, sharding.REPLICATED
 
-_MESH: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
-
-
-def convolutions_for(mesh: Mesh, function: Callable) -> Callable:
-    """The function, in which `convolve` may use oneDNN when it is traced for a mesh of CPUs.
-
-    It is compiled for this machine and mesh alone: not what is exported.
-    """
-    if sharding.platform(mesh) != "cpu" or onednn.version() is None:
-        return function
-
-    @functools.wraps(function)
-    def traced(*arguments):
-        with _for(mesh):
-            return function(*arguments)
-
-    return traced
-
-
-@contextlib.contextmanager
-def _for(mesh: Mesh) -> Iterator[None]:
-    token = _MESH.set(mesh)
-    try:
-        yield
-    finally:
-        _MESH.reset(token)
-
 
 def convolve(
     x: jax.Array,
@@ -55,10 +27,12 @@ def convolve(
 ) -> jax.Array | None:
     """x [B,H,W,C] and kernel [h,w,C,D] -> [B,H,W,D]; None if it can't be done here by oneDNN.
 
-    It can in a function of `convolutions_for`, in float32 or bfloat16; small ones are left to XLA.
+    It can in a function of `kernels_for`, in float32 or bfloat16; small ones are left to XLA.
     """
-    mesh = _MESH.get()
-    if mesh is None or x.dtype != kernel.dtype or len(x) % sharding.batch_parts(mesh):
+    mesh = kernels_mesh("cpu")
+    if mesh is None or onednn.version() is None:
+        return None
+    if x.dtype != kernel.dtype or len(x) % sharding.batch_parts(mesh):
         return None
     # What a device computes: its part of the batch, on its share of the cores.
     forward = onednn.Convolution(

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from flaxcls.config.options import BelowOne, Count, Positive, Range
 from flaxcls.errors import ConfigError
-from flaxcls.models.attention import attention, attention_weights
+from flaxcls.models.attention import attention_weights, by_heads, self_attention
 from flaxcls.models.layers import (
     MLP_PARTITION_RULES,
     Mlp,
@@ -53,14 +53,13 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, tokens, width = x.shape
+        width = x.shape[-1]
         dense = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=_normal)
-        qkv = jnp.split(dense(3 * width, name="qkv")(x), 3, axis=-1)
-        queries, keys, values = (y.reshape(batch, tokens, self.heads, -1) for y in qkv)
+        qkv = dense(3 * width, name="qkv")(x)
         if self.is_mutable_collection("attention") and not self.is_initializing():
+            queries, keys, _ = by_heads(qkv, self.heads)
             self.put_variable("attention", "weights", attention_weights(queries, keys))
-        y = attention(queries, keys, values)
-        return dense(width, name="proj")(y.reshape(x.shape))
+        return dense(width, name="proj")(self_attention(qkv, self.heads))
 
 
 class LayerScale(nn.Module):

@@ -24,15 +24,15 @@ _CONTROL = ("while", "conditional", "call")
 _COPIES = ("copy-start", "slice-start", "async-start")
 _PRODUCTS = ("convolution", "dot")
 _SLICES = ("slice", "dynamic-slice", "gather")
-_LIBRARIES = re.compile(r'custom_call_target="__cu(blas|dnn)')
+_KERNELS = re.compile(r'custom_call_target="(__cublas|__cudnn|tpu_custom_call)')
 
 
 class Traffic(NamedTuple):
     """What operators of one kind move, with what layouts pad.
 
     Attributes:
-      kind: "convolutions", matrix products and cuDNN's attention included, with what is fused into
-        them; "copies" to and from fast memory; "others".
+      kind: "convolutions", with matrix products, attention's kernels and all that is fused into
+        these; "copies" to and from fast memory; "others".
       count: operators that one run of the program does.
       read, written: bytes of the chip's main memory.
     """
@@ -79,7 +79,7 @@ def operators(module: Module) -> Iterator[tuple[Instruction, int, int, int]]:
 
 
 def _is_product(instruction: Instruction) -> bool:
-    return instruction.opcode in _PRODUCTS or bool(_LIBRARIES.search(instruction.rest))
+    return instruction.opcode in _PRODUCTS or bool(_KERNELS.search(instruction.rest))
 
 
 def _moved(instruction: Instruction, module: Module) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from flaxcls.core.step import (
 )
 from flaxcls.data.resident import gather
 from flaxcls.inference.evaluator import Evaluator
-from flaxcls.models.onednn import convolutions_for
+from flaxcls.models.kernels import kernels_for
 from flaxcls.runtime import sharding
 from flaxcls.training.data import RunData
 from flaxcls.training.dispatch import automatic, several_steps, stacks
@@ -92,7 +92,7 @@ class Program:
         self.steps_per_dispatch = experiment.steps_per_dispatch or 1
         self._is_automatic = experiment.steps_per_dispatch is None and bool(self._input.arrays)
         update = make_update(experiment, self.metadata, sharding.platform(mesh), self.head_only)
-        update = convolutions_for(mesh, update)
+        update = kernels_for(mesh, update)
         state = self.shardings
         self._init = jax.jit(init, out_shardings=state)
         self._jitted_step = jax.jit(update, donate_argnums=0, out_shardings=state)

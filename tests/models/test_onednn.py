@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from flaxcls import models
+from flaxcls.models.kernels import kernels_for
 from flaxcls.models.layers import Conv
-from flaxcls.models.onednn import convolutions_for
 from flaxcls.perf.flops import xla_flops
 from flaxcls.runtime import onednn, sharding
 from flaxcls.training.train import train_config as train
@@ -41,7 +41,7 @@ def convolved(conv, x, gradient, mesh=None):
         return jax.jit(run)(x, params, gradient)
     split = sharding.batch_sharding(mesh)
     x, gradient = (jax.device_put(array, split) for array in (x, gradient))
-    step = jax.jit(convolutions_for(mesh, run))
+    step = jax.jit(kernels_for(mesh, run))
     assert step.lower(x, params, gradient).as_text().count(f"@{TARGET}") == 3
     return step(x, params, gradient)
 
@@ -92,21 +92,19 @@ def test_bfloat16_rounds_the_float32_result():
 def test_what_is_not_for_onednn_is_left_alone(options):
     options = {"features": 8, "kernel_size": (3, 3)} | options
     conv, x = Conv(**options), jnp.ones((8, 6, 6, 8))
-    step = jax.jit(convolutions_for(mesh_of(2), lambda x: conv.init(jax.random.key(0), x)))
+    step = jax.jit(kernels_for(mesh_of(2), lambda x: conv.init(jax.random.key(0), x)))
     assert TARGET not in step.lower(x).as_text()
 
 
 def test_a_batch_that_does_not_split_over_the_devices_is_left_alone():
     conv, x = Conv(8, (3, 3)), jnp.ones((3, 6, 6, 8))
-    step = jax.jit(convolutions_for(mesh_of(2), lambda x: conv.init(jax.random.key(0), x)))
+    step = jax.jit(kernels_for(mesh_of(2), lambda x: conv.init(jax.random.key(0), x)))
     assert TARGET not in step.lower(x).as_text()
 
 
 def test_what_is_too_small_is_left_to_xla(monkeypatch):
     conv, x = Conv(8, (3, 3), padding="VALID"), jnp.ones((4, 8, 6, 10))
-    step = jax.jit(
-        convolutions_for(mesh_of(2), lambda x: conv.init_with_output(jax.random.key(0), x))
-    )
+    step = jax.jit(kernels_for(mesh_of(2), lambda x: conv.init_with_output(jax.random.key(0), x)))
     flops = 2 * (2 * 6 * 4 * 8) * (3 * 3 * 10)  # of one device
     monkeypatch.setattr("flaxcls.models.onednn.SMALLEST", flops + 1)
     assert TARGET not in step.lower(x).as_text()
@@ -133,7 +131,7 @@ def test_only_where_it_is_asked_for_and_installed(monkeypatch):
 
     assert TARGET not in jax.jit(run).lower(x).as_text()
     monkeypatch.setattr(onednn, "version", lambda: None)
-    assert convolutions_for(mesh_of(1), run) is run
+    assert TARGET not in jax.jit(kernels_for(mesh_of(1), run)).lower(x).as_text()
 
 
 def test_flops_are_those_that_xla_counts():
@@ -148,13 +146,13 @@ def test_flops_are_those_that_xla_counts():
         compiled = jax.jit(function).lower(variables, x).compile()
         return xla_flops(compiled, compiled.as_text())
 
-    by_onednn = count(convolutions_for(mesh_of(1), forward))
+    by_onednn = count(kernels_for(mesh_of(1), forward))
     assert by_onednn == pytest.approx(count(forward), rel=1e-3)
 
 
 def test_a_call_that_fails_makes_numbers_that_no_step_takes(monkeypatch, capfd):
     conv, x = Conv(8, (3, 3)), jnp.ones((4, 6, 6, 8))
-    step = jax.jit(convolutions_for(mesh_of(1), lambda p, x: conv.apply(p, x)))
+    step = jax.jit(kernels_for(mesh_of(1), lambda p, x: conv.apply(p, x)))
     step = step.lower(conv.init(jax.random.key(0), x), x).compile()
 
     def fails(convolution):
@@ -170,7 +168,7 @@ def test_calls_of_several_threads_do_not_disturb_each_other():
     conv = Conv(16, (3, 3))
     images = jax.random.normal(jax.random.key(0), (16, 8, 4, 12, 12, 8))
     params = conv.init(jax.random.key(1), images[0, 0])
-    step = jax.jit(convolutions_for(mesh_of(8), lambda x: conv.apply(params, x)))
+    step = jax.jit(kernels_for(mesh_of(8), lambda x: conv.apply(params, x)))
     split = sharding.batch_sharding(mesh_of(8))
     for x in images.reshape(16, 32, 12, 12, 8):
         y = step(jax.device_put(x, split))
