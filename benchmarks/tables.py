@@ -152,13 +152,14 @@ def plan_cells(measured: dict[str, Any]) -> list[str]:
     [plan] = measured["plans"]
     variant = plan["variants"][0]
     if not variant["fits"]:
-        return ["does not fit", *["-"] * 6]
+        return ["does not fit", *["-"] * 7]
     figures = {name: figure["value"] for name, figure in variant["steps"][0].items()}
     sent = [name.partition(":")[0] for name in figures if name.endswith(": count")]
     return [
         f"{figures['batch_size'] / figures['chips']:,.0f}",
         f"{figures['memory: peak'] / 2**30:.2f}",
         f"{figures['flops'] / 1e9:.3g}",
+        f"{figures['memory traffic'] / 1e6:,.0f}",
         f"{figures['bytes_accessed'] / 1e6:,.0f}",
         ", ".join(f"{figures[f'{kind}: count']:.0f} {kind}" for kind in sent) or "nothing",
         f"{figures['roofline_rate_per_chip']:,.0f}",
@@ -214,8 +215,8 @@ TABLES = {
             "`imagenet_resnet50_a3` on v5e:2x2": planned("imagenet_resnet50_a3", "v5e:2x2"),
             "`imagenet_vit_s16` on v6e:2x2": planned("imagenet_vit_s16", "v6e:2x2"),
         },
-        ("images a chip", "GiB at the peak", "GFLOP an image", "MB an image by XLA", "sent",
-         "images/s a chip at most", "s to compile"),
+        ("images a chip", "GiB at the peak", "GFLOP an image", "MB to and from HBM", "MB by XLA",
+         "sent", "images/s a chip at most", "s to compile"),
         plan_cells,
     ),
 }  # fmt: skip

@@ -89,12 +89,13 @@ def test_rows_hold_what_the_commands_have_measured(tables):
     assert len(cells) == len(tables.TABLES["startup"].columns)
     step = {
         "batch_size": 256, "chips": 4, "memory: peak": 2**31, "flops": 24e9,
-        "bytes_accessed": 392e6, "all-reduce: count": 3, "all-reduce: bytes": 1e8,
+        "memory traffic": 226e6, "bytes_accessed": 392e6,
+        "all-reduce: count": 3, "all-reduce: bytes": 1e8,
         "roofline_rate_per_chip": 1234.5, "compilation": 60.2,
     }  # fmt: skip
     steps = [{name: {"value": value} for name, value in step.items()}]
     cells = tables.plan_cells({"plans": [{"variants": [{"fits": True, "steps": steps}]}]})
-    assert cells == ["64", "2.00", "24", "392", "3 all-reduce", "1,234", "60"]
+    assert cells == ["64", "2.00", "24", "226", "392", "3 all-reduce", "1,234", "60"]
     assert len(cells) == len(tables.TABLES["plans"].columns)
     cells = tables.plan_cells({"plans": [{"variants": [{"fits": False}]}]})
     assert cells[0] == "does not fit" and len(cells) == len(tables.TABLES["plans"].columns)

@@ -7,6 +7,7 @@ import pytest
 
 from flaxcls import build
 from flaxcls.perf import hlo
+from flaxcls.perf.hlo_text import Module
 from flaxcls.training.data import RunData
 from flaxcls.training.program import Program, make_update
 
@@ -36,8 +37,8 @@ def sent(lowered):
     """By kind, how many collectives a step does and their bytes."""
     # Spared is only what LLVM does with the HLO.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    text = lowered.compile(options).as_text()
-    return {kind: (count, size) for kind, count, size in hlo.collectives(text)}
+    module = Module(lowered.compile(options).as_text())
+    return {kind: (count, size) for kind, count, size in hlo.collectives(module)}
 
 
 def size(shapes, split=False):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from flaxcls.perf.flops import product_flops, xla_flops
+from flaxcls.perf.hlo_text import Module
 
 
 def compiled_text(function, *shapes, dtype=jnp.float32):
@@ -26,7 +27,7 @@ def compiled_text(function, *shapes, dtype=jnp.float32):
 )
 def test_products_are_counted(function, shapes, flops):
     _, text = compiled_text(function, *shapes)
-    assert product_flops(text) == flops
+    assert product_flops(Module(text)) == flops
 
 
 CONVOLUTIONS = [
@@ -56,7 +57,7 @@ def test_convolutions_are_counted_as_xla_does(options, by):
         arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
         shapes.append(jax.eval_shape(convolve, *arguments).shape)
     compiled, text = compiled_text(convolve if by is None else gradient, *shapes)
-    assert product_flops(text) == pytest.approx(xla_flops(compiled, text), rel=0.02)
+    assert product_flops(Module(text)) == pytest.approx(xla_flops(compiled, text), rel=0.02)
 
 
 # What XLA calls for a 3x3 convolution of stride 2, [4,32,32,8] -> [4,16,16,16], on an H100.
@@ -82,7 +83,7 @@ window={size=3x3 stride=2x2 pad=0_1x0_1}, dim_labels=b01f_o01i->b01f, custom_cal
 def test_calls_of_cudnn_have_the_flops_of_their_convolution(target, operands, result):
     text = CUDNN.replace("TARGET", target).replace("OPERANDS", operands)
     met = (16 * 3 - 1) ** 2  # the last pixel of the kernel meets padding once
-    assert product_flops(text.replace("RESULT", result)) == 2 * 4 * 8 * 16 * met
+    assert product_flops(Module(text.replace("RESULT", result))) == 2 * 4 * 8 * 16 * met
 
 
 CUBLAS = """
@@ -107,7 +108,10 @@ custom_call_target="__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_co
 
 
 def test_calls_of_libraries_are_counted():
-    assert product_flops(CUBLAS) == 2 * 8 * 32 * 64 * 16
+    assert product_flops(Module(CUBLAS)) == 2 * 8 * 32 * 64 * 16
     product = 2 * 2 * 3 * 10 * 12 * 64
-    assert product_flops(ATTENTION) == 2 * product
-    assert product_flops(ATTENTION.replace("fmhaSoftmax", "fmhaSoftmaxBackward")) == 5 * product
+    assert product_flops(Module(ATTENTION)) == 2 * product
+    assert (
+        product_flops(Module(ATTENTION.replace("fmhaSoftmax", "fmhaSoftmaxBackward")))
+        == 5 * product
+    )

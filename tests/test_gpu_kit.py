@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flaxcls.perf.hlo_text import Module
 from flaxcls.perf.traffic import traffic
 
 ROOT = Path(__file__).parent.parent
@@ -176,4 +177,4 @@ def test_traffic_of_kernels_is_that_of_the_program(monkeypatch):
     compiled = jax.jit(lambda x: (x @ x).sum(0)).lower(jnp.ones((64, 64))).compile()
     sizes = [size for _, size in recipes["kernels"](compiled.as_text())]
     assert sum(sizes) == 4 * (64 * 64 + 64)  # all is one kernel
-    assert sum(sizes) == sum(one.read + one.written for one in traffic(compiled.as_text()))
+    assert sum(sizes) == sum(one.read + one.written for one in traffic(Module(compiled.as_text())))

@@ -17,8 +17,10 @@ from flaxcls import build
 from flaxcls.data.described import FACTS
 from flaxcls.errors import ConfigError, DataError
 from flaxcls.perf import devices, hlo
+from flaxcls.perf.hlo_text import Module
 from flaxcls.perf.plan import StepPlan, TooLarge, available, image_seconds
 from flaxcls.perf.plan_search import Planner, Variant
+from flaxcls.perf.roofline import Roofline, roofline
 from flaxcls.perf.traffic import traffic
 from flaxcls.plan import ENVIRONMENT
 from flaxcls.runtime import compilation_cache, sharding, topologies
@@ -193,7 +195,7 @@ ENTRY %main (k: f32[10], b: bf16[16]) -> f32[10] {
 
 
 def test_collectives_are_read_off_the_compiled_text():
-    assert hlo.collectives(HLO) == [
+    assert hlo.collectives(Module(HLO)) == [
         ("collective-permute", 5, 5 * 8 * 4 * 4),
         ("all-gather", 2, 128 + 64),
         ("all-reduce", 2, (40 + 32) + 40),
@@ -229,7 +231,7 @@ ENTRY %main (a: bf16[8,100], w: bf16[100,100]) -> bf16[8,100] {
 
 def test_memory_traffic_is_read_off_the_compiled_text():
     map_, weights = 8 * 128 * 2, 104 * 128 * 4
-    assert traffic(TRAFFIC) == [
+    assert traffic(Module(TRAFFIC)) == [
         ("copies", 2, weights + map_ // 2, 0),
         ("convolutions", 1, map_, map_),
         ("others", 3, 3 * 512, 3 * 512),
@@ -265,13 +267,13 @@ ENTRY %main (a: f32[1000], i: s32[4]) -> f32[4] {
 
 def test_of_an_array_that_is_sliced_the_slices_are_read():
     fused, whole, alone = (16 + 16) + 16, 4000, 40 + 4
-    assert traffic(SLICES) == [("others", 3, fused + whole + alone, 16 + 4 + 40)]
+    assert traffic(Module(SLICES)) == [("others", 3, fused + whole + alone, 16 + 4 + 40)]
 
 
 def test_memory_traffic_of_a_compiled_program():
     shape = jax.ShapeDtypeStruct((64, 32), jnp.float32)
     compiled = jax.jit(lambda x: x.T @ jnp.ones_like(x)).lower(shape).compile()
-    found = traffic(compiled.as_text())
+    found = traffic(Module(compiled.as_text()))
     assert found and all(one.read >= 0 and one.written > 0 for one in found)
 
 
@@ -280,7 +282,9 @@ def test_collectives_of_a_compiled_program():
     split = NamedSharding(mesh, PartitionSpec("data"))
     shape = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=split)
     total = jax.jit(lambda x: x.sum(axis=0), out_shardings=sharding.everywhere(mesh))
-    assert hlo.collectives(total.lower(shape).compile().as_text()) == [("all-reduce", 1, 128)]
+    assert hlo.collectives(Module(total.lower(shape).compile().as_text())) == [
+        ("all-reduce", 1, 128)
+    ]
 
 
 def test_chips_are_found_by_the_whole_name():
@@ -319,18 +323,52 @@ def test_programs_get_the_share_of_a_gpu_that_jax_takes(monkeypatch, environment
     assert available(mesh("cpu", "cpu")) is None
 
 
-def test_roofline_is_the_slower_of_computing_and_reading():
-    chip = devices.Chip("a", peak_tflops=2, hbm_gb=1, hbm_gbps=100, source="")
+ROOFLINE = """
+HloModule step
 
-    def step(flops, size):
-        fields = dict.fromkeys(("available", "by_xla", "memory", "collectives", "seconds"))
-        return StepPlan((8, 8), 10, False, 64, 4, chip, flops=flops, bytes=size, **fields)
+%fused (p: bf16[100,100], q: bf16[100,100]) -> bf16[100,100] {
+  %p = bf16[100,100]{1,0} parameter(0)
+  %q = bf16[100,100]{1,0} parameter(1)
+  ROOT %y = bf16[100,100]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
 
-    assert step(4e9, 1e8).step_seconds == 2e-3 and not step(4e9, 1e8).is_bound_by_memory
-    assert step(4e9, 1e9).step_seconds == 1e-2 and step(4e9, 1e9).is_bound_by_memory
-    assert step(4e9, 1e8).rate == 32_000
-    assert step(4e9, 1e8).per_image(16) == 1
-    assert image_seconds([step(4e9, 1e8), step(4e9, 1e9)]) == pytest.approx(6e-3 / 64)
+ENTRY %main (a: bf16[100,100]) -> bf16[100,100] {
+  %a = bf16[100,100]{1,0} parameter(0)
+  %x = bf16[100,100]{1,0} fusion(%a, %a), kind=kOutput, calls=%fused
+  %start = (bf16[100,100]{1,0:S(1)}, bf16[100,100]{1,0}, u32[]) copy-start(%x)
+  %fast = bf16[100,100]{1,0:S(1)} copy-done(%start)
+  %y = bf16[100,100]{1,0:S(1)} custom-call(%fast), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"5000000","bytes_accessed":"1"}}}
+  ROOT %z = bf16[100,100]{1,0} add(%y, %y)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("tflops", "gbps", "expected"),
+    [
+        # The product moves 60 kB, the kernel nothing, the sum 20 kB, beside a copy of 20 kB.
+        (2, 100, (4e-6, 1e-6, (2e6 + 5e6) / 2e12 + 2e-7)),
+        (2, 10, (4e-6, 1e-5, 6e-6 + 5e6 / 2e12 + 2e-6)),
+        (1e9, 10, (8e-15, 1e-5, 8e-6)),
+    ],
+)
+def test_roofline_is_by_flops_memory_and_each_operator(tflops, gbps, expected):
+    chip = devices.Chip("a", peak_tflops=tflops, hbm_gb=1, hbm_gbps=gbps, source="")
+    found = roofline(Module(ROOFLINE.replace("\\\n", "")), chip, 8e6)
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert found.seconds == max(found)
+
+
+def test_rate_is_that_of_the_roofline():
+    def step(seconds):
+        fields = dict.fromkeys(("chip", "available", "xla_bytes", "memory", "collectives"))
+        times = Roofline(seconds, 1e-3, 1e-4)
+        return StepPlan((8, 8), 10, False, 64, 4, flops=1, seconds=1, roofline=times, **fields)
+
+    assert step(2e-3).rate == 32_000 and step(2e-5).rate == 64_000
+    assert step(2e-3).per_image(16) == 1
+    assert image_seconds([step(2e-3), step(1e-2)]) == pytest.approx(6e-3 / 64)
 
 
 def test_compiler_says_how_much_is_missing():

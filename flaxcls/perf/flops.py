@@ -17,6 +17,8 @@ _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _BATCH_GROUPS = re.compile(r"batch_group_count=(\d+)")
 # [B,heads,T,S], the weights that cuDNN's attention computes without writing them.
 _WEIGHTS = re.compile(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([\d,\s"]*)\]')
+# Of a kernel by Pallas, as it says itself.
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)"')
 
 
 def xla_flops(compiled: jax.stages.Compiled, text: str) -> float:
@@ -28,15 +30,22 @@ def xla_flops(compiled: jax.stages.Compiled, text: str) -> float:
     return counted + sum(onednn.flops(text)) if counted else 0.0
 
 
-def product_flops(text: str) -> int:
-    """Of matrix products, convolutions and cuDNN's attention in `jax.stages.Compiled.as_text()`.
+def product_flops(module: Module) -> int:
+    """Of the matrix products, convolutions and attention's kernels of a compiled program.
 
     Products and sums; those of a convolution without those with the padding, as XLA counts them.
     What is inside of a loop counts as often as it runs, where the compiler knows that. For a
     program that was compiled for a GPU that isn't there, of which JAX has no count (0.12.0).
     """
-    instructions = Module(text).instructions(lambda call: True)
+    instructions = module.instructions(lambda call: True)
     return sum(times * _flops(instruction) for instruction, times in instructions)
+
+
+def flops_of(operator: Instruction, module: Module) -> int:
+    """As in `product_flops`, of one operator with all that is fused into it."""
+    fused = operator.called if operator.opcode == "fusion" else ()
+    inside = (one for called in fused for one in module.computations[called])
+    return _flops(operator) + sum(flops_of(one, module) for one in inside)
 
 
 def _flops(instruction: Instruction) -> int:
@@ -48,7 +57,8 @@ def _flops(instruction: Instruction) -> int:
         return _of_convolution(instruction, target)
     if target.startswith("__cudnn$fmha"):
         return _of_attention(instruction, target)
-    return 0
+    estimate = target == "tpu_custom_call" and _ESTIMATE.search(instruction.rest)
+    return int(estimate[1]) if estimate else 0
 
 
 def _of_product(instruction: Instruction) -> int:

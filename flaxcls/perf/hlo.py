@@ -28,17 +28,15 @@ class Collective(NamedTuple):
     bytes: int
 
 
-def collectives(text: str) -> list[Collective]:
+def collectives(module: Module) -> list[Collective]:
     """The collectives of a compiled program, in the order of their bytes, the most first.
 
-    Args:
-      text: `jax.stages.Compiled.as_text()`. What is inside of a loop counts as often as it runs,
-        where the compiler knows that; once otherwise. All branches of a conditional count.
+    What is inside of a loop counts as often as it runs, where the compiler knows that; once
+    otherwise. All branches of a conditional count.
     """
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     begun = set()  # channels
-    module = Module(text)
     for instruction, times in module.instructions(lambda call: not call.opcode.endswith("-done")):
         kind = _COLLECTIVE.fullmatch(instruction.opcode)
         if not kind:

@@ -15,6 +15,8 @@ from flaxcls.errors import one_line
 from flaxcls.perf import devices, hlo
 from flaxcls.perf.figures import Figures, figure
 from flaxcls.perf.flops import product_flops, xla_flops
+from flaxcls.perf.hlo_text import Module
+from flaxcls.perf.roofline import Roofline, roofline
 from flaxcls.perf.traffic import Traffic, traffic
 from flaxcls.runtime import compilation_cache, sharding
 from flaxcls.training.data import RunData
@@ -84,13 +86,15 @@ class StepPlan:
       batch_size, chips: images a step, and what they are split over.
       chip: the published peaks; None for what has none, such as a CPU.
       available: bytes of a chip's memory that programs get; None where chip is.
-      flops, bytes: of a chip a step; bytes are those that operators read and write.
-      by_xla: whether these are XLA's count, or read off the program: products and convolutions
-        alone, and its memory traffic.
+      flops: of a chip a step, by XLA's count; or by products and convolutions alone, read off the
+        program, where it has none.
+      xla_bytes: that operators read and write a step, by XLA's count: to fast memory, too. None
+        where it has none.
       memory: of a chip.
       collectives: of a step.
       seconds: that lowering and compiling took.
       traffic: between a chip and its own memory, a step.
+      roofline: the least time of a step; None where chip is.
     """
 
     image_size: tuple[int, int]
@@ -101,30 +105,26 @@ class StepPlan:
     chip: devices.Chip | None
     available: float | None
     flops: float
-    bytes: float
-    by_xla: bool
+    xla_bytes: float | None
     memory: Memory
     collectives: tuple[hlo.Collective, ...]
     seconds: float
     traffic: tuple[Traffic, ...] = ()
+    roofline: Roofline | None = None
 
     def per_image(self, amount: float) -> float:
         """What a chip's share of a step is of an image."""
         return amount * self.chips / self.batch_size
 
     @property
-    def is_bound_by_memory(self) -> bool:
-        return self.bytes / self.chip.hbm_bandwidth > self.flops / self.chip.peak_flops
-
-    @property
-    def step_seconds(self) -> float:
-        """The roofline time of a step."""
-        return max(self.flops / self.chip.peak_flops, self.bytes / self.chip.hbm_bandwidth)
+    def moved(self) -> int:
+        """The bytes of `traffic`."""
+        return sum(one.read + one.written for one in self.traffic)
 
     @property
     def rate(self) -> float:
-        """Images/s of all chips."""
-        return self.batch_size / self.step_seconds
+        """Images/s of all chips, by the roofline."""
+        return self.batch_size / self.roofline.seconds
 
 
 def plan_steps(
@@ -162,12 +162,12 @@ def _plan_step(
         raise
     seconds = time.perf_counter() - start
     cost, text = compiled.cost_analysis(), compiled.as_text()
-    moved = tuple(traffic(text))
+    module, peaks = Module(text), chip(mesh)
     if cost:
         times = _times_counted(experiment)
         flops, size = times * xla_flops(compiled, text), times * cost["bytes accessed"]
     else:
-        flops, size = product_flops(text), sum(one.read + one.written for one in moved)
+        flops, size = product_flops(module), None
     height, width, _ = experiment.train.image_shape(begin)
     plan = StepPlan(
         image_size=(height, width),
@@ -175,15 +175,15 @@ def _plan_step(
         head_only=program.head_only is not None,
         batch_size=experiment.batch_size,
         chips=mesh.size,
-        chip=chip(mesh),
+        chip=peaks,
         available=available(mesh),
         flops=flops,
-        bytes=size,
-        by_xla=bool(cost),
+        xla_bytes=size,
         memory=_memory(program.step_arguments(begin), compiled.memory_analysis()),
-        collectives=tuple(hlo.collectives(text)),
+        collectives=tuple(hlo.collectives(module)),
         seconds=seconds,
-        traffic=moved,
+        traffic=tuple(traffic(module)),
+        roofline=peaks and roofline(module, peaks, flops),
     )
     if plan.chip and plan.memory.peak > plan.available:  # not every compiler minds
         raise TooLarge(plan.memory.peak / 2**30, plan.available / 2**30)
@@ -251,7 +251,7 @@ def _bytes_on_a_device(tree: Any) -> int:
 
 def recipe_seconds(plans: Sequence[StepPlan]) -> float:
     """The roofline time of all steps of a recipe."""
-    return sum(plan.steps * plan.step_seconds for plan in plans)
+    return sum(plan.steps * plan.roofline.seconds for plan in plans)
 
 
 def image_seconds(plans: Sequence[StepPlan]) -> float:
@@ -274,9 +274,11 @@ def figures_of(plan: StepPlan) -> Figures:
         "memory: program": figure(plan.memory.code, "bytes/chip"),
         "memory: peak": figure(plan.memory.peak, "bytes/chip"),
         "flops": figure(plan.per_image(plan.flops), "FLOP/image"),
-        "bytes_accessed": figure(plan.per_image(plan.bytes), "bytes/image"),
+        "memory traffic": figure(plan.per_image(plan.moved), "bytes/image"),
         "compilation": figure(plan.seconds, "s"),
     }
+    if plan.xla_bytes is not None:
+        found["bytes_accessed"] = figure(plan.per_image(plan.xla_bytes), "bytes/image")
     for kind, count, size in plan.collectives:
         found[f"{kind}: count"] = figure(count, "a step")
         found[f"{kind}: bytes"] = figure(size, "bytes/chip/step")
@@ -286,8 +288,10 @@ def figures_of(plan: StepPlan) -> Figures:
         found[f"memory traffic: {one.kind}: written"] = figure(size, "bytes/image")
     if plan.chip:
         found["memory: available"] = figure(plan.available, "bytes/chip")
-        found["roofline_step"] = figure(plan.step_seconds, "s")
+        for bound, seconds in plan.roofline._asdict().items():
+            found[f"roofline: {bound}"] = figure(seconds, "s")
+        found["roofline_step"] = figure(plan.roofline.seconds, "s")
         found["roofline_rate"] = figure(plan.rate, "images/s")
         found["roofline_rate_per_chip"] = figure(plan.rate / plan.chips, "images/s/chip")
-        found["roofline_time"] = figure(plan.steps * plan.step_seconds, "s")
+        found["roofline_time"] = figure(plan.steps * plan.roofline.seconds, "s")
     return found

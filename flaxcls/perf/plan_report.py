@@ -122,22 +122,21 @@ def _step(plan: StepPlan) -> Iterator[str]:
         f"{plan.batch_size / plan.chips:,.4g} a chip; compiled in {plan.seconds:.1f} s"
     )
     yield from _memory(plan)
-    counted = "XLA's count" if plan.by_xla else "read off the program"
-    yield (
-        f"work an image: {plan.per_image(plan.flops) / 1e9:,.4g} GFLOP, "
-        f"{plan.per_image(plan.bytes) / 1e6:,.4g} MB of memory traffic, "
-        f"{plan.flops / max(plan.bytes, 1):,.3g} FLOP a byte ({counted})"
-    )
+    flops = f"work an image: {plan.per_image(plan.flops) / 1e9:,.4g} GFLOP"
+    if plan.xla_bytes is None:
+        yield f"{flops}, read off the program"
+    else:
+        size = f"{plan.per_image(plan.xla_bytes) / 1e6:,.4g} MB"
+        yield f"{flops}, {size} that operators read and write (XLA's count)"
     if plan.chip:
         yield from _traffic(plan)
     yield from _collectives(plan)
     if plan.chip:
-        limit = "memory traffic" if plan.is_bound_by_memory else "FLOPs"
-        ridge = plan.chip.peak_flops / plan.chip.hbm_bandwidth
+        step = f"{1e3 * plan.roofline.seconds:,.4g} ms a step"
+        flops, memory, operators = (f"{1e3 * seconds:,.4g}" for seconds in plan.roofline)
         yield (
-            f"roofline: {1e3 * plan.step_seconds:,.4g} ms a step, limited by {limit} (the chip "
-            f"can do {ridge:,.3g} FLOP a byte): {plan.rate / plan.chips:,.0f} images/s a chip, "
-            f"{plan.rate:,.0f} in all"
+            f"roofline: {step} (FLOPs {flops}, memory {memory}, operators in turn {operators}): "
+            f"{plan.rate / plan.chips:,.0f} images/s a chip, {plan.rate:,.0f} in all"
         )
 
 
@@ -168,7 +167,11 @@ def _mib(size: int) -> str:
 def _traffic(plan: StepPlan) -> Iterator[str]:
     parts = {one.kind: plan.per_image(one.read + one.written) / 1e6 for one in plan.traffic}
     named = ", ".join(f"{kind} {size:,.4g}" for kind, size in parts.items())
-    yield f"of it to and from HBM: {sum(parts.values()):,.4g} MB an image ({named})"
+    ridge = plan.chip.peak_flops / plan.chip.hbm_bandwidth
+    yield (
+        f"to and from HBM: {plan.per_image(plan.moved) / 1e6:,.4g} MB an image ({named}); "
+        f"{plan.flops / max(plan.moved, 1):,.3g} FLOP a byte, the chip can do {ridge:,.3g}"
+    )
 
 
 def _collectives(plan: StepPlan) -> Iterator[str]:

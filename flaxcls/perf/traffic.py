@@ -43,13 +43,12 @@ class Traffic(NamedTuple):
     written: int
 
 
-def traffic(text: str) -> list[Traffic]:
-    """The memory traffic of `jax.stages.Compiled.as_text()` by kind, the most first.
+def traffic(module: Module) -> list[Traffic]:
+    """The memory traffic of a compiled program by kind, the most first.
 
     What is inside of a loop counts as often as it runs, where the compiler knows that. An array of
     which an operator takes nothing but slices counts as these; one that it updates in part, whole.
     """
-    module = Module(text)
     products = {
         name
         for name, instructions in module.computations.items()

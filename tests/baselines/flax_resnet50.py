@@ -26,6 +26,7 @@ import optax  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
 from flaxcls.perf import hlo  # noqa: E402
+from flaxcls.perf.hlo_text import Module  # noqa: E402
 from flaxcls.perf.traffic import traffic  # noqa: E402
 from flaxcls.runtime import topologies  # noqa: E402
 
@@ -101,9 +102,9 @@ def main() -> None:
     began = time.perf_counter()
     compiled = jax.jit(update, donate_argnums=0).lower(state, images, labels).compile()
     seconds = time.perf_counter() - began
-    text, cost = compiled.as_text(), compiled.cost_analysis()
-    moved = sum(one.read + one.written for one in traffic(text))
-    sent = {each.kind: each.count for each in hlo.collectives(text)}
+    module, cost = Module(compiled.as_text()), compiled.cost_analysis()
+    moved = sum(one.read + one.written for one in traffic(module))
+    sent = {each.kind: each.count for each in hlo.collectives(module)}
     print(
         f"{cost['bytes accessed'] / options.batch_per_chip / 1e6:.0f} MB an image by XLA, "
         f"{moved / options.batch_per_chip / 1e6:.0f} to and from HBM, "

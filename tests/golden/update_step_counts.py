@@ -108,12 +108,13 @@ def work(compiled, text):
     """What a step does on a device, which its counts say nothing of."""
     from flaxcls.perf import hlo
     from flaxcls.perf.flops import xla_flops
+    from flaxcls.perf.hlo_text import Module
 
     return {
         "operators": len(re.findall(r"^ +(?:ROOT )?%?[\w.\-]+ = ", text, re.MULTILINE)),
         "flops": round(xla_flops(compiled, text)),
         "bytes": round(compiled.cost_analysis()["bytes accessed"]),
-        "bytes between devices": sum(each.bytes for each in hlo.collectives(text)),
+        "bytes between devices": sum(each.bytes for each in hlo.collectives(Module(text))),
     }
 
 
