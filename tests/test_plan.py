@@ -216,6 +216,12 @@ HloModule step
   ROOT %next = (s32[], f32[128]{0:T(128)}) tuple(%i, %negative)
 }
 
+%goes_on (q: (s32[], f32[128])) -> pred[] {
+  %three = s32[]{:T(128)} constant(3)
+  %i = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i, %three), direction=LT
+}
+
 ENTRY %main (a: bf16[8,100], w: bf16[100,100]) -> bf16[8,100] {
   %a = bf16[8,100]{1,0:T(8,128)(2,1)} parameter(0)
   %w = f32[104,128]{1,0:T(8,128)} parameter(1)
@@ -223,7 +229,7 @@ ENTRY %main (a: bf16[8,100], w: bf16[100,100]) -> bf16[8,100] {
   %near = f32[104,128]{1,0:T(8,128)S(1)} copy-done(%begun)
   %half = ((bf16[8,100]{1,0:T(8,128)(2,1)}), bf16[4,100]{1,0:T(4,128)S(1)}, s32[]) slice-start(%a)
   %done = bf16[4,100]{1,0:T(4,128)S(1)} slice-done(%half)
-  %loop = (s32[], f32[128]{0}) while(%start), body=%body, x={"known_trip_count":{"n":"3"}}
+  %loop = (s32[], f32[128]{0}) while(%start), condition=%goes_on, body=%body
   ROOT %y = bf16[8,100]{1,0:T(8,128)(2,1)} fusion(%a, %near), kind=kOutput, calls=%fused
 }
 """
@@ -234,7 +240,7 @@ def test_memory_traffic_is_read_off_the_compiled_text():
     assert traffic(Module(TRAFFIC)) == [
         ("copies", 2, weights + map_ // 2, 0),
         ("convolutions", 1, map_, map_),
-        ("others", 3, 3 * 512, 3 * 512),
+        ("others", 6, 3 * (512 + 4 + 4), 3 * (512 + 1)),  # and the counter
     ]
 
 

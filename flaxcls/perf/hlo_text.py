@@ -15,6 +15,7 @@ _CALLED = re.compile(
 _NAME = re.compile(r"%([\w.\-]+)")
 _SIDES = re.compile(r"\w+\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 
 
 class Instruction(NamedTuple):
@@ -61,7 +62,6 @@ class Module:
                 result, shape, opcode, rest = found.groups()
                 shapes[result] = shape
                 names = tuple(_NAME.findall(rest.partition("), ")[0]))
-                trips = _TRIPS.search(rest) if opcode == "while" else None
                 self.computations[name].append(
                     Instruction(
                         result,
@@ -74,10 +74,26 @@ class Module:
                             for names in _CALLED.findall(rest)
                             for part in names.split(",")
                         ),
-                        int(trips[1]) if trips else 1,
+                        self._trips(rest) if opcode == "while" else 1,
                         rest,
                     )
                 )
+
+    def _trips(self, rest: str) -> int:
+        """How often a loop runs: as the text says or, for TPUs, as its condition does.
+
+        That is `counter < constant`, where JAX's loops count from 0.
+        """
+        if known := _TRIPS.search(rest):
+            return int(known[1])
+        name = _CONDITION.search(rest)
+        condition = {one.name: one for one in self.computations[name[1]]} if name else {}
+        for one in condition.values():
+            if one.opcode == "compare" and "direction=LT" in one.rest:
+                limit = condition.get(one.names[-1])
+                number = limit.rest.partition(")")[0] if limit else ""
+                return int(number) if number.isdecimal() else 1
+        return 1
 
     def instructions(
         self, enters: Callable[[Instruction], bool]
