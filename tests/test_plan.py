@@ -276,6 +276,54 @@ def test_of_an_array_that_is_sliced_the_slices_are_read():
     assert traffic(Module(SLICES)) == [("others", 3, fused + whole + alone, 16 + 4 + 40)]
 
 
+UPDATES = """
+HloModule step
+
+%updated (p: f32[1000], u: f32[4], i: s32[]) -> (f32[1000], f32[4]) {
+  %p = f32[1000]{0} parameter(0)
+  %u = f32[4]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %first = f32[1000]{0} dynamic-update-slice(%p, %u, %i)
+  %old = f32[1000]{0} bitcast(%first)
+  %new = f32[1000]{0} dynamic-update-slice(%old, %u, %i)
+  ROOT %both = (f32[1000]{0}, f32[4]{0}) tuple(%new, %u)
+}
+
+%filled (v: f32[4]) -> f32[1000] {
+  %v = f32[4]{0} parameter(0)
+  %nought = f32[1000]{0} broadcast()
+  ROOT %new = f32[1000]{0} dynamic-update-slice(%nought, %v, %v)
+}
+
+%inner (q: f32[1000], j: s32[]) -> f32[4] {
+  %j = s32[] parameter(1)
+  %q = f32[1000]{0} parameter(0)
+  %padded = f32[1004]{0} pad(%q), padding=0_4
+  ROOT %part = f32[4]{0} dynamic-slice(%padded, %j), dynamic_slice_sizes={4}
+}
+
+%outer (r: f32[1000], k: s32[]) -> f32[4] {
+  %r = f32[1000]{0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %taken = f32[4]{0} fusion(%r, %k), kind=kLoop, calls=%inner
+}
+
+ENTRY %main (a: f32[1000], b: f32[4], i: s32[]) -> f32[4] {
+  %a = f32[1000]{0} parameter(0)
+  %b = f32[4]{0} parameter(1)
+  %i = s32[] parameter(2)
+  %x = (f32[1000]{0}, f32[4]{0}) fusion(%a, %b, %i), kind=kLoop, calls=%updated
+  %y = f32[1000]{0} fusion(%b), kind=kLoop, calls=%filled
+  ROOT %z = f32[4]{0} fusion(%y, %i), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_of_an_array_that_is_updated_what_is_new_is_written():
+    read = (16 + 4) + 16 + (16 + 4)
+    assert traffic(Module(UPDATES)) == [("others", 3, read, (2 * 16 + 16) + 4000 + 16)]
+
+
 def test_memory_traffic_of_a_compiled_program():
     shape = jax.ShapeDtypeStruct((64, 32), jnp.float32)
     compiled = jax.jit(lambda x: x.T @ jnp.ones_like(x)).lower(shape).compile()

@@ -86,10 +86,10 @@ class StepPlan:
       batch_size, chips: images a step, and what they are split over.
       chip: the published peaks; None for what has none, such as a CPU.
       available: bytes of a chip's memory that programs get; None where chip is.
-      flops: of a chip a step, by XLA's count; or by products and convolutions alone, read off the
-        program, where it has none.
-      xla_bytes: that operators read and write a step, by XLA's count: to fast memory, too. None
-        where it has none.
+      flops: of a chip a step, by XLA's count; or, where it has none or less, those of products and
+        convolutions, read off the program.
+      xla_bytes: that operators read and write a step, by XLA's count: to fast memory, too, and of a
+        loop once. None where it has none.
       memory: of a chip.
       collectives: of a step.
       seconds: that lowering and compiling took.
@@ -163,11 +163,9 @@ def _plan_step(
     seconds = time.perf_counter() - start
     cost, text = compiled.cost_analysis(), compiled.as_text()
     module, peaks = Module(text), chip(mesh)
-    if cost:
-        times = _times_counted(experiment)
-        flops, size = times * xla_flops(compiled, text), times * cost["bytes accessed"]
-    else:
-        flops, size = product_flops(module), None
+    # XLA counts a loop's body once; with products in loops, as for gradient accumulation, these
+    # alone are more.
+    flops = max(xla_flops(compiled, text), product_flops(module))
     height, width, _ = experiment.train.image_shape(begin)
     plan = StepPlan(
         image_size=(height, width),
@@ -178,7 +176,7 @@ def _plan_step(
         chip=peaks,
         available=available(mesh),
         flops=flops,
-        xla_bytes=size,
+        xla_bytes=cost.get("bytes accessed") if cost else None,
         memory=_memory(program.step_arguments(begin), compiled.memory_analysis()),
         collectives=tuple(hlo.collectives(module)),
         seconds=seconds,
@@ -206,15 +204,6 @@ def available(mesh: Mesh) -> float | None:
         return peaks and peaks.hbm_bytes
     given = filter(None, map(os.environ.get, _MEMORY_FRACTION))
     return float(next(given, 0.75)) * peaks.hbm_bytes
-
-
-def _times_counted(experiment: Experiment) -> int:
-    """How often a step runs what XLA counts once: the body of the loop over a batch's parts.
-
-    The update, which is outside of it, is so counted too often. On a CPU there is no loop.
-    """
-    on_cpu = sharding.platform(experiment.mesh) == "cpu"
-    return 1 if on_cpu else experiment.gradient_accumulation
 
 
 def _memory(arguments: tuple[Any, Any, Any], found: Any) -> Memory:

@@ -4,9 +4,10 @@ XLA's own count, `cost_analysis`, has as traffic also what is read from and writ
 fast memory (VMEM), and an array that is copied there in slices as a whole for each slice.
 """
 
+import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from flaxcls.perf.hlo import bits
@@ -24,6 +25,8 @@ _CONTROL = ("while", "conditional", "call")
 _COPIES = ("copy-start", "slice-start", "async-start")
 _PRODUCTS = ("convolution", "dot")
 _SLICES = ("slice", "dynamic-slice", "gather")
+_UPDATE = "dynamic-update-slice"
+_MOVES = ("bitcast", "copy", "pad", "reshape", "transpose")  # within a fusion, of what is asked for
 _KERNELS = re.compile(r'custom_call_target="(__cublas|__cudnn|tpu_custom_call)')
 
 
@@ -47,7 +50,7 @@ def traffic(module: Module) -> list[Traffic]:
     """The memory traffic of a compiled program by kind, the most first.
 
     What is inside of a loop counts as often as it runs, where the compiler knows that. An array of
-    which an operator takes nothing but slices counts as these; one that it updates in part, whole.
+    which an operator takes nothing but slices, or updates nothing else, counts as these.
     """
     products = {
         name
@@ -89,32 +92,73 @@ def _moved(instruction: Instruction, module: Module) -> tuple[int, int]:
         result = results[0 if instruction.opcode == "copy-start" else 1 :][:1]
         size = sum(size for size, _ in result)
         return size * (not operands or operands[0][1]), sum(size for size, main in result if main)
-    read = sum(size for size, main in operands if main)
-    return read - _skipped(instruction, module), sum(size for size, main in results if main)
+    read = sum(
+        min(_in_main_memory(shape), _taken(instruction, position, module))
+        for position, shape in enumerate(instruction.operands)
+    )
+    made = _made(instruction, len(results), module)
+    written = sum(
+        main and min(size, made) for (size, main), made in zip(results, made, strict=True)
+    )
+    return int(read), int(written)
 
 
-def _skipped(instruction: Instruction, module: Module) -> int:
-    """Bytes of main memory in none of the slices that are all that an instruction takes of it."""
-    if instruction.opcode in _SLICES:
-        taken = {instruction.names[0]: instruction.operands[0]}
-        inside = [instruction]
-    elif instruction.opcode == "fusion":
-        inside = module.computations[instruction.called[0]]
-        taken = {
-            each.name: instruction.operands[int(each.rest.partition(")")[0])]
-            for each in inside
-            if each.opcode == "parameter"
-        }
-    else:
+def _taken(user: Instruction, position: int, module: Module) -> float:
+    """Bytes that an instruction reads of an operand; infinite where that is all of it."""
+    if position == 0 and user.opcode in _SLICES:
+        return _size(user.shape)
+    if position == 0 and user.opcode == _UPDATE:
         return 0
-    skipped = 0
-    for name, shape in taken.items():
-        users = [each for each in inside if name in each.names]
-        if users and all(user.opcode in _SLICES and user.names.index(name) == 0 for user in users):
-            whole = sum(size for size, main in _arrays(shape) if main)
-            parts = sum(size for user in users for size, _ in _arrays(user.shape))
-            skipped += max(0, whole - parts)
-    return skipped
+    if user.opcode != "fusion":
+        return math.inf
+    inside = module.computations[user.called[0]]
+    for one in inside:
+        if one.opcode == "parameter" and one.rest.startswith(f"{position})"):
+            return _taken_inside(one.name, inside, module)
+    return math.inf
+
+
+def _taken_inside(name: str, inside: Sequence[Instruction], module: Module) -> float:
+    uses = [(user, i) for user in inside for i, used in enumerate(user.names) if used == name]
+    if not uses:
+        return math.inf
+    return sum(
+        _taken_inside(user.name, inside, module)
+        if user.opcode in _MOVES
+        else _taken(user, position, module)
+        for user, position in uses
+    )
+
+
+def _made(instruction: Instruction, results: int, module: Module) -> list[float]:
+    """Bytes that an instruction writes of each result; infinite where that is all of it."""
+    inside, made = {}, [instruction]
+    if instruction.opcode == "fusion":
+        inside = {one.name: one for one in module.computations[instruction.called[0]]}
+        *_, root = inside.values()
+        made = [inside[name] for name in root.names] if root.opcode == "tuple" else [root]
+    if len(made) != results:
+        return [math.inf] * results
+    return [_updated(one, inside) for one in made]
+
+
+def _updated(one: Instruction, inside: Mapping[str, Instruction]) -> float:
+    """Bytes that are new in an array of a fusion which else is one that the fusion is given."""
+    if one.opcode == "bitcast" and one.names[0] in inside:
+        return _updated(inside[one.names[0]], inside)
+    if one.opcode != _UPDATE:
+        return math.inf
+    old = inside.get(one.names[0])
+    is_given = old is None or old.opcode == "parameter"
+    return _size(one.operands[1]) + (0 if is_given else _updated(old, inside))
+
+
+def _size(shape: str) -> int:
+    return sum(size for size, _ in _arrays(shape))
+
+
+def _in_main_memory(shape: str) -> int:
+    return sum(size for size, main in _arrays(shape) if main)
 
 
 def _arrays(shape: str) -> Iterator[tuple[int, bool]]:

@@ -1,5 +1,7 @@
 """Attention by Pallas for TPUs, interpreted here: the numbers of XLA's, split over devices."""
 
+import importlib.util
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from jax.sharding import Mesh
 from flaxcls import models
 from flaxcls.models import attention, tpu_attention
 from flaxcls.models.kernels import kernels_for
-from flaxcls.runtime import sharding
+from flaxcls.plan import ENVIRONMENT
+from flaxcls.runtime import compilation_cache, sharding, topologies
 
 
 def mesh_of(devices) -> Mesh:
@@ -47,13 +50,16 @@ def reference(qkv, gradient, heads):
     return y.reshape(shape), np.concatenate([part.reshape(shape) for part in parts], axis=-1)
 
 
-def run(qkv, gradient, heads, devices=1):
+def jitted_run(mesh, heads):
     def result_and_gradient(qkv, gradient):
-        attend = lambda x: tpu_attention.attend(mesh_of(devices), x, heads)  # noqa: E731
-        y, pullback = jax.vjp(attend, qkv)
+        y, pullback = jax.vjp(lambda x: tpu_attention.attend(mesh, x, heads), qkv)
         return y, *pullback(gradient)
 
-    return jax.jit(result_and_gradient)(qkv, gradient)
+    return jax.jit(result_and_gradient)
+
+
+def run(qkv, gradient, heads, devices=1):
+    return jitted_run(mesh_of(devices), heads)(qkv, gradient)
 
 
 # A token more than a block of rows, many filled up, none; four heads of 128 lanes, two and one.
@@ -114,3 +120,25 @@ def test_what_fits_is_said():
     assert not can((8, 2000, 3 * 768), 12)  # more than fast memory
     split = sharding.make_mesh(model=2, devices=jax.devices()[:2])
     assert not can((8, 197, 3 * 768), 12, mesh=split)  # heads on other devices
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed"
+)
+@pytest.mark.parametrize(
+    ("topology", "tokens", "heads"),
+    [("v4:2x2x1", 512, 12), ("v5e:2x2", 896, 12), ("v5p:2x2x1", 768, 16), ("v6e:2x2", 896, 12)],
+)
+def test_what_fits_compiles(topology, tokens, heads, monkeypatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    mesh = sharding.make_mesh(devices=topologies.devices(topology))
+    split = sharding.batch_sharding(mesh)
+    qkv, gradient = (
+        jax.ShapeDtypeStruct((128, tokens, parts * heads * 64), jnp.bfloat16, sharding=split)
+        for parts in (3, 1)
+    )
+    assert tpu_attention.can_attend(mesh, qkv, heads)
+    with compilation_cache.unused():
+        jitted_run(mesh, heads).lower(qkv, gradient).compile()
