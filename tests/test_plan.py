@@ -213,13 +213,16 @@ HloModule step
 %body (p: (s32[], f32[128])) -> (s32[], f32[128]) {
   %x = f32[128]{0:T(128)} get-tuple-element(%p), index=1
   %negative = f32[128]{0:T(128)} negate(%x)
-  ROOT %next = (s32[], f32[128]{0:T(128)}) tuple(%i, %negative)
+  %i = s32[]{:S(6)} get-tuple-element(%p), index=0
+  %two = s32[]{:S(6)} constant(2)
+  %added = s32[]{:S(6)} add(%i, %two)
+  ROOT %next = (s32[], f32[128]{0:T(128)}) tuple(%added, %negative)
 }
 
 %goes_on (q: (s32[], f32[128])) -> pred[] {
-  %three = s32[]{:T(128)} constant(3)
+  %five = s32[]{:T(128)} constant(5)
   %i = s32[]{:T(128)} get-tuple-element(%q), index=0
-  ROOT %less = pred[]{:T(512)} compare(%i, %three), direction=LT
+  ROOT %less = pred[]{:T(512)} compare(%i, %five), direction=LT
 }
 
 ENTRY %main (a: bf16[8,100], w: bf16[100,100]) -> bf16[8,100] {
@@ -240,7 +243,7 @@ def test_memory_traffic_is_read_off_the_compiled_text():
     assert traffic(Module(TRAFFIC)) == [
         ("copies", 2, weights + map_ // 2, 0),
         ("convolutions", 1, map_, map_),
-        ("others", 6, 3 * (512 + 4 + 4), 3 * (512 + 1)),  # and the counter
+        ("others", 9, 3 * (512 + 4 + 4), 3 * (512 + 1)),  # and the counter
     ]
 
 

@@ -34,8 +34,10 @@ def can_attend(mesh: Mesh, qkv: jax.Array, heads: int) -> bool:
     batch, tokens, channels = qkv.shape
     width = channels // 3
     rows = _filled_up(tokens)
-    blocks = 2 * qkv.dtype.itemsize * rows * 7 * width  # twice, one being copied: qkv's, two
-    temporaries = 4 * 4 * rows**2  # gradients' and the result's; weights and what follows from them
+    # Of the gradient, which needs more: qkv, the gradients by the result and by qkv, of the image
+    # that is computed and of one that is copied; and some float32 arrays of a head's weights.
+    blocks = 2 * qkv.dtype.itemsize * rows * (3 + 1 + 3) * width
+    temporaries = 4 * 4 * rows**2
     is_old = mesh.devices.flat[0].device_kind in ("TPU v2", "TPU v3", "TPU v4")
     return (
         mesh.shape["model"] == 1

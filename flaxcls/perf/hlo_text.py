@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -16,6 +16,8 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _SIDES = re.compile(r"\w+\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_INDEX = re.compile(r"index=(\d+)")
 
 
 class Instruction(NamedTuple):
@@ -82,17 +84,18 @@ class Module:
     def _trips(self, rest: str) -> int:
         """How often a loop runs: as the text says or, for TPUs, as its condition does.
 
-        That is `counter < constant`, where JAX's loops count from 0.
+        That is `counter < constant`, of a counter from 0 to which the body adds a constant.
         """
         if known := _TRIPS.search(rest):
             return int(known[1])
-        name = _CONDITION.search(rest)
-        condition = {one.name: one for one in self.computations[name[1]]} if name else {}
+        condition, body = (
+            {one.name: one for one in self.computations[name[1]]} if name else {}
+            for name in (_CONDITION.search(rest), _BODY.search(rest))
+        )
         for one in condition.values():
             if one.opcode == "compare" and "direction=LT" in one.rest:
-                limit = condition.get(one.names[-1])
-                number = limit.rest.partition(")")[0] if limit else ""
-                return int(number) if number.isdecimal() else 1
+                counter, limit = (condition.get(name) for name in one.names)
+                return -(-_number(limit) // _step(counter, list(body.values())))
         return 1
 
     def instructions(
@@ -115,3 +118,22 @@ class Module:
         for name, instructions in self.computations.items():
             if times[name]:
                 yield from ((instruction, times[name]) for instruction in instructions)
+
+
+def _number(instruction: Instruction | None) -> int:
+    """Of a constant; 1 of anything else."""
+    is_constant = instruction is not None and instruction.opcode == "constant"
+    number = instruction.rest.partition(")")[0] if is_constant else ""
+    return int(number) if number.isdecimal() else 1
+
+
+def _step(counter: Instruction | None, body: Sequence[Instruction]) -> int:
+    """What a loop's body adds to the part of its state that is its counter."""
+    index = _INDEX.search(counter.rest) if counter is not None else None
+    if not index or not body or int(index[1]) >= len(body[-1].names):
+        return 1
+    by_name = {one.name: one for one in body}
+    added = by_name.get(body[-1].names[int(index[1])])
+    if added is None or added.opcode != "add":
+        return 1
+    return max(1, *(_number(by_name.get(name)) for name in added.names))
