@@ -62,13 +62,6 @@ TPU = {
             "the gradients' all-reduce runs beside the backward pass; off by default",
             FLAGS_GUIDANCE,
         ),
-        Setting(
-            "LIBTPU_INIT_ARGS",
-            "--xla_tpu_scoped_vmem_limit_kib=65536",
-            "larger fusions: ResNet-50 at 128 images a chip moves 344 instead of 384 MB through "
-            "HBM an image (compiled for v5e:2x2 without a TPU, November 2026)",
-            FLAGS_GUIDANCE,
-        ),
     ),
     "v5p": (),  # nothing that is published for image classifiers; XLA's defaults
     "v6e": (

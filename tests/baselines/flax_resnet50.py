@@ -5,8 +5,8 @@
 The network, the loss and the update are those of the example (google/flax, examples/imagenet, its
 configuration for TPUs: bfloat16, SGD with Nesterov's momentum, L2 in the loss), written anew for
 `jit` over a sharded batch, so that BatchNorm is over all of it. Needs libtpu and no TPU. Printed
-are bytes an image by XLA's count and to and from HBM, temporaries, collectives and the seconds that
-compiling took.
+are bytes an image by XLA's count and to and from HBM, the roofline, temporaries, collectives and
+the seconds that compiling took.
 """
 
 import argparse
@@ -25,8 +25,10 @@ import numpy as np  # noqa: E402
 import optax  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 
+from flaxcls.perf import devices as known_devices  # noqa: E402
 from flaxcls.perf import hlo  # noqa: E402
 from flaxcls.perf.hlo_text import Module  # noqa: E402
+from flaxcls.perf.roofline import roofline  # noqa: E402
 from flaxcls.perf.traffic import traffic  # noqa: E402
 from flaxcls.runtime import topologies  # noqa: E402
 
@@ -104,11 +106,14 @@ def main() -> None:
     seconds = time.perf_counter() - began
     module, cost = Module(compiled.as_text()), compiled.cost_analysis()
     moved = sum(one.read + one.written for one in traffic(module))
+    chip = known_devices.find(devices[0].device_kind)
+    bound = roofline(module, chip, cost["flops"])
     sent = {each.kind: each.count for each in hlo.collectives(module)}
     print(
         f"{cost['bytes accessed'] / options.batch_per_chip / 1e6:.0f} MB an image by XLA, "
         f"{moved / options.batch_per_chip / 1e6:.0f} to and from HBM, "
         f"{cost['flops'] / options.batch_per_chip / 1e9:.1f} GFLOP, "
+        f"{1e3 * bound.seconds:.1f} ms a step at least, "
         f"{compiled.memory_analysis().temp_size_in_bytes / 2**30:.2f} GiB of temporaries, "
         f"{sent}, compiled in {seconds:.0f} s"
     )
