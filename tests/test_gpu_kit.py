@@ -50,9 +50,12 @@ def test_kit_times_and_profiles_a_training_step(run_kit):
 def test_kit_times_pieces(run_kit):
     code, results, stdout = run_kit("--only=^pieces$")
     assert code == 0, stdout
-    assert {"convolution_flaxcls", "max_pool_flaxcls", "attention_flaxcls", "a3"} <= results[
-        "pieces"
-    ]["result"].keys()
+    assert {
+        "convolution_flaxcls",
+        "max_pool_flaxcls",
+        "attention_of_three_products",
+        "a3",
+    } <= results["pieces"]["result"].keys()
 
 
 def test_part_that_takes_too_long_is_stopped_and_fails_the_kit(run_kit):

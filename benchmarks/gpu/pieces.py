@@ -4,7 +4,8 @@
 
 The stem of an ImageNet ResNet is that of 256 images of 224 pixels in bfloat16: its convolution with
 the kernel's gradient, and max-pool's gradient. Attention, with its gradient, is that of a ViT-B/16
-on 256 images, bfloat16 too. The augmentations, normalising included, have 1,024 uint8 images of 160
+on 256 images, bfloat16 too; also with the product before it, as one that is cut into queries, keys
+and values or as three. The augmentations, normalising included, have 1,024 uint8 images of 160
 pixels. Milliseconds, the median of five rounds of ten calls. The last line is the result as JSON.
 """
 
@@ -29,6 +30,8 @@ def main() -> None:
     result = stem(*((2, 16) if tiny else (256, 112)))
     print(json.dumps(result), flush=True)
     result |= attentions(*((2, 17) if tiny else (256, 197)))
+    print(json.dumps(result), flush=True)
+    result |= projected_attentions(*((2, 17) if tiny else (256, 197)))
     print(json.dumps(result), flush=True)
     result |= augmentations(*((8, 32) if tiny else (1024, 160)))
     print(json.dumps(result))
@@ -86,6 +89,38 @@ def attentions(batch: int, tokens: int) -> dict[str, float]:
     return {
         "attention_xla": milliseconds(gradient(jax.nn.dot_product_attention), *arrays),
         "attention_flaxcls": milliseconds(gradient(recipes.attention), *arrays),
+    }
+
+
+def projected_attentions(batch: int, tokens: int) -> dict[str, float]:
+    """Of 12 heads of 64, with the products of their queries, keys and values and their gradients.
+
+    cuDNN takes dense arrays: what is cut is copied, and the gradients are put together again.
+    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens_in, gradient = jax.random.normal(keys[0], (2, batch, tokens, 768), jnp.bfloat16)
+    kernel = 0.02 * jax.random.normal(keys[1], (768, 3 * 768), jnp.bfloat16)
+    bias = jax.random.normal(keys[2], (3 * 768,), jnp.bfloat16)
+
+    def one(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
+        return jnp.split(x @ kernel + bias, 3, axis=-1)
+
+    def three(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> list[jax.Array]:
+        parts = zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True)
+        return [x @ kernel + bias for kernel, bias in parts]
+
+    def both(project: Callable, *inputs: jax.Array) -> Any:
+        def attend(*inputs: jax.Array) -> jax.Array:
+            heads = (x.reshape(batch, tokens, 12, 64) for x in project(*inputs))
+            return recipes.attention(*heads).reshape(tokens_in.shape)
+
+        output, pullback = jax.vjp(attend, *inputs[:3])
+        return output, pullback(inputs[3])
+
+    inputs = tokens_in, kernel, bias, gradient
+    return {
+        "attention_of_one_product": milliseconds(functools.partial(both, one), *inputs),
+        "attention_of_three_products": milliseconds(functools.partial(both, three), *inputs),
     }
 
 
