@@ -163,9 +163,10 @@ def _each_neighbours(body: Callable, heads: int, width: int) -> None:
     lanes = jax.lax.broadcasted_iota(jnp.int32, (1, _LANES), 1)
     masks = [(lanes >= first) & (lanes < first + size) for first in range(0, _LANES, size)]
 
-    @functools.partial(jax.lax.fori_loop, 0, width // _LANES, init_val=None)
-    def _(index, _):
+    def step(index: jax.Array, nothing: None) -> None:
         body(pallas.multiple_of(index * _LANES, _LANES), masks)
+
+    jax.lax.fori_loop(0, width // _LANES, step, None)
 
 
 def _load(ref: Any, tokens: int, lane: jax.Array) -> jax.Array:

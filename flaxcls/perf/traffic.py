@@ -142,15 +142,14 @@ def _made(instruction: Instruction, results: int, module: Module) -> list[float]
     return [_updated(one, inside) for one in made]
 
 
-def _updated(one: Instruction, inside: Mapping[str, Instruction]) -> float:
-    """Bytes that are new in an array of a fusion which else is one that the fusion is given."""
-    if one.opcode == "bitcast" and one.names[0] in inside:
-        return _updated(inside[one.names[0]], inside)
-    if one.opcode != _UPDATE:
-        return math.inf
-    old = inside.get(one.names[0])
-    is_given = old is None or old.opcode == "parameter"
-    return _size(one.operands[1]) + (0 if is_given else _updated(old, inside))
+def _updated(made: Instruction, inside: Mapping[str, Instruction]) -> float:
+    """Bytes that are new in what is made by updates of an array that a fusion is given."""
+    one, new = made, 0
+    while one is not None and one.opcode in (_UPDATE, "bitcast"):
+        new += _size(one.operands[1]) if one.opcode == _UPDATE else 0
+        one = inside.get(one.names[0])
+    is_given = one is None or one.opcode == "parameter"
+    return new if new and is_given else math.inf
 
 
 def _size(shape: str) -> int:
