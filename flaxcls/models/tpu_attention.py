@@ -114,7 +114,11 @@ def _call(
 
 
 def _filled_up(tokens: int) -> int:
-    """The rows of a block: what is after the last token is undefined, and dropped of a result."""
+    """The rows of a block: what is after the last token is undefined, and dropped of a result.
+
+    So it is for blocks that an array ends within ("partial blocks", docs.jax.dev/en/latest/pallas/
+    grid_blockspec.html).
+    """
     return -(-tokens // _LANES) * _LANES
 
 

@@ -2,13 +2,13 @@
 
 import re
 from collections import Counter
+from math import prod
 from typing import NamedTuple
 
-from flaxcls.perf.hlo_text import Module
+from flaxcls.perf.hlo_text import Module, arrays
 
 _KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|ragged-all-to-all"
 _COLLECTIVE = re.compile(rf"({_KINDS})(-start)?")
-_ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 # What a TPU sends while it computes is in each operator of that time, with the same channel.
 _IN_PIECES = re.compile(r'channel_id=(\d+).*"async_collective_fusion_config"')
 
@@ -56,21 +56,4 @@ def collectives(module: Module) -> list[Collective]:
 
 def _bytes(shape: str) -> int:
     """The size of an array or of all arrays of a tuple, without what a layout pads."""
-    return sum(
-        bits(dtype) * _product(dimensions) // 8 for dtype, dimensions in _ARRAY.findall(shape)
-    )
-
-
-def bits(dtype: str) -> int:
-    """Of a number of that type, as HLO names it."""
-    if dtype in ("token", "opaque"):
-        return 0
-    number = re.search(r"\d+", dtype)
-    return int(number[0]) if number else 8  # pred
-
-
-def _product(dimensions: str) -> int:
-    product = 1
-    for size in filter(None, dimensions.split(",")):
-        product *= int(size)
-    return product
+    return sum(array.bits * prod(array.sides) // 8 for array in arrays(shape))

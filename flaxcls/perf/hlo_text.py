@@ -13,7 +13,8 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 _NAME = re.compile(r"%([\w.\-]+)")
-_SIDES = re.compile(r"\w+\[([\d,]*)\]")
+# `bf16[128,56,56,64]{0,3,2,1:T(8,128)(2,1)S(1)}`: type, sides, axes from the innermost on, layout.
+_ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)([^}]*)\})?")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
@@ -44,9 +45,44 @@ class Instruction(NamedTuple):
     rest: str
 
 
+class Array(NamedTuple):
+    """An array's type as the text has it.
+
+    Attributes:
+      dtype: of its numbers, such as "bf16".
+      sides: how long it is.
+      inner_first: its axes from the innermost in memory on.
+      layout: the rest of what is said of that, such as ":T(8,128)(2,1)S(1)".
+    """
+
+    dtype: str
+    sides: tuple[int, ...]
+    inner_first: tuple[int, ...]
+    layout: str
+
+    @property
+    def bits(self) -> int:
+        """Of a number."""
+        if self.dtype in ("token", "opaque"):
+            return 0
+        number = re.search(r"\d+", self.dtype)
+        return int(number[0]) if number else 8  # pred
+
+
+def arrays(shape: str) -> Iterator[Array]:
+    """The array that a type is of, or the arrays of a tuple."""
+    for dtype, sides, order, layout in _ARRAY.findall(shape):
+        axes = _numbers(order) or tuple(reversed(range(len(_numbers(sides)))))
+        yield Array(dtype, _numbers(sides), axes, layout)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",") if number)
+
+
 def sides(shape: str) -> tuple[int, ...]:
-    """Those of an array as the text has it, or of the first one of several."""
-    return tuple(int(side) for side in _SIDES.search(shape)[1].split(",") if side)
+    """Those of an array, or of the first one of several."""
+    return next(arrays(shape)).sides
 
 
 class Module:

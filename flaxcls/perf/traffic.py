@@ -10,12 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from flaxcls.perf.hlo import bits
-from flaxcls.perf.hlo_text import Instruction, Module
+from flaxcls.perf.hlo_text import Instruction, Module, arrays
 
-# `bf16[128,56,56,64]{0,3,2,1:T(8,128)(2,1)S(1)}`: type, sides, their order from the innermost on,
-# the tile that the innermost ones are filled up to, and the memory, where it isn't the chip's main.
-_ARRAY = re.compile(r"\b(pred|token|opaque|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](?:\{([\d,]*)([^}]*)\})?")
 _TILE = re.compile(r"T\(([\d,]+)\)")
 _FREE = re.compile(
     r"parameter|constant|bitcast|tuple|get-tuple-element|after-all|opt-barrier|.*-done|while"
@@ -162,12 +158,12 @@ def _in_main_memory(shape: str) -> int:
 
 def _arrays(shape: str) -> Iterator[tuple[int, bool]]:
     """The bytes of each array of a shape, with padding, and whether it is in main memory."""
-    for dtype, sides, order, layout in _ARRAY.findall(shape):
-        sizes = [int(side) for side in sides.split(",") if side]
-        inner_first = [sizes[int(i)] for i in order.split(",")] if order else sizes[::-1]
-        tile = _TILE.search(layout)
-        product = bits(dtype)
-        for i, size in enumerate(inner_first):
-            steps = [int(step) for step in tile[1].split(",")][::-1] if tile else []
-            product *= -(-size // steps[i]) * steps[i] if i < len(steps) else size
-        yield product // 8, "S(" not in layout
+    for array in arrays(shape):
+        # The innermost axes are filled up to the tile's, `T(8,128)`; "S" is other memory than main.
+        tile = _TILE.search(array.layout)
+        steps = [int(step) for step in tile[1].split(",")][::-1] if tile else []
+        steps += [1] * (len(array.sides) - len(steps))
+        product = array.bits
+        for axis, step in zip(array.inner_first, steps, strict=False):
+            product *= -(-array.sides[axis] // step) * step
+        yield product // 8, "S(" not in array.layout
