@@ -496,7 +496,7 @@ def test_gpus_are_planned_for_without_one(plan, recipe, tmp_path):
     topologies = "--topology=h100:2,a100:1,h200:16"
     result = plan(f"--config={recipe}", topologies, "--batch_per_chip=32", f"--json={report}")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("(read off the program)") == 3
+    assert result.stdout.count(" GFLOP, read off the program") == 3
     assert result.stdout.count(": fits, 0.") == 3
     parameters = 8 * 8 * 3 * 32 + 32 + 32 * 1000 + 1000
     flops = 2 * (2 * 8 * 8 * 3 * 32 + 3 * 32 * 1000)
