@@ -78,17 +78,9 @@ def attentions(batch: int, tokens: int) -> dict[str, float]:
     """Of 12 heads of 64."""
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, (batch, tokens, 12, 64), jnp.bfloat16) for key in keys]
-
-    def gradient(by: Callable) -> Callable:
-        def both(*inputs: jax.Array) -> Any:
-            output, pullback = jax.vjp(by, *inputs[:3])
-            return output, pullback(inputs[3])
-
-        return both
-
     return {
-        "attention_xla": milliseconds(gradient(jax.nn.dot_product_attention), *arrays),
-        "attention_flaxcls": milliseconds(gradient(recipes.attention), *arrays),
+        "attention_xla": milliseconds(with_gradients(jax.nn.dot_product_attention), *arrays),
+        "attention_flaxcls": milliseconds(with_gradients(recipes.attention), *arrays),
     }
 
 
@@ -109,19 +101,26 @@ def projected_attentions(batch: int, tokens: int) -> dict[str, float]:
         parts = zip(jnp.split(kernel, 3, axis=-1), jnp.split(bias, 3), strict=True)
         return [x @ kernel + bias for kernel, bias in parts]
 
-    def both(project: Callable, *inputs: jax.Array) -> Any:
-        def attend(*inputs: jax.Array) -> jax.Array:
-            heads = (x.reshape(batch, tokens, 12, 64) for x in project(*inputs))
-            return recipes.attention(*heads).reshape(tokens_in.shape)
+    def attend(project: Callable, *inputs: jax.Array) -> jax.Array:
+        heads = (x.reshape(batch, tokens, 12, 64) for x in project(*inputs))
+        return recipes.attention(*heads).reshape(tokens_in.shape)
 
-        output, pullback = jax.vjp(attend, *inputs[:3])
-        return output, pullback(inputs[3])
-
+    by_one, by_three = (with_gradients(functools.partial(attend, by)) for by in (one, three))
     inputs = tokens_in, kernel, bias, gradient
     return {
-        "attention_of_one_product": milliseconds(functools.partial(both, one), *inputs),
-        "attention_of_three_products": milliseconds(functools.partial(both, three), *inputs),
+        "attention_of_one_product": milliseconds(by_one, *inputs),
+        "attention_of_three_products": milliseconds(by_three, *inputs),
     }
+
+
+def with_gradients(function: Callable) -> Callable:
+    """The function of three arrays, and its gradients for a cotangent, which comes fourth."""
+
+    def both(*inputs: jax.Array) -> Any:
+        output, pullback = jax.vjp(function, *inputs[:3])
+        return output, pullback(inputs[3])
+
+    return both
 
 
 def augmentations(batch: int, size: int) -> dict[str, float]:

@@ -83,8 +83,8 @@ def _is_product(instruction: Instruction) -> bool:
 def _moved(instruction: Instruction, module: Module) -> tuple[int, int]:
     """Bytes of main memory that an instruction reads and writes."""
     results = list(_arrays(instruction.shape))
-    operands = [array for shape in instruction.operands for array in _arrays(shape)]
     if instruction.opcode in _COPIES:  # (result, operand, ...), or ((operand), result, ...)
+        operands = [array for shape in instruction.operands for array in _arrays(shape)]
         result = results[0 if instruction.opcode == "copy-start" else 1 :][:1]
         size = sum(size for size, _ in result)
         return size * (not operands or operands[0][1]), sum(size for size, main in result if main)
