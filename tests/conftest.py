@@ -56,6 +56,17 @@ def pytest_unconfigure(config):
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    """Lets this process compile for TPUs that aren't there."""
+    from flaxcls.plan import ENVIRONMENT
+
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("the compiler for TPUs is not installed")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture(autouse=True)
 def keep_signal_handlers():
     """A command that runs inside this process takes Ctrl-C over; give it back."""

@@ -22,7 +22,6 @@ from flaxcls.perf.plan import StepPlan, TooLarge, available, image_seconds
 from flaxcls.perf.plan_search import Planner, Variant
 from flaxcls.perf.roofline import Roofline, roofline
 from flaxcls.perf.traffic import traffic
-from flaxcls.plan import ENVIRONMENT
 from flaxcls.runtime import compilation_cache, sharding, topologies
 from flaxcls.training.data import RunData
 from flaxcls.training.program import Program
@@ -549,14 +548,11 @@ def test_tpus_are_planned_for_without_one(plan, recipe, tmp_path):
 
 
 @pytest.fixture
-def tpu_planner(tiny_config, monkeypatch):
+def tpu_planner(tiny_config, tpu_compiler):
     """Makes a Planner for v5e:2x2."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
     return lambda **changes: Planner(tiny_config(**changes), topologies.devices("v5e:2x2"))
 
 
-@needs_libtpu
 @pytest.mark.slow
 def test_state_that_is_too_large_fits_sharded(tpu_planner):
     planner = tpu_planner(model__widths=(45_000, 45_000))  # 8 GB, twice
@@ -566,7 +562,6 @@ def test_state_that_is_too_large_fits_sharded(tpu_planner):
     assert found.variant == Variant(fsdp=4) and found.fits
 
 
-@needs_libtpu
 @pytest.mark.slow
 def test_batch_that_is_too_large_is_halved_until_it_fits(tpu_planner):
     config = {"batch_size": 2**20, "data__num_examples": 2**20, "model__widths": (2**15,)}
@@ -575,11 +570,8 @@ def test_batch_that_is_too_large_is_halved_until_it_fits(tpu_planner):
     assert found.variant.batch_per_chip == 2 ** (17 - len(others))
 
 
-@needs_libtpu
 @pytest.mark.slow
-def test_attention_is_a_kernel_forward_and_backward(tiny_config, monkeypatch):
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+def test_attention_is_a_kernel_forward_and_backward(tiny_config, tpu_compiler):
     config = tiny_config(model__name="vit", model__dtype="bfloat16")
     del config.model.widths
     config.model.update({"width": 128, "heads": 2, "depth": 1, "patch": 4})
@@ -590,7 +582,6 @@ def test_attention_is_a_kernel_forward_and_backward(tiny_config, monkeypatch):
     assert sorted(calls) == ["attention", "attention_gradient"]
 
 
-@needs_libtpu
 @pytest.mark.slow
 def test_tuning_sorts_what_it_tried(tpu_planner):
     tried = tpu_planner(data__num_examples=24).tune()

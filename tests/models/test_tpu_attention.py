@@ -1,7 +1,5 @@
 """Attention by Pallas for TPUs, interpreted here: the numbers of XLA's, split over devices."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ from jax.sharding import Mesh
 from flaxcls import models
 from flaxcls.models import attention, tpu_attention
 from flaxcls.models.kernels import kernels_for
-from flaxcls.plan import ENVIRONMENT
 from flaxcls.runtime import compilation_cache, sharding, topologies
 
 
@@ -123,16 +120,11 @@ def test_what_fits_is_said():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="the compiler for TPUs is not installed"
-)
 @pytest.mark.parametrize(
     ("topology", "tokens", "heads"),
     [("v4:2x2x1", 512, 12), ("v5e:2x2", 896, 12), ("v5p:2x2x1", 768, 16), ("v6e:2x2", 896, 12)],
 )
-def test_what_fits_compiles(topology, tokens, heads, monkeypatch):
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
+def test_what_fits_compiles(topology, tokens, heads, tpu_compiler):
     mesh = sharding.make_mesh(devices=topologies.devices(topology))
     split = sharding.batch_sharding(mesh)
     qkv, gradient = (
